@@ -1,0 +1,289 @@
+"""Configuration of IG Captioner: a ViT encoder, a text decoder, and how the two are trained and scored.
+
+The defaults are the architecture of big_vision's CapPa at B/16 (arXiv 2306.07915) with prefix fusion; every place
+where public captioners differ from it (norms, activations, biases, positions, fusion, special tokens) is a field.
+"""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+# Every checkpoint carries its code: these files, and `file.Class` of what stands in them, as transformers resolves it.
+REMOTE_CODE_FILES = (
+    "configuration_ig_captioner.py",
+    "information_gain.py",
+    "modeling_ig_captioner.py",
+    "pipeline_ig_captioner.py",
+    "processing_ig_captioner.py",
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration_ig_captioner.IGCaptionerConfig",
+    "AutoModel": "modeling_ig_captioner.IGCaptionerModel",
+    "AutoModelForImageTextToText": "modeling_ig_captioner.IGCaptionerForConditionalGeneration",
+    "AutoModelForZeroShotImageClassification": "modeling_ig_captioner.IGCaptionerForZeroShotImageClassification",
+    "AutoProcessor": "processing_ig_captioner.IGCaptionerProcessor",
+    "AutoImageProcessor": "processing_ig_captioner.IGCaptionerImageProcessor",
+}
+CUSTOM_PIPELINES = {
+    "zero-shot-image-classification": {
+        "impl": "pipeline_ig_captioner.IGZeroShotImageClassificationPipeline",
+        "pt": ["AutoModelForZeroShotImageClassification"],
+        "type": "multimodal",
+    }
+}
+
+
+def as_height_width(size: int | list[int] | tuple[int, int], name: str) -> tuple[int, int]:
+    """`(height, width)` from one integer or a pair. Raises ValueError naming `name` for anything else."""
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or any(not isinstance(side, int) or side < 1 for side in pair):
+        raise ValueError(f"{name} must be a positive integer or a pair (height, width) of them, got {size!r}")
+    return pair
+
+
+def _check_heads(config: "IGCaptionerVisionConfig | IGCaptionerTextConfig") -> None:
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}"
+        )
+
+
+@strict
+class IGCaptionerVisionConfig(PreTrainedConfig):
+    r"""The image encoder: a pre-norm ViT without a class token.
+
+    Args:
+        image_size (`int` or `(height, width)`): pixels the learned positions are laid out for. Images of another size
+            are accepted as long as the patch size divides them; positions are resampled.
+        patch_size (`int` or `(height, width)`): pixels per patch.
+        patch_embedding (`"linear"` or `"convolutional"`): one convolution of the patch's size, or a stem of 3x3
+            convolutions of stride 2 (arXiv 2106.14881), which learns from far fewer images. The stem needs a square
+            patch whose side is a power of two.
+        position_embedding (`"learned"` or `"sincos2d"`): the second is fixed and holds no weights.
+        num_register_tokens (`int`): learned tokens appended after the patches, without positions; the decoder reads
+            them, mean pooling does not.
+        hidden_act, gated_mlp: activation by its transformers name (`gelu_pytorch_tanh`, `gelu`, ...); with
+            `gated_mlp` the MLP is `act(x W_gate) * (x W_up) W_down` (GEGLU for a GELU).
+        norm (`"layernorm"` or `"rmsnorm"`), norm_eps, norm_bias: the norms of the blocks; RMSNorm has no bias.
+        patch_bias, attention_bias, mlp_bias: whether those projections have biases.
+        dropout, attention_dropout: after each sub-layer, and on the attention weights.
+    """
+
+    model_type = "ig_captioner_vision_model"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    patch_embedding: Literal["linear", "convolutional"] = "linear"
+    position_embedding: Literal["learned", "sincos2d"] = "learned"
+    num_register_tokens: int = 0
+    hidden_act: str = "gelu_pytorch_tanh"
+    gated_mlp: bool = False
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-6
+    norm_bias: bool = True
+    patch_bias: bool = True
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches `(rows, columns)` at `image_size`."""
+        height, width = as_height_width(self.image_size, "image_size")
+        patch_height, patch_width = as_height_width(self.patch_size, "patch_size")
+        return height // patch_height, width // patch_width
+
+    def validate_architecture(self):
+        """Part of `@strict`: called when the object is built and when it is saved."""
+        _check_heads(self)
+        image, patch = as_height_width(self.image_size, "image_size"), as_height_width(self.patch_size, "patch_size")
+        if image[0] % patch[0] or image[1] % patch[1]:
+            raise ValueError(f"image_size {self.image_size!r} is not a multiple of patch_size {self.patch_size!r}")
+        if self.patch_embedding == "convolutional" and (patch[0] != patch[1] or patch[0] & (patch[0] - 1)):
+            raise ValueError(
+                f"patch_embedding='convolutional' needs a square patch_size that is a power of two, got {self.patch_size!r}"
+            )
+        if self.position_embedding == "sincos2d" and self.hidden_size % 4:
+            raise ValueError(f"position_embedding='sincos2d' needs a multiple of 4 as hidden_size, got {self.hidden_size}")
+        if self.num_register_tokens < 0:
+            raise ValueError(f"num_register_tokens must not be negative, got {self.num_register_tokens}")
+
+
+@strict
+class IGCaptionerTextConfig(PreTrainedConfig):
+    r"""The text decoder: causal over text, with or without an image.
+
+    Args:
+        max_position_embeddings (`int`): longest text in tokens, the end-of-sequence token included.
+        position_embedding (`"learned"` or `"rotary"`), rope_theta: rotary is half-split and applies to text only.
+        fusion (`"prefix"` or `"cross_attention"`): projected image tokens in front of the text, seen by all of it and
+            by one another (prefix-LM); or a cross-attention sub-layer in each block (CapPa).
+        num_text_only_layers (`int`): this many lower layers never see the image, so that log P(T|I) and log P(T)
+            share them.
+        encoder_hidden_size (`int`, *optional*): width of the image tokens; taken from the vision config.
+        head_bias (`bool`): whether the output projection has a bias.
+        norm_bias (`bool`): biases of the LayerNorms inside the blocks; the final LayerNorm always has one.
+        pad_token_id, bos_token_id, eos_token_id: as everywhere in transformers.
+        decoder_start_token_id (`int`, *optional*): what the model puts in front of a text; `bos_token_id` if not given.
+        mask_token_id (`int`, *optional*): the input of parallel prediction. If it equals `vocab_size`, the embedding
+            has one row more than the head, which never predicts it (big_vision).
+
+    The other fields are as in [`IGCaptionerVisionConfig`].
+    """
+
+    model_type = "ig_captioner_text_model"
+    base_config_key = "text_config"
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 64
+    position_embedding: Literal["learned", "rotary"] = "learned"
+    rope_theta: float | int = 10000.0
+    fusion: Literal["prefix", "cross_attention"] = "prefix"
+    num_text_only_layers: int = 0
+    encoder_hidden_size: int | None = None
+    hidden_act: str = "gelu_pytorch_tanh"
+    gated_mlp: bool = False
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-6
+    norm_bias: bool = True
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    head_bias: bool = False
+    dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    decoder_start_token_id: int | None = None
+    mask_token_id: int | None = 3
+
+    def __post_init__(self, **kwargs):
+        if self.decoder_start_token_id is None:
+            self.decoder_start_token_id = self.bos_token_id
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the token embedding: `vocab_size`, and one more where the mask token lies outside the vocabulary."""
+        return self.vocab_size + (self.mask_token_id == self.vocab_size)
+
+    def validate_architecture(self):
+        """Part of `@strict`: called when the object is built and when it is saved."""
+        _check_heads(self)
+        if not 0 <= self.num_text_only_layers < self.num_hidden_layers:
+            raise ValueError(
+                f"num_text_only_layers must leave at least one of the {self.num_hidden_layers} layers for the image, "
+                f"got {self.num_text_only_layers}"
+            )
+        if self.position_embedding == "rotary" and (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(f"rotary positions need an even head size, got {self.hidden_size // self.num_attention_heads}")
+        if self.decoder_start_token_id is None:
+            raise ValueError("decoder_start_token_id and bos_token_id are both None: a text needs a start token")
+
+    def validate_token_ids(self):
+        """Part of `@strict`: special tokens must have an embedding."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "mask_token_id"):
+            value = getattr(self, name)
+            for token_id in value if isinstance(value, list) else [value]:
+                if token_id is not None and not 0 <= token_id < self.num_embeddings:
+                    raise ValueError(f"{name} {token_id} lies outside the {self.num_embeddings} rows of the embedding")
+
+
+@strict
+class IGCaptionerConfig(PreTrainedConfig):
+    r"""A captioner that scores texts by information gain, `log P(T|I) - prior_weight * log P(T)`.
+
+    Args:
+        vision_config, text_config (`dict` or config, *optional*): see [`IGCaptionerVisionConfig`] and
+            [`IGCaptionerTextConfig`].
+        conditional_weight, unconditional_weight (`float`): weights a and b of the training loss
+            `a * CE(T|I) + b * CE(T)` (arXiv 2311.17072). The defaults 1.5 and 0.5 are what we remember of the paper,
+            unverified.
+        parallel_prediction_prob (`float`): share of training examples whose text is predicted in parallel, from mask
+            tokens and the image alone (CapPa, arXiv 2306.07915: 0.75; 0 switches it off).
+        loss_reduction (`"token"` or `"sequence"`): mean over all tokens of a batch, as everywhere in transformers, or
+            the mean over texts of each text's mean, as big_vision and clip-jax train.
+        prior_weight (`float`): weight of log P(T) in the score; 0 ranks by likelihood, 1 by information gain.
+        tie_word_embeddings (`bool`): whether the output projection is the token embedding.
+    """
+
+    model_type = "ig_captioner"
+    sub_configs = {"vision_config": IGCaptionerVisionConfig, "text_config": IGCaptionerTextConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "image_key_values", "encoder_last_hidden_state"]
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    conditional_weight: float | int = 1.5
+    unconditional_weight: float | int = 0.5
+    parallel_prediction_prob: float | int = 0.0
+    loss_reduction: Literal["token", "sequence"] = "token"
+    prior_weight: float | int = 1.0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        for name, config_class in self.sub_configs.items():
+            value = getattr(self, name)
+            if not isinstance(value, PreTrainedConfig):
+                setattr(self, name, config_class(**(value or {})))
+        if self.text_config.encoder_hidden_size is None:
+            self.text_config.encoder_hidden_size = self.vision_config.hidden_size
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs.setdefault("custom_pipelines", {task: dict(impl) for task, impl in CUSTOM_PIPELINES.items()})
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`: called when the object is built and when it is saved."""
+        if self.text_config.encoder_hidden_size != self.vision_config.hidden_size:
+            raise ValueError(
+                f"text_config.encoder_hidden_size {self.text_config.encoder_hidden_size} differs from "
+                f"vision_config.hidden_size {self.vision_config.hidden_size}"
+            )
+        if not 0 <= self.parallel_prediction_prob <= 1:
+            raise ValueError(f"parallel_prediction_prob must lie in [0, 1], got {self.parallel_prediction_prob}")
+        if self.parallel_prediction_prob > 0 and self.text_config.mask_token_id is None:
+            raise ValueError("parallel prediction needs text_config.mask_token_id, got None")
+        for name in ("conditional_weight", "unconditional_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.tie_word_embeddings and self.text_config.num_embeddings != self.text_config.vocab_size:
+            raise ValueError(
+                "tie_word_embeddings=True needs the mask token inside the vocabulary, got mask_token_id = vocab_size = "
+                f"{self.text_config.vocab_size}"
+            )
+
+    # The special tokens live in the text config; Trainer and collators look for them here. Properties are not
+    # serialised, so there is one source of truth.
+    @property
+    def pad_token_id(self) -> int | None:
+        return self.text_config.pad_token_id
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.text_config.bos_token_id
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        return self.text_config.eos_token_id
+
+    @property
+    def decoder_start_token_id(self) -> int | None:
+        return self.text_config.decoder_start_token_id
+
+
+__all__ = ["IGCaptionerConfig", "IGCaptionerTextConfig", "IGCaptionerVisionConfig"]
