@@ -267,23 +267,21 @@ class IGCaptionerConfig(PreTrainedConfig):
                 f"{self.text_config.vocab_size}"
             )
 
-    # The special tokens live in the text config; Trainer and collators look for them here. Properties are not
-    # serialised, so there is one source of truth.
-    @property
-    def pad_token_id(self) -> int | None:
-        return self.text_config.pad_token_id
 
-    @property
-    def bos_token_id(self) -> int | None:
-        return self.text_config.bos_token_id
+def _of_text_config(name: str) -> property:
+    def get(self: IGCaptionerConfig) -> int | list[int] | None:
+        return getattr(self.text_config, name)
 
-    @property
-    def eos_token_id(self) -> int | list[int] | None:
-        return self.text_config.eos_token_id
+    def set_(self: IGCaptionerConfig, value: int | list[int] | None) -> None:
+        setattr(self.text_config, name, value)
 
-    @property
-    def decoder_start_token_id(self) -> int | None:
-        return self.text_config.decoder_start_token_id
+    return property(get, set_, doc=f"`text_config.{name}`")
+
+
+# The special tokens live in the text config; Trainer and collators look for them on the whole. A property is not
+# serialised, so there is one source of truth.
+for _name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "mask_token_id"):
+    setattr(IGCaptionerConfig, _name, _of_text_config(_name))
 
 
 __all__ = ["IGCaptionerConfig", "IGCaptionerTextConfig", "IGCaptionerVisionConfig"]

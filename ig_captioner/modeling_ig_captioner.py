@@ -490,19 +490,21 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        image_key: Tensor | None = None,
+        image_value: Tensor | None = None,
         *,
         reads_image: bool = False,
         text: TextStates | None = None,
-        image_key_values: KeyValues | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
-    ) -> tuple[Tensor, KeyValues | None]:
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Text [N, L, D], or with `reads_image` image tokens [B, P, *], through the block.
 
-        Both go through `forward`, so that wrappers around a layer (checkpointing, sharding) see every use of it.
+        Both go through `forward`, so that wrappers around a layer (checkpointing, sharding) see every use of it; what
+        needs a gradient is positional for the same reason.
 
         Returns:
-            The new states and, for image tokens, their keys and values.
+            The new states; for image tokens also their keys and values [B, H, P, head].
         """
         if reads_image:
             return self._read_image(hidden_states, **kwargs)
@@ -511,26 +513,26 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.self_attn.layer_idx)
         mask, causal = text.mask, text.is_causal
-        if image_key_values is not None and self.has_prefix:
-            key, value = torch.cat([image_key_values[0], key], dim=2), torch.cat([image_key_values[1], value], dim=2)
-            mask = with_visible_prefix(mask, image_key_values[0].shape[2])
+        if image_key is not None and self.has_prefix:
+            key, value = torch.cat([image_key, key], dim=2), torch.cat([image_value, value], dim=2)
+            mask = with_visible_prefix(mask, image_key.shape[2])
         attended, _ = self.self_attn(normed, (key, value), mask, text.rotary, is_causal=causal, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
-        if image_key_values is not None and self.cross_attn is not None:
-            attended, _ = self.cross_attn(self.cross_attn_norm(hidden_states), image_key_values, **kwargs)
+        if image_key is not None and self.cross_attn is not None:
+            attended, _ = self.cross_attn(self.cross_attn_norm(hidden_states), (image_key, image_value), **kwargs)
             hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states))), None
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
-    def _read_image(self, image_states: Tensor, **kwargs) -> tuple[Tensor, KeyValues]:
+    def _read_image(self, image_states: Tensor, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
         if self.cross_attn is not None:
-            return image_states, self.cross_attn.key_values(image_states)
+            return image_states, *self.cross_attn.key_values(image_states)
         normed = self.self_attn_norm(image_states)
         key_values = self.self_attn.key_values(normed)
         if not self.is_last:  # nothing reads the image tokens after the last layer
             attended, _ = self.self_attn(normed, key_values, **kwargs)
             image_states = image_states + self.dropout(attended)
             image_states = image_states + self.dropout(self.mlp(self.mlp_norm(image_states)))
-        return image_states, key_values
+        return image_states, *key_values
 
 
 class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
@@ -568,8 +570,8 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
             states = self.image_projection(states)
         image_key_values = []
         for layer in self.fusion_layers:
-            states, key_values = layer(states, reads_image=True, **kwargs)
-            image_key_values.append(key_values)
+            states, key, value = layer(states, reads_image=True, **kwargs)
+            image_key_values.append((key, value))
         return image_key_values
 
     def read_text(
@@ -612,7 +614,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         if parallel_rows is not None:
             text.mask, text.is_causal = self._open_mask(mask, parallel_rows)
         for layer in self.layers[: self.config.num_text_only_layers]:
-            text.hidden_states, _ = layer(text.hidden_states, text=text, past_key_values=past_key_values, **kwargs)
+            text.hidden_states = layer(text.hidden_states, text=text, past_key_values=past_key_values, **kwargs)
         return text
 
     def fuse(
@@ -624,12 +626,9 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
     ) -> Tensor:
         """Runs the fusion layers and the final norm: [N, L, D]. Without `image_key_values` no image is involved."""
         hidden_states = text.hidden_states
-        for layer, key_values in zip(
-            self.fusion_layers, image_key_values or [None] * len(self.fusion_layers), strict=True
-        ):
-            hidden_states, _ = layer(
-                hidden_states, text=text, image_key_values=key_values, past_key_values=past_key_values, **kwargs
-            )
+        nothing = [(None, None)] * len(self.fusion_layers)
+        for layer, key_value in zip(self.fusion_layers, image_key_values or nothing, strict=True):
+            hidden_states = layer(hidden_states, *key_value, text=text, past_key_values=past_key_values, **kwargs)
         return self.norm(hidden_states)
 
     @merge_with_config_defaults

@@ -1,0 +1,70 @@
+"""Image captioners as zero-shot classifiers that rank texts by information gain, `log P(T|I) - log P(T)`.
+
+Importing the package registers its classes with the Auto classes of transformers, so that saved models load without
+`trust_remote_code`. The files that end in `_ig_captioner.py`, and `information_gain.py`, also travel with each
+checkpoint as remote code.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
+
+from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig, IGCaptionerVisionConfig
+from .information_gain import information_gain
+from .modeling_ig_captioner import (
+    IGCaptionerForConditionalGeneration,
+    IGCaptionerForZeroShotImageClassification,
+    IGCaptionerModel,
+    IGCaptionerPreTrainedModel,
+    IGCaptionerVisionModel,
+)
+from .pipeline_ig_captioner import IGZeroShotImageClassificationPipeline
+from .processing_ig_captioner import IGCaptionerImageProcessor, IGCaptionerProcessor
+
+
+try:
+    __version__ = version("ig_captioner")
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
+
+# The checkpoint that ships with the package, usable wherever a model name or folder is.
+TINY_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "tiny")
+
+AutoConfig.register("ig_captioner", IGCaptionerConfig, exist_ok=True)
+AutoConfig.register("ig_captioner_vision_model", IGCaptionerVisionConfig, exist_ok=True)
+AutoModel.register(IGCaptionerConfig, IGCaptionerModel, exist_ok=True)
+AutoModel.register(IGCaptionerVisionConfig, IGCaptionerVisionModel, exist_ok=True)
+AutoModelForImageTextToText.register(IGCaptionerConfig, IGCaptionerForConditionalGeneration, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(
+    IGCaptionerConfig, IGCaptionerForZeroShotImageClassification, exist_ok=True
+)
+AutoProcessor.register(IGCaptionerConfig, IGCaptionerProcessor, exist_ok=True)
+AutoImageProcessor.register(
+    IGCaptionerConfig,
+    image_processor_classes={"pil": IGCaptionerImageProcessor, "torchvision": IGCaptionerImageProcessor},
+    exist_ok=True,
+)
+
+__all__ = [
+    "TINY_CHECKPOINT",
+    "IGCaptionerConfig",
+    "IGCaptionerForConditionalGeneration",
+    "IGCaptionerForZeroShotImageClassification",
+    "IGCaptionerImageProcessor",
+    "IGCaptionerModel",
+    "IGCaptionerPreTrainedModel",
+    "IGCaptionerProcessor",
+    "IGCaptionerTextConfig",
+    "IGCaptionerVisionConfig",
+    "IGCaptionerVisionModel",
+    "IGZeroShotImageClassificationPipeline",
+    "information_gain",
+]
