@@ -1,0 +1,228 @@
+"""`model.score` against a slow per-pair loop, and everything that must not change a score."""
+
+import pytest
+import torch
+from tiny import (
+    VARIANTS,
+    naive_log_likelihoods,
+    naive_scores,
+    padded,
+    random_images,
+    random_texts,
+    tiny_config,
+    tiny_model,
+)
+
+from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
+
+
+HEADS = [IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification]
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_score_is_the_sum_of_token_log_likelihoods(variant, attn):
+    model, images, texts = tiny_model(variant, attn=attn), random_images(), random_texts()
+    scores = model.score(images, *padded(texts), prior_weight=0.7)
+    likelihood, prior = naive_scores(model, images, texts), naive_scores(model, None, texts)
+    torch.testing.assert_close(scores.caption_log_likelihood, likelihood, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scores.prior_log_likelihood, prior, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scores.information_gain, likelihood - 0.7 * prior, atol=1e-4, rtol=0)
+    # the test means something: the images matter, and the prior is not small
+    assert (likelihood[0] - likelihood[1]).abs().min() > 1e-3
+    assert prior.abs().min() > 1
+
+
+def test_mean_reduction_divides_by_the_number_of_tokens():
+    model, images, texts = tiny_model(), random_images(), random_texts()
+    lengths = torch.tensor([len(text) for text in texts])
+    total, mean = model.score(images, *padded(texts)), model.score(images, *padded(texts), reduction="mean")
+    torch.testing.assert_close(mean.caption_log_likelihood, total.caption_log_likelihood / lengths)
+    torch.testing.assert_close(mean.prior_log_likelihood, total.prior_log_likelihood / lengths)
+    torch.testing.assert_close(mean.information_gain, total.information_gain / lengths)
+
+
+def test_prior_weight_comes_from_the_config_unless_given():
+    model, images, texts = tiny_model(prior_weight=0.25), random_images(), padded(random_texts())
+    scores = model.score(images, *texts)
+    expected = scores.caption_log_likelihood - 0.25 * scores.prior_log_likelihood
+    torch.testing.assert_close(scores.information_gain, expected)
+    torch.testing.assert_close(
+        model.score(images, *texts, prior_weight=0).information_gain, scores.caption_log_likelihood
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_order_batch_and_chunks_change_nothing(variant):
+    model, images, texts = tiny_model(variant), random_images(), random_texts()
+    expected = model.score(images, *padded(texts))
+
+    def check(scores, columns=slice(None), rows=slice(None)):
+        for name in ("caption_log_likelihood", "information_gain"):
+            torch.testing.assert_close(scores[name], expected[name][rows][:, columns], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            scores.prior_log_likelihood, expected.prior_log_likelihood[columns], atol=1e-5, rtol=1e-5
+        )
+
+    check(model.score(images, *padded(texts, length=12)))
+    check(model.score(images, *padded(texts, length=9, side="left")))
+    check(model.score(images, padded(texts)[0]))  # the mask is found from the padding
+    for chunk_size in (1, 2, 7, 1000):
+        check(model.score(images, *padded(texts), chunk_size=chunk_size))
+    order = [3, 0, 4, 2, 1]
+    check(model.score(images, *padded([texts[i] for i in order])), columns=order)
+    check(model.score(images, *padded([texts[1], texts[1]])), columns=[1, 1])
+    check(model.score(images[1:2], *padded(texts)), rows=slice(1, 2))
+    for i, text in enumerate(texts):
+        check(model.score(images, torch.tensor([text])), columns=[i])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_prior_never_sees_the_pixels(head):
+    model, texts = tiny_model(model_class=head), padded(random_texts())
+    for images in (random_images(), torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), float("nan"))):
+        model._label_sets.clear()
+        prior = model.score(images, *texts).prior_log_likelihood
+        assert torch.equal(prior, model.score(random_images(1), *texts).prior_log_likelihood)
+
+
+def test_heads_agree_and_logits_are_the_information_gain():
+    captioner, classifier = tiny_model(), tiny_model(model_class=HEADS[1])
+    images, texts = random_images(), padded(random_texts())
+    expected = captioner.score(images, *texts)
+    output = classifier(pixel_values=images, input_ids=texts[0], attention_mask=texts[1])
+    assert torch.equal(output.logits_per_image, expected.information_gain)
+    assert torch.equal(output.logits_per_text, expected.information_gain.T)
+    labels = torch.tensor([0, 1, 4])
+    loss = classifier(pixel_values=images, input_ids=texts[0], attention_mask=texts[1], labels=labels).loss
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(expected.information_gain, labels))
+
+
+def count_calls(monkeypatch, model) -> list[str]:
+    """Names of the decoder's methods as they are called, with the mark of an image."""
+    calls, decoder = [], model.model.decoder
+    read_text, fuse = decoder.read_text, decoder.fuse
+    monkeypatch.setattr(decoder, "read_text", lambda *a, **k: (calls.append("read_text"), read_text(*a, **k))[1])
+
+    def counted_fuse(states, key_values=None, *args, **kwargs):
+        calls.append("prior" if key_values is None else "caption")
+        return fuse(states, key_values, *args, **kwargs)
+
+    monkeypatch.setattr(decoder, "fuse", counted_fuse)
+    return calls
+
+
+def test_the_prior_is_computed_once_per_set_of_texts(monkeypatch):
+    model, images, texts = tiny_model(), random_images(), padded(random_texts())
+    calls = count_calls(monkeypatch, model)
+    first = model.score(images, *texts)
+    again = model.score(images, *texts)
+    assert calls == ["read_text", "prior", "caption", "caption"]
+    assert torch.equal(first.information_gain, again.information_gain)
+    model.score(images, *padded(random_texts((3, 4))))
+    assert calls.count("prior") == 2
+
+
+def test_changed_weights_are_noticed():
+    model, images, texts = tiny_model(), random_images(), padded(random_texts())
+    before = model.score(images, *texts).prior_log_likelihood
+    with torch.no_grad():
+        model.model.decoder.layers[0].mlp.up_proj.weight.mul_(2)
+    after = model.score(images, *texts).prior_log_likelihood
+    assert (before - after).abs().max() > 1e-3
+    model.model.decoder.norm.weight.data *= 2  # invisible to autograd's version counter: evaluation mode is the signal
+    model.eval()
+    assert (after - model.score(images, *texts).prior_log_likelihood).abs().max() > 1e-3
+
+
+def test_gradients_reach_both_paths():
+    model, images, texts = tiny_model(), random_images(), padded(random_texts())
+    with torch.enable_grad():
+        scores = model.score(images, *texts)
+        again = model.score(images, *texts)  # nothing is kept that would be freed by the first backward
+        scores.information_gain.sum().backward()
+        again.prior_log_likelihood.sum().backward()
+    assert model.model.vision_model.embeddings.projection.weight.grad.abs().sum() > 0
+    assert model.model.decoder.embed_tokens.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close(dtype):
+    model, images, texts = tiny_model(), random_images(), padded(random_texts())
+    expected = model.score(images, *texts)
+    half = model.to(dtype).score(images, *texts)
+    assert half.information_gain.dtype == torch.float32
+    torch.testing.assert_close(half.caption_log_likelihood, expected.caption_log_likelihood, atol=0.5, rtol=0.02)
+
+
+def test_padding_may_share_its_id_with_end_of_sequence_and_start():
+    texts = random_texts()
+    expected = tiny_model().score(random_images(), *padded(texts))
+    shared = tiny_model()
+    shared.config.pad_token_id = shared.config.eos_token_id
+    ids, mask = padded(texts, length=9)
+    scores = shared.score(random_images(), ids.masked_fill(mask == 0, shared.config.eos_token_id))
+    torch.testing.assert_close(scores.information_gain, expected.information_gain, atol=1e-5, rtol=1e-5)
+
+
+def test_labels_are_aligned_with_hand_computed_values():
+    """A head with a bias and no weight gives the same distribution everywhere: the score can be done by hand."""
+    model = tiny_model("cross", tie_word_embeddings=False)
+    model.lm_head.weight.zero_()
+    log_p = model.lm_head.bias.log_softmax(dim=-1)
+    texts = random_texts((3, 2))
+    by_hand = torch.stack([log_p[torch.tensor(text)].sum() for text in texts])
+    scores = model.score(random_images(2), *padded(texts))
+    torch.testing.assert_close(scores.caption_log_likelihood, by_hand.expand(2, -1))
+    torch.testing.assert_close(scores.prior_log_likelihood, by_hand)
+
+
+def test_loss_is_the_mean_of_the_same_log_likelihoods():
+    model, images, texts = tiny_model(), random_images(2), random_texts((5, 3))
+    ids, mask = padded(texts)
+    output = model(pixel_values=images, labels=ids.masked_fill(mask == 0, -100))
+    conditional = [naive_log_likelihoods(model, image, text) for image, text in zip(images, texts, strict=True)]
+    unconditional = [naive_log_likelihoods(model, None, text) for text in texts]
+    by_hand = [-sum(map(sum, values)) / 8 for values in (conditional, unconditional)]
+    assert output.captioning_loss.item() == pytest.approx(by_hand[0], abs=1e-4)
+    assert output.unconditional_loss.item() == pytest.approx(by_hand[1], abs=1e-4)
+    assert output.loss.item() == pytest.approx(1.5 * by_hand[0] + 0.5 * by_hand[1], abs=1e-4)
+    model.config.loss_reduction = "sequence"
+    by_text = -sum(sum(values) / len(values) for values in conditional) / 2
+    output = model(pixel_values=images, labels=ids.masked_fill(mask == 0, -100))
+    assert output.captioning_loss.item() == pytest.approx(by_text, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, r"\(0, 3\)"),
+        ({"input_ids": torch.tensor([5, 2])}, r"\(2,\)"),
+        ({"input_ids": torch.tensor([[5, 2], [0, 0]])}, "text 1 of input_ids has no tokens"),
+        ({"input_ids": torch.tensor([[5, 2]]), "attention_mask": torch.ones(2, 2)}, r"\(2, 2\)"),
+        ({"input_ids": torch.tensor([[5, 2]]), "reduction": "median"}, "'median'"),
+        ({"input_ids": torch.tensor([[5, 2]]), "chunk_size": 0}, "got 0"),
+        ({"input_ids": torch.full((1, 21), 5)}, "21 tokens"),
+        ({"input_ids": torch.tensor([[5, 2]]), "pixel_values": torch.zeros(1, 1, 16, 16)}, r"\(1, 1, 16, 16\)"),
+        ({"input_ids": torch.tensor([[5, 2]]), "pixel_values": torch.zeros(1, 3, 15, 16)}, "15 x 16"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    arguments = {"pixel_values": random_images(1), **arguments}
+    with pytest.raises(ValueError, match=message):
+        tiny_model().score(**arguments)
+
+
+def test_a_new_vocabulary_size_keeps_the_other_scores():
+    model, images, texts = tiny_model(), random_images(), padded(random_texts())
+    expected = model.score(images, *texts).prior_log_likelihood
+    model.resize_token_embeddings(tiny_config().text_config.vocab_size + 3)
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    assert (model.score(images, *texts).prior_log_likelihood <= expected).all()  # three more ways to be wrong
