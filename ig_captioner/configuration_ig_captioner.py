@@ -58,9 +58,6 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
         image_size (`int` or `(height, width)`): pixels the learned positions are laid out for. Images of another size
             are accepted as long as the patch size divides them; positions are resampled.
         patch_size (`int` or `(height, width)`): pixels per patch.
-        patch_embedding (`"linear"` or `"convolutional"`): one convolution of the patch's size, or a stem of 3x3
-            convolutions of stride 2 (arXiv 2106.14881), which learns from far fewer images. The stem needs a square
-            patch whose side is a power of two.
         position_embedding (`"learned"` or `"sincos2d"`): the second is fixed and holds no weights.
         num_register_tokens (`int`): learned tokens appended after the patches, without positions; the decoder reads
             them, mean pooling does not.
@@ -81,7 +78,6 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
     num_channels: int = 3
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
-    patch_embedding: Literal["linear", "convolutional"] = "linear"
     position_embedding: Literal["learned", "sincos2d"] = "learned"
     num_register_tokens: int = 0
     hidden_act: str = "gelu_pytorch_tanh"
@@ -109,10 +105,6 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
         image, patch = as_height_width(self.image_size, "image_size"), as_height_width(self.patch_size, "patch_size")
         if image[0] % patch[0] or image[1] % patch[1]:
             raise ValueError(f"image_size {self.image_size!r} is not a multiple of patch_size {self.patch_size!r}")
-        if self.patch_embedding == "convolutional" and (patch[0] != patch[1] or patch[0] & (patch[0] - 1)):
-            raise ValueError(
-                f"patch_embedding='convolutional' needs a square patch_size that is a power of two, got {self.patch_size!r}"
-            )
         if self.position_embedding == "sincos2d" and self.hidden_size % 4:
             raise ValueError(f"position_embedding='sincos2d' needs a multiple of 4 as hidden_size, got {self.hidden_size}")
         if self.num_register_tokens < 0:

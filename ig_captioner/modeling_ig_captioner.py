@@ -278,7 +278,7 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=std)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, IGCaptionerPatchEmbeddings):
             for parameter in (module.position_embedding, module.register_tokens):
@@ -316,17 +316,6 @@ def sincos_position_embedding(grid: tuple[int, int], size: int, device: torch.de
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1)
 
 
-def convolutional_stem(config: IGCaptionerVisionConfig) -> nn.Sequential:
-    """3x3 convolutions of stride 2 that double the width up to the patch size, then 1x1 (arXiv 2106.14881)."""
-    patch_size = as_height_width(config.patch_size, "patch_size")[0]
-    steps = patch_size.bit_length() - 1
-    widths = [config.num_channels] + [config.hidden_size >> (steps - 1 - step) for step in range(steps)]
-    stem: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
-        stem += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, after), nn.GELU()]
-    return nn.Sequential(*stem, nn.Conv2d(widths[-1], config.hidden_size, 1, bias=config.patch_bias))
-
-
 class IGCaptionerPatchEmbeddings(nn.Module):
     """Pixels [B, channels, height, width] to image tokens [B, P, E]: patches row by row, then register tokens."""
 
@@ -334,12 +323,9 @@ class IGCaptionerPatchEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.patch_size = as_height_width(config.patch_size, "patch_size")
-        if config.patch_embedding == "convolutional":
-            self.projection: nn.Module = convolutional_stem(config)
-        else:
-            self.projection = nn.Conv2d(
-                config.num_channels, config.hidden_size, self.patch_size, self.patch_size, bias=config.patch_bias
-            )
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, self.patch_size, self.patch_size, bias=config.patch_bias
+        )
         rows, columns = config.grid_size
         learned = config.position_embedding == "learned"
         registers = config.num_register_tokens
@@ -349,16 +335,12 @@ class IGCaptionerPatchEmbeddings(nn.Module):
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """[P, E] for a grid of `(rows, columns)`; learned positions are resampled linearly with aligned corners."""
         if self.position_embedding is None:
-            return sincos_position_embedding(grid, self.config.hidden_size, self.config_device)
+            return sincos_position_embedding(grid, self.config.hidden_size, self.projection.weight.device)
         if grid == self.config.grid_size:
             return self.position_embedding
         learned = self.position_embedding.float().view(1, *self.config.grid_size, -1).permute(0, 3, 1, 2)
         resampled = F.interpolate(learned, size=grid, mode="bilinear", align_corners=True)
         return resampled.flatten(2)[0].T
-
-    @property
-    def config_device(self) -> torch.device:
-        return next(self.projection.parameters()).device
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         height, width = pixel_values.shape[-2:]
@@ -368,7 +350,7 @@ class IGCaptionerPatchEmbeddings(nn.Module):
             )
         if height % self.patch_size[0] or width % self.patch_size[1]:
             raise ValueError(f"image size {height} x {width} is not a multiple of the patch size {self.patch_size}")
-        pixel_values = pixel_values.to(next(self.projection.parameters()).dtype)
+        pixel_values = pixel_values.to(self.projection.weight.dtype)
         tokens = self.projection(pixel_values).flatten(2).transpose(1, 2)
         tokens = tokens + self.positions((height // self.patch_size[0], width // self.patch_size[1])).to(tokens.dtype)
         if self.register_tokens is not None:
@@ -593,7 +575,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
             inputs_embeds = self.embed_tokens(self._mask_rows(input_ids, parallel_rows))
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
-            position_ids = self._position_ids(inputs_embeds, attention_mask, past)
+            position_ids = self._position_ids(inputs_embeds, attention_mask, past, parallel_rows)
         hidden_states, rotary = inputs_embeds, None
         if self.embed_positions is not None:
             self._check_length(inputs_embeds.shape[1], past)
@@ -676,12 +658,16 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         rows = parallel_rows[:, None, None, None]
         return (mask | rows) if mask.dtype == torch.bool else mask.masked_fill(rows, 0.0), True
 
-    def _position_ids(self, inputs_embeds: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
+    def _position_ids(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, past: int, parallel_rows: Tensor | None
+    ) -> Tensor:
+        """Positions [N, L]: from the first real token on, or for parallel texts, which have none, from the left edge."""
         length = inputs_embeds.shape[1]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
-        positions = torch.arange(length, device=inputs_embeds.device) + past
-        return positions.expand(len(inputs_embeds), -1)
+        positions = (torch.arange(length, device=inputs_embeds.device) + past).expand(len(inputs_embeds), -1)
+        if attention_mask is None or attention_mask.ndim != 2:
+            return positions
+        counted = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+        return counted if parallel_rows is None else counted.where(~parallel_rows[:, None], positions)
 
     def _check_length(self, length: int, past: int) -> None:
         if isinstance(past, int) and past + length > self.config.max_position_embeddings:

@@ -1,0 +1,222 @@
+"""Zero-shot image classification by information gain, behind the interface of transformers' own pipeline.
+
+Shapes: B images, C candidate labels, T templates, N = T x C texts, L text tokens.
+
+Deliberate differences from the stock pipeline: the texts are tokenised once per call and scored once per
+batch (not once per image); `tokenizer_kwargs` reach the tokenizer; every argument is checked, and a wrong one
+is a ValueError that names it; transparent images are put on white; tuples of images and empty lists are
+accepted (a list in, a list out).
+"""
+
+import math
+from collections.abc import Sized
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoModelForZeroShotImageClassification, ZeroShotImageClassificationPipeline
+from transformers.utils import logging
+
+from .processing_ig_captioner import encode_texts, format_labels, gives_scored_form, load_rgb_image
+
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+PARAMETERS = (
+    "candidate_labels",
+    "hypothesis_template",
+    "timeout",
+    "tokenizer_kwargs",
+    "prior_weight",
+    "top_k",
+    "return_log_likelihoods",
+)
+
+
+def _check_parameters(parameters: dict[str, Any]) -> None:
+    """Raises ValueError naming an unknown or wrong argument; `format_labels` checks labels and templates."""
+
+    def is_number(value, kind=Real):
+        return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+
+    unknown = sorted(set(parameters) - set(PARAMETERS))
+    if unknown:
+        raise ValueError(f"unknown arguments {unknown} with values {[parameters[name] for name in unknown]}")
+    rules = {
+        "timeout": ("a positive number of seconds", lambda value: is_number(value) and value > 0),
+        "tokenizer_kwargs": ("a dict", lambda value: isinstance(value, dict)),
+        "prior_weight": ("a finite number, zero or more", lambda value: is_number(value) and value >= 0),
+        "top_k": ("a positive integer", lambda value: is_number(value, Integral) and value > 0),
+    }
+    for name, (meaning, is_valid) in rules.items():
+        value = parameters.get(name)
+        if value is not None and not is_valid(value):
+            raise ValueError(f"{name} must be {meaning}, or None, got {value!r}")
+    flag = parameters.get("return_log_likelihoods", False)
+    if not isinstance(flag, bool):
+        raise ValueError(f"return_log_likelihoods must be a bool, got {flag!r}")
+
+
+class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
+    r"""Ranks candidate labels for an image by `IG(T, I) = log P(T|I) - prior_weight * log P(T)`, in nats.
+
+    At `prior_weight=1` this is the pointwise mutual information of text and image, `log P(I|T) / P(I)`: with
+    a uniform prior over the labels, exp(IG) is proportional to P(I|T), and so the score, the softmax of IG
+    over the candidate labels, is Bayes' posterior P(label|image). At weight w it is the posterior under a
+    label prior proportional to P(T)^(1 - w); w = 0 ranks by the captioner's likelihood alone, which favours
+    texts that are common anyway.
+
+    Several templates are ensembled by the mean over templates of log P(T|I) and of log P(T), and hence, the
+    score being linear in them, of IG.
+
+    Args (of a call, or of the constructor as defaults for calls):
+        candidate_labels (`list[str]`): may repeat.
+        hypothesis_template (`str` or `list[str]`, defaults to `"a photo of a {}."`): `{}` is where the label
+            goes. Several templates are ensembled.
+        prior_weight (`float`, *optional*): weight of log P(T); the model's config says it if this does not.
+        top_k (`int`, *optional*): how many labels to return; all by default. The scores stay those over all
+            labels.
+        return_log_likelihoods (`bool`, defaults to `False`): adds `caption_log_likelihood`, log P(T|I),
+            `prior_log_likelihood`, log P(T), and `information_gain` to each entry: nats, means over
+            templates.
+        timeout (`float`, *optional*): seconds to wait for an image from the web.
+        tokenizer_kwargs (`dict`, *optional*): go to the tokenizer, over the text rules of the processor.
+
+    ```python
+    >>> classifier = pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)
+    >>> classifier("cat.jpg", candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {}.")
+    [{"score": 0.93, "label": "cat"}, {"score": 0.07, "label": "dog"}]
+    ```
+    """
+
+    _load_processor = False
+    _load_image_processor = True
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = True
+
+    def __init__(self, **kwargs):
+        self._given_at_init = {name: kwargs[name] for name in PARAMETERS if name in kwargs}
+        super().__init__(**kwargs)
+        if self.tokenizer is None or self.image_processor is None:
+            raise ValueError(
+                "a tokenizer and an image_processor are needed, got "
+                f"{type(self.tokenizer).__name__} and {type(self.image_processor).__name__}"
+            )
+        if not gives_scored_form(self.tokenizer):
+            logger.warning(
+                f"{type(self.tokenizer).__name__} does not put EOS, and nothing else, behind a text: "
+                "log-likelihoods will not be those of complete texts."
+            )
+
+    def check_model_type(self, supported_models):
+        """Asks for `model.score`, not for a name in transformers' own list, where this model cannot be."""
+        if not callable(getattr(self.model, "score", None)):
+            raise ValueError(
+                f"{type(self).__name__} needs a model with a method `score`, such as "
+                f"IGCaptionerForZeroShotImageClassification; {type(self.model).__name__} has none"
+            )
+
+    def __call__(self, image=None, candidate_labels: list[str] | None = None, **kwargs: Any):
+        r"""Classifies one image or many.
+
+        Args:
+            image (`str`, `Path`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list, generator or
+                `Dataset` of them): a path, URL, base64 string or image; arrays as uint8 or floats in [0, 1].
+            candidate_labels (`list[str]`): may repeat.
+            kwargs: see the class; `batch_size` and `num_workers`, as in every pipeline, change no result.
+
+        Returns:
+            For one image a list of `{"score": float, "label": str}`, best first (equals stay in the order
+            given); for a list of images a list of such lists, empty if it is; for a generator or `Dataset` an
+            iterator over them.
+
+        Raises:
+            ValueError: naming the value, for any wrong argument and any image that cannot be read.
+        """
+        if "images" in kwargs:  # the stock pipeline's older name
+            if image is not None:
+                raise ValueError(f"both image and images were given: {image!r} and {kwargs['images']!r}")
+            image = kwargs.pop("images")
+        if image is None:
+            raise ValueError("no image was given, got None")
+        if candidate_labels is not None:
+            kwargs["candidate_labels"] = candidate_labels
+        parameters = {"candidate_labels": None, **self._given_at_init, **kwargs}
+        image = list(image) if isinstance(image, tuple) else image
+        if isinstance(image, (list, Dataset)) and isinstance(image, Sized) and len(image) == 0:
+            image = (entry for entry in "")  # the base class looks at the first entry of all but generators
+        # Past the parent, whose `__call__` wants candidate_labels by position.
+        return super(ZeroShotImageClassificationPipeline, self).__call__(image, **parameters)
+
+    def _sanitize_parameters(self, **parameters):
+        """Checked arguments of the three steps. A call passes all settings, the constructor's included."""
+        _check_parameters(parameters)
+        steps = (("timeout",), ("prior_weight",), ("top_k", "return_log_likelihoods"))
+        preprocess, forward, postprocess = (
+            {name: parameters[name] for name in names if name in parameters} for names in steps
+        )
+        # Without labels this is the constructor; its template is checked all the same.
+        labels = parameters.get("candidate_labels", ["no label yet"])
+        texts = format_labels(labels, parameters.get("hypothesis_template", DEFAULT_TEMPLATE))
+        if "candidate_labels" in parameters:
+            postprocess["candidate_labels"] = list(labels)
+            if self.tokenizer is not None:  # a pipeline built from a processor gets it after its first check
+                forward["text_inputs"] = self._encode(texts, parameters.get("tokenizer_kwargs") or {})
+                forward["num_templates"] = len(texts) // len(labels)
+        return preprocess, forward, postprocess
+
+    def _encode(self, texts: list[str], tokenizer_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Tokens of N texts on the model's device, no longer than the model has positions for."""
+        text_config = self.model.config.get_text_config(decoder=True)
+        max_positions = getattr(text_config, "max_position_embeddings", None)
+        if max_positions is not None:
+            limit = min(self.tokenizer.model_max_length, max_positions)
+            tokenizer_kwargs = {"max_length": limit, **tokenizer_kwargs}
+        return self.ensure_tensor_on_device(**encode_texts(self.tokenizer, texts, **tokenizer_kwargs))
+
+    def preprocess(self, image, timeout: float | None = None) -> dict[str, torch.Tensor]:
+        """`pixel_values` [1, 3, H, W] of one image, in the model's dtype."""
+        inputs = self.image_processor(images=[load_rgb_image(image, timeout=timeout)], return_tensors="pt")
+        return {"pixel_values": inputs.to(self.dtype)["pixel_values"]}
+
+    def _forward(self, model_inputs, text_inputs, num_templates: int, prior_weight: float | None = None):
+        """Scores [B, C], means over T templates; the prior [C] is repeated for each image."""
+
+        def mean_over_templates(values):  # [..., T * C] -> [..., C]
+            return values.float().unflatten(-1, (num_templates, -1)).mean(dim=-2)
+
+        scores = self.model.score(model_inputs["pixel_values"], **text_inputs, prior_weight=prior_weight)
+        caption = mean_over_templates(scores.caption_log_likelihood)
+        return {
+            "caption_log_likelihood": caption,
+            "prior_log_likelihood": mean_over_templates(scores.prior_log_likelihood).expand_as(caption),
+            "information_gain": mean_over_templates(scores.information_gain),
+        }
+
+    def postprocess(self, model_outputs, candidate_labels, top_k=None, return_log_likelihoods=False):
+        """Entries of one image, best first, from its rows [1, C]."""
+        information_gain = model_outputs["information_gain"][0]
+        scores = information_gain.double().softmax(dim=-1).tolist()
+        # Sorted by information gain: far-off labels share a score of 0.
+        order = sorted(range(len(scores)), key=information_gain.neg().tolist().__getitem__)
+        entries = [{"score": scores[i], "label": candidate_labels[i]} for i in order[:top_k]]
+        if return_log_likelihoods:
+            for entry, i in zip(entries, order[:top_k], strict=True):
+                entry.update({name: values[0, i].item() for name, values in model_outputs.items()})
+        return entries
+
+
+# What `save_pretrained` reads to copy this file and to write `custom_pipelines`, without replacing the stock
+# pipeline for the models of others, as registering it with transformers would.
+IGZeroShotImageClassificationPipeline._registered_impl = {
+    "zero-shot-image-classification": {
+        "impl": IGZeroShotImageClassificationPipeline,
+        "pt": (AutoModelForZeroShotImageClassification,),
+        "type": "multimodal",
+    }
+}
+
+__all__ = ["IGZeroShotImageClassificationPipeline"]

@@ -1,0 +1,263 @@
+"""Images and texts as IG Captioner reads them: resizing and normalising, templates, padding and truncation.
+
+Image rules. Upright (EXIF), RGB, transparency composited onto white, resized straight to `size` (no crop, the
+aspect ratio is not kept), then to [-1, 1]. The interpolation is bicubic: both backends antialias it when they
+shrink, and where they enlarge (32-pixel CIFAR photos) it keeps the edges that bilinear blurs. The class
+attributes are only defaults; each checkpoint's processor file says what it was trained with.
+
+Text rules. What is scored is exactly what the tokenizer returns: the text's tokens and EOS, no start token
+(the model adds that). Lower-casing belongs to the tokenizer's normaliser, EOS to its template, the longest
+text to its `model_max_length`. Padding is on the right; truncation takes tokens off the text, never EOS
+("sticky" in big_vision).
+"""
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from transformers import PilBackend, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import PILImageResampling, load_image
+from transformers.utils import is_torchvision_available
+
+from .configuration_ig_captioner import AUTO_MAP
+
+
+if is_torchvision_available():
+    from transformers import TorchvisionBackend as _Backend
+else:
+    _Backend = PilBackend
+
+TEXT_RULES = {"padding": True, "padding_side": "right", "truncation": True}
+IMAGE_CHANNELS = (1, 3, 4)
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image upright and as RGB; transparent parts become white."""
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # Pillow clips 16-bit grey at 255, which turns nearly every such image white.
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def array_to_pil(array: np.ndarray | torch.Tensor) -> PIL.Image.Image:
+    """One image from [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels: uint8, or floats in [0, 1].
+
+    Where both ends could be the channels, a tensor is read as channels first and an array as channels last.
+    """
+    channels_first = isinstance(array, torch.Tensor)
+    pixels = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    name = f"{type(array).__name__} of {pixels.dtype}, shape {tuple(array.shape)}"
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    first, last = (pixels.ndim == 3 and pixels.shape[axis] in IMAGE_CHANNELS for axis in (0, -1))
+    if not (first or last):
+        raise ValueError(f"not one image of 1, 3 or 4 channels: {name}")
+    if last and not (first and channels_first and array.ndim == 3):
+        pixels = np.moveaxis(pixels, -1, 0)
+    if np.issubdtype(pixels.dtype, np.floating) and pixels.min() >= 0 and pixels.max() <= 1:
+        pixels = (pixels * 255).round().astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        span = f"{pixels.min()} to {pixels.max()}"
+        raise ValueError(f"pixels must be uint8, or floats in [0, 1], got {span}: {name}")
+    return to_pil_image(pixels, input_data_format="channels_first")
+
+
+def load_rgb_image(image: Any, timeout: float | None = None) -> PIL.Image.Image:
+    """One RGB image from a path, URL, base64 string, PIL image, array or tensor.
+
+    Args:
+        image: see [`array_to_pil`] for arrays and tensors.
+        timeout (`float`, *optional*): seconds to wait for a URL.
+
+    Raises:
+        ValueError: naming the image, if there is none, or it cannot be read or decoded.
+    """
+    if image is None:
+        raise ValueError("no image was given, got None")
+    source = os.fspath(image) if isinstance(image, os.PathLike) else image
+    if not isinstance(source, (str, PIL.Image.Image, np.ndarray, torch.Tensor)):
+        raise ValueError(
+            "an image must be a path, URL, base64 string, PIL image, numpy array or torch tensor "
+            f"(for a column of a data set use KeyDataset), got {type(image).__name__}: {_short(image)}"
+        )
+    try:
+        return _open(source, timeout)
+    except Exception as error:
+        # Broad on purpose: Pillow raises OSError, SyntaxError, struct.error and more, an HTTP client its own.
+        name = _short(getattr(image, "filename", None) or image)
+        raise ValueError(f"cannot read the image {name}: {error}") from error
+
+
+def _open(source: Any, timeout: float | None) -> PIL.Image.Image:
+    """RGB image from any source that [`load_rgb_image`] lets pass."""
+    if isinstance(source, PIL.Image.Image):
+        return to_rgb(source)
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return to_rgb(array_to_pil(source))
+    if source.startswith(("http://", "https://")):
+        return load_image(source, timeout=timeout)
+    if os.path.isfile(source):
+        with PIL.Image.open(source) as image:
+            return to_rgb(image)
+    is_data_uri = source.startswith("data:image/")
+    try:
+        data = base64.decodebytes((source.split(",", 1)[-1] if is_data_uri else source).encode())
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            return to_rgb(image)
+    except Exception as error:
+        if is_data_uri:
+            raise
+        raise FileNotFoundError("no such file, and neither a URL nor a base64 image") from error
+
+
+def _short(value: Any, length: int = 120) -> str:
+    """`repr` of a value for a message: base64 images are long."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
+
+
+class IGCaptionerImageProcessor(_Backend):
+    r"""Turns images into `pixel_values` [B, 3, H, W], on torchvision where it is installed, else on Pillow.
+
+    Takes what transformers' image processors take (PIL images, arrays, tensors, paths, URLs, and lists of
+    them), plus `pathlib` paths and two-dimensional grey arrays. As there, float arrays in [0, 1] need
+    `do_rescale=False`. Files are decoded by Pillow with both backends, so their pixels do not depend on what
+    is installed; resized values may differ by a level or two of 255.
+
+    Args:
+        size (`{"height": int, "width": int}`): pixels, 224 x 224 by default; an int is a square.
+        resample, image_mean, image_std, do_*: as in transformers; bicubic, 0.5, 0.5, all on but cropping.
+    """
+
+    model_input_names = ["pixel_values"]
+    do_convert_rgb = True
+    do_resize = True
+    size = {"height": 224, "width": 224}
+    resample = PILImageResampling.BICUBIC
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+
+    def __init__(self, **kwargs):
+        # AutoProcessor looks here too, in folders written by `pipeline.save_pretrained`.
+        names = ("AutoImageProcessor", "AutoProcessor")
+        kwargs.setdefault("auto_map", {name: AUTO_MAP[name] for name in names})
+        super().__init__(**kwargs)
+
+    def fetch_images(self, image_url_or_urls):
+        """Opens paths and URLs; images stay as they are, but for a channel axis added to grey arrays."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return load_rgb_image(image_url_or_urls)
+        image = super().fetch_images(image_url_or_urls)
+        return image[None] if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 2 else image
+
+    def process_image(self, image, do_convert_rgb=None, **kwargs):
+        """One image in the backend's format, channels first; PIL images by the rules of [`to_rgb`]."""
+        if isinstance(image, PIL.Image.Image):
+            image = to_rgb(image) if do_convert_rgb else PIL.ImageOps.exif_transpose(image)
+        elif isinstance(image, torch.Tensor) and self.backend == "pil":
+            image = image.detach().cpu()
+        return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+
+
+def format_labels(labels: Sequence[str], templates: str | Sequence[str]) -> list[str]:
+    """Every label in every template, template by template: T x C texts.
+
+    Each `{}` of a template is replaced by the label as it stands; braces in labels and other braces in
+    templates mean nothing. Labels may repeat.
+
+    Raises:
+        ValueError: naming the value, for labels that are not a list (or tuple) of at least one string, and
+            for templates that are not a string, or a list of at least one string, with `{}` in each.
+    """
+    if not isinstance(labels, (list, tuple)) or not labels:
+        raise ValueError(f"candidate_labels must be a non-empty list of strings, got {_short(labels)}")
+    for label in labels:
+        if not isinstance(label, str):
+            raise ValueError(f"every entry of candidate_labels must be a string, got {_short(label)}")
+    listed = [templates] if isinstance(templates, str) else templates
+    if not isinstance(listed, (list, tuple)) or not listed:
+        raise ValueError(f"hypothesis_template must be one string or more, got {_short(templates)}")
+    for template in listed:
+        if not isinstance(template, str) or "{}" not in template:
+            raise ValueError(f"hypothesis_template must be a string with {{}} in it, got {_short(template)}")
+    return [template.replace("{}", label) for template in listed for label in labels]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], **kwargs) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` [N, L] of N texts, by the text rules; `kwargs` override the rules.
+
+    Raises:
+        ValueError: if the arguments make the tokenizer return another number of rows than texts.
+    """
+    fixed = {"return_tensors": "pt", "return_attention_mask": True}
+    encoded = tokenizer(texts, **{**TEXT_RULES, **kwargs, **fixed})
+    rows = len(encoded["input_ids"])
+    if rows != len(texts):
+        raise ValueError(f"{len(texts)} texts became {rows} rows with tokenizer_kwargs {kwargs!r}")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def gives_scored_form(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer adds EOS behind a text and nothing else, as the model scores it."""
+    eos, bare = tokenizer.eos_token_id, tokenizer("a", add_special_tokens=False)["input_ids"]
+    return eos is not None and tokenizer("a")["input_ids"] == [*bare, eos]
+
+
+class IGCaptionerProcessor(ProcessorMixin):
+    r"""Image processor and tokenizer in one: `processor(images=None, text=None, **kwargs)`.
+
+    Gives `pixel_values` for images, `input_ids` and `attention_mask` for texts, in scored form (module
+    docstring): ready for `model.score`, as `labels` once padding is set to -100, or as the prompt of
+    `model.generate`.
+
+    Args:
+        image_processor ([`IGCaptionerImageProcessor`]): any image processor of transformers will do.
+        tokenizer (`PreTrainedTokenizerBase`): its template must add EOS behind a text, and no start token.
+
+    Raises:
+        ValueError: if the tokenizer's template does something else.
+    """
+
+    def __init__(self, image_processor, tokenizer, chat_template=None):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+        if not gives_scored_form(tokenizer):
+            tokens = tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"])
+            raise ValueError(
+                f"the tokenizer must add its EOS token {tokenizer.eos_token!r} behind a text, and nothing "
+                f"else, but turns 'a' into {tokens}"
+            )
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """As in transformers, with the text rules as defaults."""
+        rules = {name: value for name, value in TEXT_RULES.items() if name not in kwargs}
+        kwargs["text_kwargs"] = {**rules, **kwargs.get("text_kwargs", {})}
+        return super().__call__(images=images, text=text, **kwargs)
+
+
+# A folder saved from these classes carries this file, so that it loads where the package is not installed.
+IGCaptionerImageProcessor.register_for_auto_class("AutoImageProcessor")
+IGCaptionerProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = [
+    "IGCaptionerImageProcessor",
+    "IGCaptionerProcessor",
+    "encode_texts",
+    "format_labels",
+    "load_rgb_image",
+]

@@ -1,0 +1,499 @@
+"""The zero-shot pipeline: the stock interface, the model's scores behind it, errors that name the value."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from test_processing import WORDS, broken_files, make_tokenizer
+from torch.utils.data import Dataset
+from transformers import ZeroShotImageClassificationPipeline, pipeline
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+from transformers.pipelines.pt_utils import KeyDataset
+
+from ig_captioner import (
+    IGCaptionerConfig,
+    IGCaptionerForConditionalGeneration,
+    IGCaptionerForZeroShotImageClassification,
+    IGCaptionerImageProcessor,
+    IGCaptionerProcessor,
+    IGCaptionerVisionModel,
+    IGZeroShotImageClassificationPipeline,
+    pipeline_ig_captioner,
+    processing_ig_captioner,
+)
+from ig_captioner.processing_ig_captioner import encode_texts
+
+
+TASK = "zero-shot-image-classification"
+LABELS = ["cat", "dog", "photo of a cat"]
+TEMPLATE = "a photo of a {}."
+FIELDS = ("caption_log_likelihood", "prior_log_likelihood", "information_gain")
+
+
+def make_config(**kwargs) -> IGCaptionerConfig:
+    """Two small layers a side; weights wide enough for scores to differ."""
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    small["initializer_range"] = 0.5
+    vision = {**small, "image_size": [16, 24], "patch_size": 8}
+    text = {**small, "vocab_size": len(WORDS), "max_position_embeddings": 12, "pad_token_id": 0}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 3}
+    return IGCaptionerConfig(vision_config=vision, text_config=text, **kwargs)
+
+
+def make_image_processor() -> IGCaptionerImageProcessor:
+    return IGCaptionerImageProcessor(size={"height": 16, "width": 24})
+
+
+def make_pipeline(model, **kwargs) -> IGZeroShotImageClassificationPipeline:
+    parts = {"tokenizer": make_tokenizer(model_max_length=12), "image_processor": make_image_processor()}
+    return IGZeroShotImageClassificationPipeline(model=model, task=TASK, device="cpu", **{**parts, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def model() -> IGCaptionerForZeroShotImageClassification:
+    torch.manual_seed(0)
+    return IGCaptionerForZeroShotImageClassification(make_config()).eval()
+
+
+@pytest.fixture
+def classifier(model) -> IGZeroShotImageClassificationPipeline:
+    return make_pipeline(model)
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[PIL.Image.Image]:
+    noise = np.random.default_rng(0).integers(0, 256, (11, 4, 6, 3), dtype=np.uint8)
+    return [PIL.Image.fromarray(pixels).resize((30, 20)) for pixels in noise]
+
+
+def direct_scores(classifier, images, texts, **kwargs):
+    """`model.score` without the pipeline."""
+    pixels = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        return classifier.model.score(pixels, **encode_texts(classifier.tokenizer, texts), **kwargs)
+
+
+def by_label(entries: list[dict]) -> dict[str, dict]:
+    return {entry["label"]: entry for entry in entries}
+
+
+def scores_of(results: list[list[dict]]) -> torch.Tensor:
+    """Scores [B, C] in the order of LABELS."""
+    return torch.tensor([[by_label(entries)[label]["score"] for label in LABELS] for entries in results])
+
+
+# The stock interface
+
+
+def test_one_image(classifier, photos):
+    entries = classifier(photos[0], candidate_labels=LABELS)
+    assert [list(entry) for entry in entries] == [["score", "label"]] * 3
+    assert {entry["label"] for entry in entries} == set(LABELS)
+    scores = [entry["score"] for entry in entries]
+    assert scores == sorted(scores, reverse=True) and sum(scores) == pytest.approx(1)
+    assert all(type(score) is float for score in scores)
+    assert classifier(photos[0], LABELS) == entries  # by position
+    assert classifier(images=photos[0], candidate_labels=LABELS) == entries  # the stock pipeline's older name
+
+
+class Photos(Dataset):
+    def __init__(self, photos):
+        self.photos = photos
+
+    def __len__(self):
+        return len(self.photos)
+
+    def __getitem__(self, i):
+        return self.photos[i]
+
+
+def test_many_images(classifier, photos):
+    photos = photos[:3]
+    singly = [classifier(photo, candidate_labels=LABELS) for photo in photos]
+    assert classifier(photos, candidate_labels=LABELS) == singly
+    assert classifier(tuple(photos), candidate_labels=LABELS) == singly
+    assert classifier(photos[:1], candidate_labels=LABELS) == singly[:1]
+    rows = Photos([{"image": photo} for photo in photos])
+    for stream in ((photo for photo in photos), Photos(photos), KeyDataset(rows, "image")):
+        results = classifier(stream, candidate_labels=LABELS)
+        assert not isinstance(results, list) and list(results) == singly
+
+
+def test_no_images_give_no_results(classifier):
+    for nothing in ([], (), Photos([]), KeyDataset(Photos([]), "image"), (photo for photo in [])):
+        assert list(classifier(nothing, candidate_labels=LABELS)) == []
+    with pytest.raises(ValueError, match=r"\[\]"):
+        classifier([], candidate_labels=[])
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, [TEMPLATE, "{}"]])
+def test_batches_change_nothing_but_the_number_of_passes(classifier, photos, template, monkeypatch):
+    passes, texts_read = [], []
+    score, encode = classifier.model.score, encode_texts
+
+    def counted_score(pixel_values, *args, **kwargs):
+        passes.append(len(pixel_values))
+        return score(pixel_values, *args, **kwargs)
+
+    def counted_encode(tokenizer, texts, **kwargs):
+        texts_read.append(len(texts))
+        return encode(tokenizer, texts, **kwargs)
+
+    monkeypatch.setattr(classifier.model, "score", counted_score)
+    monkeypatch.setattr(pipeline_ig_captioner, "encode_texts", counted_encode)
+    arguments = {"candidate_labels": LABELS, "hypothesis_template": template, "return_log_likelihoods": True}
+    singly = classifier(photos, batch_size=1, **arguments)
+    assert passes == [1] * len(photos) and len(texts_read) == 1
+    for images in (photos, Photos(photos), (photo for photo in photos)):
+        passes.clear(), texts_read.clear()
+        batched = list(classifier(images, batch_size=8, **arguments))
+        assert passes == [8, 3] and len(texts_read) == 1
+        assert [[entry["label"] for entry in entries] for entries in batched] == [
+            [entry["label"] for entry in entries] for entries in singly
+        ]
+        for one, other in zip(sum(singly, []), sum(batched, []), strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_forms_of_one_image(classifier, photos, tmp_path):
+    path = tmp_path / "photo.png"
+    photos[0].save(path)
+    array = np.asarray(photos[0])
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    expected = classifier(photos[0], candidate_labels=LABELS)
+    for form in (str(path), path, array, tensor, tensor / 255):
+        assert classifier(form, candidate_labels=LABELS) == expected
+
+
+# What the scores are
+
+
+def test_scores_are_bayes_posterior_of_the_models_information_gain(classifier, photos):
+    direct = direct_scores(classifier, photos, [TEMPLATE.replace("{}", label) for label in LABELS])
+    results = classifier(photos, candidate_labels=LABELS, return_log_likelihoods=True, batch_size=4)
+    torch.testing.assert_close(
+        scores_of(results), direct.information_gain.softmax(dim=-1), atol=1e-5, rtol=1e-5
+    )
+    assert scores_of(results).max() > 0.5  # the comparison is not of uniform scores
+    for i, entries in enumerate(results):
+        assert [list(entry) for entry in entries] == [["score", "label", *FIELDS]] * 3
+        for j, label in enumerate(LABELS):
+            entry = by_label(entries)[label]
+            assert entry["caption_log_likelihood"] == pytest.approx(
+                direct.caption_log_likelihood[i, j].item(), abs=1e-4
+            )
+            assert entry["prior_log_likelihood"] == pytest.approx(
+                direct.prior_log_likelihood[j].item(), abs=1e-4
+            )
+            assert entry["information_gain"] == pytest.approx(direct.information_gain[i, j].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "head", [IGCaptionerForZeroShotImageClassification, IGCaptionerForConditionalGeneration]
+)
+@pytest.mark.parametrize("prior_weight", [0, 0.5, 1.0, None])
+def test_prior_weight(head, prior_weight, photos):
+    torch.manual_seed(1)
+    classifier = make_pipeline(head(make_config(prior_weight=0.25)).eval())
+    weight = 0.25 if prior_weight is None else prior_weight
+    entries = classifier(photos[0], LABELS, prior_weight=prior_weight, return_log_likelihoods=True)
+    for entry in entries:
+        gain = entry["caption_log_likelihood"] - weight * entry["prior_log_likelihood"]
+        assert entry["information_gain"] == pytest.approx(gain, abs=1e-4)
+    gains = torch.tensor([entry["information_gain"] for entry in entries])
+    assert [entry["score"] for entry in entries] == pytest.approx(gains.softmax(dim=-1).tolist(), abs=1e-5)
+
+
+def test_templates_are_ensembled_by_the_mean_of_log_likelihoods(classifier, photos):
+    templates = [TEMPLATE, "{}", "a {} a {}"]
+    arguments = {"candidate_labels": LABELS, "return_log_likelihoods": True}
+    together = by_label(classifier(photos[0], hypothesis_template=templates, **arguments))
+    apart = [
+        by_label(classifier(photos[0], hypothesis_template=template, **arguments)) for template in templates
+    ]
+    for label in LABELS:
+        for field in FIELDS:
+            mean = sum(entries[label][field] for entries in apart) / len(templates)
+            assert together[label][field] == pytest.approx(mean, abs=1e-4)
+    gains = torch.tensor([together[label]["information_gain"] for label in LABELS])
+    assert scores_of([list(together.values())])[0].tolist() == pytest.approx(
+        gains.softmax(-1).tolist(), abs=1e-5
+    )
+    one = classifier(photos[0], hypothesis_template=[TEMPLATE], **arguments)
+    assert one == classifier(photos[0], hypothesis_template=TEMPLATE, **arguments)
+
+
+def test_top_k_keeps_the_scores_over_all_labels(classifier, photos):
+    everything = classifier(photos[0], candidate_labels=LABELS)
+    for top_k in (1, 2, 3, 9):
+        assert classifier(photos[0], candidate_labels=LABELS, top_k=top_k) == everything[:top_k]
+    assert classifier(photos[0], candidate_labels=LABELS, top_k=None) == everything
+
+
+def test_equal_labels_stay_in_order_and_share_the_score(classifier, photos):
+    entries = classifier(photos[0], candidate_labels=["dog", "Dog", "dog", "DOG"])
+    assert [entry["label"] for entry in entries] == ["dog", "Dog", "dog", "DOG"]
+    assert [entry["score"] for entry in entries] == pytest.approx([0.25] * 4)
+
+
+def test_order_survives_scores_that_underflow(classifier):
+    gains = torch.tensor([[-9000.0, 0.0, -8000.0]])
+    outputs = dict.fromkeys(FIELDS, gains)
+    assert [entry["label"] for entry in classifier.postprocess(outputs, ["a", "b", "c"])] == ["b", "c", "a"]
+
+
+def test_braces_in_labels_survive(classifier, photos, monkeypatch):
+    texts_read = []
+    encode = encode_texts
+    monkeypatch.setattr(
+        pipeline_ig_captioner,
+        "encode_texts",
+        lambda tokenizer, texts, **kw: texts_read.extend(texts) or encode(tokenizer, texts, **kw),
+    )
+    labels = ["{}", "{0}", "{cat"]
+    assert set(by_label(classifier(photos[0], labels, hypothesis_template="{x} {}"))) == set(labels)
+    assert texts_read == ["{x} {}", "{x} {0}", "{x} {cat"]
+
+
+def test_tokenizer_kwargs_reach_the_tokenizer(classifier, photos):
+    short = classifier(photos[0], LABELS, hypothesis_template="{}", tokenizer_kwargs={"max_length": 2})
+    cut = ["cat", "dog", "photo"]
+    direct = direct_scores(classifier, photos[:1], cut).information_gain.softmax(dim=-1)
+    torch.testing.assert_close(scores_of([short]), direct, atol=1e-5, rtol=1e-5)
+    padded = classifier(photos[0], LABELS, tokenizer_kwargs={"padding": "max_length"})
+    torch.testing.assert_close(
+        scores_of([padded]), scores_of([classifier(photos[0], LABELS)]), atol=1e-5, rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="bogus"):
+        classifier(photos[0], LABELS, tokenizer_kwargs={"padding": "bogus"})
+
+
+def test_texts_are_cut_to_the_models_positions_and_keep_eos(model, photos):
+    classifier = make_pipeline(model, tokenizer=make_tokenizer(model_max_length=10**30))
+    long, longer = "a " * 20, "a " * 30
+    entries = classifier(photos[0], [long, longer], hypothesis_template="{}")
+    assert [entry["score"] for entry in entries] == pytest.approx([0.5, 0.5])
+    assert classifier._encode([long], {})["input_ids"].tolist() == [
+        [WORDS.index("a")] * 11 + [WORDS.index("</s>")]
+    ]
+
+
+def test_timeout_reaches_the_download(classifier, photos, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        processing_ig_captioner,
+        "load_image",
+        lambda url, timeout=None: seen.append((url, timeout)) or photos[0],
+    )
+    classifier("http://localhost/cat.png", LABELS, timeout=3)
+    classifier("http://localhost/cat.png", LABELS)
+    assert seen == [("http://localhost/cat.png", 3), ("http://localhost/cat.png", None)]
+
+
+def test_half_precision(photos):
+    torch.manual_seed(0)
+    model = IGCaptionerForZeroShotImageClassification(make_config()).eval().to(torch.bfloat16)
+    entries = make_pipeline(model)(photos, LABELS, batch_size=3)[0]
+    assert sum(entry["score"] for entry in entries) == pytest.approx(1)
+
+
+# Arguments
+
+
+def test_arguments_of_the_constructor_are_defaults_for_calls(model, classifier, photos):
+    arguments = {"hypothesis_template": ["{}", "a {}"], "top_k": 2, "prior_weight": 0.5}
+    arguments |= {"return_log_likelihoods": True, "tokenizer_kwargs": {"max_length": 3}}
+    preset = make_pipeline(model, candidate_labels=LABELS, batch_size=4, **arguments)
+    assert preset(photos) == classifier(photos, LABELS, batch_size=4, **arguments)
+    overridden = {**arguments, "hypothesis_template": "{}", "top_k": None, "candidate_labels": ["dog", "cat"]}
+    assert preset(photos[0], **overridden) == classifier(photos[0], **overridden)
+    assert preset(photos[0]) == classifier(
+        photos[0], LABELS, **arguments
+    )  # and the constructor's are unchanged
+
+
+WRONG = [
+    ({"candidate_label": ["cat"]}, "candidate_label.*cat"),
+    ({"candidate_labels": LABELS, "template": "a {}"}, "template.*a {}"),
+    ({}, "candidate_labels.*None"),
+    ({"candidate_labels": None}, "candidate_labels.*None"),
+    ({"candidate_labels": []}, r"candidate_labels.*\[\]"),
+    ({"candidate_labels": "cat,dog"}, "candidate_labels.*cat,dog"),
+    ({"candidate_labels": {"cat": 1}}, "candidate_labels.*cat"),
+    ({"candidate_labels": np.array(["cat"])}, "candidate_labels.*array"),
+    ({"candidate_labels": ["cat", 7]}, "candidate_labels.*7"),
+    ({"candidate_labels": ["cat", None]}, "candidate_labels.*None"),
+    ({"hypothesis_template": "a photo"}, "hypothesis_template.*a photo"),
+    ({"hypothesis_template": None}, "hypothesis_template.*None"),
+    ({"hypothesis_template": []}, r"hypothesis_template.*\[\]"),
+    ({"hypothesis_template": ["{}", 3]}, "hypothesis_template.*3"),
+    ({"hypothesis_template": ["{}", "none"]}, "hypothesis_template.*none"),
+    ({"prior_weight": "1"}, "prior_weight.*'1'"),
+    ({"prior_weight": True}, "prior_weight.*True"),
+    ({"prior_weight": -0.5}, "prior_weight.*-0.5"),
+    ({"prior_weight": float("nan")}, "prior_weight.*nan"),
+    ({"prior_weight": float("inf")}, "prior_weight.*inf"),
+    ({"top_k": 0}, "top_k.*0"),
+    ({"top_k": -1}, "top_k.*-1"),
+    ({"top_k": 1.5}, "top_k.*1.5"),
+    ({"top_k": True}, "top_k.*True"),
+    ({"timeout": 0}, "timeout.*0"),
+    ({"timeout": "5"}, "timeout.*'5'"),
+    ({"tokenizer_kwargs": ["max_length"]}, "tokenizer_kwargs.*max_length"),
+    ({"return_log_likelihoods": 1}, "return_log_likelihoods.*1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_arguments_are_named(model, classifier, photos, arguments, message):
+    about_labels = not arguments or "candidate_label" in next(iter(arguments))
+    call = arguments if about_labels else {"candidate_labels": LABELS, **arguments}
+    for image in (photos[0], photos[:2], (photo for photo in photos)):
+        with pytest.raises(ValueError, match=message):
+            classifier(image, **call)
+    if arguments:
+        with pytest.raises(ValueError, match=message):
+            make_pipeline(model, **arguments)
+
+
+@pytest.mark.parametrize("name", ["missing.jpg", "truncated.jpg", "text.png", "empty.png", "folder.png"])
+def test_unreadable_images_are_named(classifier, photos, tmp_path, name):
+    path = broken_files(tmp_path, photos[0])[name]
+    for image in (path, [photos[0], path], (entry for entry in [photos[0], path])):
+        with pytest.raises(ValueError, match=name):
+            list(classifier(image, LABELS))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (None, "None"),
+        (b"bytes", "bytes"),
+        ({"image": 1}, "dict"),
+        (7, "int.*7"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"\(2, 8, 8, 3\)"),
+        (map(str, []), "map"),
+    ],
+)
+def test_what_is_no_image_is_named(classifier, photos, image, message):
+    for wrong in (image, [photos[0], image]):
+        with pytest.raises(ValueError, match=message):
+            classifier(wrong, LABELS)
+
+
+def test_two_images_arguments_are_refused(classifier, photos):
+    with pytest.raises(ValueError, match="both image and images"):
+        classifier(photos[0], LABELS, images=photos[1])
+
+
+# Building, saving, and the pipelines of others
+
+
+@pytest.fixture
+def log(monkeypatch) -> list[str]:
+    """What the pipeline's file and transformers' pipelines log as warnings and errors."""
+    messages: list[str] = []
+    for logger in (pipeline_ig_captioner.logger, sys.modules["transformers.pipelines.base"].logger):
+        for level in ("warning", "error"):
+            monkeypatch.setattr(logger, level, messages.append)
+    return messages
+
+
+def test_building_is_quiet_and_asks_for_a_score(model, log):
+    make_pipeline(model)
+    assert not log
+    with pytest.raises(ValueError, match="IGCaptionerVisionModel has none"):
+        make_pipeline(IGCaptionerVisionModel(make_config().vision_config))
+    for part in ("tokenizer", "image_processor"):
+        with pytest.raises(ValueError, match="tokenizer and an image_processor"):
+            make_pipeline(model, **{part: None})
+
+
+def test_what_the_factory_is_told_to_load():
+    # Anything but False for the video processor makes the factory look for remote code that is not there.
+    flags = {"tokenizer": True, "image_processor": True, "processor": False, "feature_extractor": False}
+    for name, value in {**flags, "video_processor": False}.items():
+        assert getattr(IGZeroShotImageClassificationPipeline, f"_load_{name}") is value
+
+
+def test_a_tokenizer_without_eos_is_warned_about(model, log):
+    make_pipeline(model, tokenizer=make_tokenizer("<s> $A"))
+    assert len(log) == 1 and "EOS" in log[0]
+
+
+def test_built_from_a_processor_alone(model, classifier, photos):
+    processor = IGCaptionerProcessor(make_image_processor(), make_tokenizer(model_max_length=12))
+    parts = {"tokenizer": None, "image_processor": None, "processor": processor}
+    built = make_pipeline(model, candidate_labels=LABELS, **parts)
+    assert built(photos[0]) == classifier(photos[0], LABELS)
+
+
+def test_pipeline_factory(model, classifier, photos):
+    parts = {
+        "tokenizer": classifier.tokenizer,
+        "image_processor": classifier.image_processor,
+        "device": "cpu",
+    }
+    built = pipeline(
+        TASK, model=model, pipeline_class=IGZeroShotImageClassificationPipeline, top_k=1, **parts
+    )
+    assert built(photos[0], LABELS) == classifier(photos[0], LABELS, top_k=1)
+
+
+def test_the_stock_pipeline_runs_on_the_model(model, classifier, photos):
+    parts = {
+        "tokenizer": classifier.tokenizer,
+        "image_processor": classifier.image_processor,
+        "device": "cpu",
+    }
+    stock = ZeroShotImageClassificationPipeline(model=model, task=TASK, **parts)
+    for batch_size in (1, 4):
+        results = stock(photos, candidate_labels=LABELS, hypothesis_template=TEMPLATE, batch_size=batch_size)
+        ours = classifier(photos, candidate_labels=LABELS)
+        torch.testing.assert_close(scores_of(results), scores_of(ours), atol=1e-5, rtol=1e-5)
+
+
+IN_A_CLEAN_PROCESS = """
+import json, sys
+from transformers import AutoImageProcessor, AutoProcessor, pipeline
+folder, again, photo = sys.argv[1:]
+classifier = pipeline(model=folder, trust_remote_code=True, device="cpu")
+results = classifier(photo, candidate_labels=["cat", "dog", "photo of a cat"])
+classifier.save_pretrained(again)
+for loaded in (folder, again):
+    for auto in (AutoProcessor, AutoImageProcessor):
+        name = auto.__name__.replace("Auto", "IGCaptioner")
+        assert type(auto.from_pretrained(loaded, trust_remote_code=True)).__name__ == name
+reloaded = pipeline("zero-shot-image-classification", model=again, trust_remote_code=True, device="cpu")
+assert reloaded(photo, candidate_labels=["cat", "dog", "photo of a cat"]) == results
+assert "ig_captioner" not in sys.modules
+print(json.dumps([type(classifier).__name__, results]))
+"""
+
+
+def test_a_saved_pipeline_loads_in_a_clean_process_as_remote_code(classifier, photos, tmp_path):
+    photos[0].save(tmp_path / "photo.png")
+    classifier.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())["custom_pipelines"][TASK]
+    assert saved["impl"] == "pipeline_ig_captioner.IGZeroShotImageClassificationPipeline"
+    assert saved["pt"] == ["AutoModelForZeroShotImageClassification"]
+    arguments = [str(tmp_path / name) for name in ("saved", "again", "photo.png")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", IN_A_CLEAN_PROCESS, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    name, results = json.loads(done.stdout.splitlines()[-1])
+    assert name == "IGZeroShotImageClassificationPipeline"
+    torch.testing.assert_close(scores_of([results]), scores_of([classifier(photos[0], LABELS)]))
+
+
+def test_the_file_can_be_remote_code():
+    path = pipeline_ig_captioner.__file__
+    assert get_relative_imports(path) == ["processing_ig_captioner"]
+    assert set(get_imports(path)) <= {"collections", "math", "numbers", "typing", "torch", "transformers"}
