@@ -4,6 +4,8 @@ The defaults are the architecture of big_vision's CapPa at B/16 (arXiv 2306.0791
 where public captioners differ from it (norms, activations, biases, positions, fusion, special tokens) is a field.
 """
 
+import shutil
+from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -14,6 +16,8 @@ from transformers import PreTrainedConfig
 REMOTE_CODE_FILES = (
     "configuration_ig_captioner.py",
     "information_gain.py",
+    "encoder_ig_captioner.py",
+    "decoder_ig_captioner.py",
     "modeling_ig_captioner.py",
     "pipeline_ig_captioner.py",
     "processing_ig_captioner.py",
@@ -33,6 +37,15 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+
+
+def copy_remote_code(directory: str | Path) -> list[str]:
+    """Copies the Python files a saved model refers to, which stand beside this one. Returns their names."""
+    here = Path(__file__).parent
+    for name in REMOTE_CODE_FILES:
+        if here.resolve() != Path(directory).resolve():
+            shutil.copyfile(here / name, Path(directory) / name)
+    return list(REMOTE_CODE_FILES)
 
 
 def as_height_width(size: int | list[int] | tuple[int, int], name: str) -> tuple[int, int]:
@@ -106,7 +119,9 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
         if image[0] % patch[0] or image[1] % patch[1]:
             raise ValueError(f"image_size {self.image_size!r} is not a multiple of patch_size {self.patch_size!r}")
         if self.position_embedding == "sincos2d" and self.hidden_size % 4:
-            raise ValueError(f"position_embedding='sincos2d' needs a multiple of 4 as hidden_size, got {self.hidden_size}")
+            raise ValueError(
+                f"position_embedding='sincos2d' needs a multiple of 4 as hidden_size, got {self.hidden_size}"
+            )
         if self.num_register_tokens < 0:
             raise ValueError(f"num_register_tokens must not be negative, got {self.num_register_tokens}")
 
@@ -184,7 +199,9 @@ class IGCaptionerTextConfig(PreTrainedConfig):
                 f"got {self.num_text_only_layers}"
             )
         if self.position_embedding == "rotary" and (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError(f"rotary positions need an even head size, got {self.hidden_size // self.num_attention_heads}")
+            raise ValueError(
+                f"rotary positions need an even head size, got {self.hidden_size // self.num_attention_heads}"
+            )
         if self.decoder_start_token_id is None:
             raise ValueError("decoder_start_token_id and bos_token_id are both None: a text needs a start token")
 

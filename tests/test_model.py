@@ -3,7 +3,6 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tiny import BOS, EOS, MASK, VARIANTS, VOCAB, random_images, random_texts, tiny_config, tiny_model
 from torch import nn
 
 from ig_captioner import (
@@ -13,7 +12,8 @@ from ig_captioner import (
     IGCaptionerModel,
     IGCaptionerVisionModel,
 )
-from ig_captioner.modeling_ig_captioner import sincos_position_embedding
+from ig_captioner.encoder_ig_captioner import sincos_position_embedding
+from tiny import BOS, EOS, MASK, VARIANTS, VOCAB, random_images, random_texts, tiny_config, tiny_model
 
 
 LENGTH = 5
@@ -76,7 +76,7 @@ def attention_maps(model, **kwargs) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("text_only_layers", [0, 1])
 def test_masks_cell_by_cell(text_only_layers):
-    """Which keys each query may see, read off the attention weights of the prefix decoder: [queries, patches + text]."""
+    """Which keys a query may see, read off the prefix decoder's attention weights: [queries, patches + text]."""
     model = tiny_model("prefix", attn="eager")
     model = IGCaptionerForConditionalGeneration._from_config(
         tiny_config({"num_text_only_layers": text_only_layers}), attn_implementation="eager"
@@ -129,9 +129,7 @@ def naive_prefix_lm(model, pixel_values: torch.Tensor, input_ids: torch.Tensor) 
         allowed = torch.ones(total, total, dtype=torch.bool).tril()
         allowed[:seen, :seen] = True
         x, attn = layer.self_attn_norm(text), layer.self_attn
-        q, k, v = (
-            p(x).view(1, total, 2, -1).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
+        q, k, v = (p(x).view(1, total, 2, -1).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
         weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf).softmax(dim=-1)
         text = text + attn.o_proj((weights @ v).transpose(1, 2).flatten(2))
         text = text + layer.mlp(layer.mlp_norm(text))
@@ -155,7 +153,10 @@ def test_positions_matter_and_padding_on_the_left_does_not():
         with torch.no_grad():
             logits = model(input_ids=ids).logits
             assert (logits[0, 1] - logits[0, 2]).abs().max() > 1e-4
-            left = model(input_ids=torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1), attention_mask=torch.tensor([[0] * 3 + [1] * 5])).logits
+            left = model(
+                input_ids=torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1),
+                attention_mask=torch.tensor([[0] * 3 + [1] * 5]),
+            ).logits
         torch.testing.assert_close(left[:, 3:], logits, atol=1e-5, rtol=1e-5)
 
 
@@ -175,7 +176,9 @@ def test_mixed_parallel_and_causal_texts_in_training():
     torch.testing.assert_close(mixed.logits[1], causal.logits[1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mixed.unconditional_loss, causal.unconditional_loss)
     targets = labels[[0, 2]].flatten()
-    torch.testing.assert_close(mixed.parallel_loss, nn.functional.cross_entropy(parallel[[0, 2]].flatten(0, 1), targets))
+    torch.testing.assert_close(
+        mixed.parallel_loss, nn.functional.cross_entropy(parallel[[0, 2]].flatten(0, 1), targets)
+    )
     both = nn.functional.cross_entropy(mixed.logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(mixed.loss, 1.5 * both + 0.5 * mixed.unconditional_loss)
 

@@ -176,9 +176,7 @@ def test_forms_of_one_image(classifier, photos, tmp_path):
 def test_scores_are_bayes_posterior_of_the_models_information_gain(classifier, photos):
     direct = direct_scores(classifier, photos, [TEMPLATE.replace("{}", label) for label in LABELS])
     results = classifier(photos, candidate_labels=LABELS, return_log_likelihoods=True, batch_size=4)
-    torch.testing.assert_close(
-        scores_of(results), direct.information_gain.softmax(dim=-1), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(scores_of(results), direct.information_gain.softmax(dim=-1), atol=1e-5, rtol=1e-5)
     assert scores_of(results).max() > 0.5  # the comparison is not of uniform scores
     for i, entries in enumerate(results):
         assert [list(entry) for entry in entries] == [["score", "label", *FIELDS]] * 3
@@ -187,15 +185,11 @@ def test_scores_are_bayes_posterior_of_the_models_information_gain(classifier, p
             assert entry["caption_log_likelihood"] == pytest.approx(
                 direct.caption_log_likelihood[i, j].item(), abs=1e-4
             )
-            assert entry["prior_log_likelihood"] == pytest.approx(
-                direct.prior_log_likelihood[j].item(), abs=1e-4
-            )
+            assert entry["prior_log_likelihood"] == pytest.approx(direct.prior_log_likelihood[j].item(), abs=1e-4)
             assert entry["information_gain"] == pytest.approx(direct.information_gain[i, j].item(), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "head", [IGCaptionerForZeroShotImageClassification, IGCaptionerForConditionalGeneration]
-)
+@pytest.mark.parametrize("head", [IGCaptionerForZeroShotImageClassification, IGCaptionerForConditionalGeneration])
 @pytest.mark.parametrize("prior_weight", [0, 0.5, 1.0, None])
 def test_prior_weight(head, prior_weight, photos):
     torch.manual_seed(1)
@@ -213,17 +207,13 @@ def test_templates_are_ensembled_by_the_mean_of_log_likelihoods(classifier, phot
     templates = [TEMPLATE, "{}", "a {} a {}"]
     arguments = {"candidate_labels": LABELS, "return_log_likelihoods": True}
     together = by_label(classifier(photos[0], hypothesis_template=templates, **arguments))
-    apart = [
-        by_label(classifier(photos[0], hypothesis_template=template, **arguments)) for template in templates
-    ]
+    apart = [by_label(classifier(photos[0], hypothesis_template=template, **arguments)) for template in templates]
     for label in LABELS:
         for field in FIELDS:
             mean = sum(entries[label][field] for entries in apart) / len(templates)
             assert together[label][field] == pytest.approx(mean, abs=1e-4)
     gains = torch.tensor([together[label]["information_gain"] for label in LABELS])
-    assert scores_of([list(together.values())])[0].tolist() == pytest.approx(
-        gains.softmax(-1).tolist(), abs=1e-5
-    )
+    assert scores_of([list(together.values())])[0].tolist() == pytest.approx(gains.softmax(-1).tolist(), abs=1e-5)
     one = classifier(photos[0], hypothesis_template=[TEMPLATE], **arguments)
     assert one == classifier(photos[0], hypothesis_template=TEMPLATE, **arguments)
 
@@ -266,9 +256,7 @@ def test_tokenizer_kwargs_reach_the_tokenizer(classifier, photos):
     direct = direct_scores(classifier, photos[:1], cut).information_gain.softmax(dim=-1)
     torch.testing.assert_close(scores_of([short]), direct, atol=1e-5, rtol=1e-5)
     padded = classifier(photos[0], LABELS, tokenizer_kwargs={"padding": "max_length"})
-    torch.testing.assert_close(
-        scores_of([padded]), scores_of([classifier(photos[0], LABELS)]), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(scores_of([padded]), scores_of([classifier(photos[0], LABELS)]), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="bogus"):
         classifier(photos[0], LABELS, tokenizer_kwargs={"padding": "bogus"})
 
@@ -278,9 +266,7 @@ def test_texts_are_cut_to_the_models_positions_and_keep_eos(model, photos):
     long, longer = "a " * 20, "a " * 30
     entries = classifier(photos[0], [long, longer], hypothesis_template="{}")
     assert [entry["score"] for entry in entries] == pytest.approx([0.5, 0.5])
-    assert classifier._encode([long], {})["input_ids"].tolist() == [
-        [WORDS.index("a")] * 11 + [WORDS.index("</s>")]
-    ]
+    assert classifier._encode([long], {})["input_ids"].tolist() == [[WORDS.index("a")] * 11 + [WORDS.index("</s>")]]
 
 
 def test_timeout_reaches_the_download(classifier, photos, monkeypatch):
@@ -312,9 +298,7 @@ def test_arguments_of_the_constructor_are_defaults_for_calls(model, classifier, 
     assert preset(photos) == classifier(photos, LABELS, batch_size=4, **arguments)
     overridden = {**arguments, "hypothesis_template": "{}", "top_k": None, "candidate_labels": ["dog", "cat"]}
     assert preset(photos[0], **overridden) == classifier(photos[0], **overridden)
-    assert preset(photos[0]) == classifier(
-        photos[0], LABELS, **arguments
-    )  # and the constructor's are unchanged
+    assert preset(photos[0]) == classifier(photos[0], LABELS, **arguments)  # and the constructor's are unchanged
 
 
 WRONG = [
@@ -439,9 +423,7 @@ def test_pipeline_factory(model, classifier, photos):
         "image_processor": classifier.image_processor,
         "device": "cpu",
     }
-    built = pipeline(
-        TASK, model=model, pipeline_class=IGZeroShotImageClassificationPipeline, top_k=1, **parts
-    )
+    built = pipeline(TASK, model=model, pipeline_class=IGZeroShotImageClassificationPipeline, top_k=1, **parts)
     assert built(photos[0], LABELS) == classifier(photos[0], LABELS, top_k=1)
 
 

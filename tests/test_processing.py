@@ -307,9 +307,7 @@ def test_wrong_labels_are_named(labels):
     assert repr(wrong) in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "template", ["a photo", "", None, [], 3, ["a {}", "a photo"], ["a {}", None], {"{}"}]
-)
+@pytest.mark.parametrize("template", ["a photo", "", None, [], 3, ["a {}", "a photo"], ["a {}", None], {"{}"}])
 def test_wrong_templates_are_named(template):
     wrong = template[-1] if isinstance(template, list) and template else template
     with pytest.raises(ValueError, match="hypothesis_template.*") as raised:
@@ -371,10 +369,7 @@ def test_auto_classes_load_a_saved_folder(processor, photo, tmp_path):
     loaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     images = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert (
-        type(loaded).__name__ == "IGCaptionerProcessor"
-        and type(images).__name__ == "IGCaptionerImageProcessor"
-    )
+    assert type(loaded).__name__ == "IGCaptionerProcessor" and type(images).__name__ == "IGCaptionerImageProcessor"
     for name, value in loaded(images=photo, text="A cat.", return_tensors="pt").items():
         torch.testing.assert_close(value, expected[name])
     torch.testing.assert_close(images(photo, return_tensors="pt")["pixel_values"], expected["pixel_values"])

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
 from tiny import (
     VARIANTS,
     naive_log_likelihoods,
@@ -12,8 +14,6 @@ from tiny import (
     tiny_config,
     tiny_model,
 )
-
-from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
 
 
 HEADS = [IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification]

@@ -1,0 +1,300 @@
+"""The text decoder: one network for log P(T|I), log P(T) and parallel prediction.
+
+An image reaches it only as one pair of keys and values per fusion layer (`read_image`), computed once per image,
+whatever the number of texts. With `fusion="prefix"` these come from image tokens that pass through the same layers as a
+bidirectional prefix, which never sees the text, and they stand in front of the text's own keys; with
+`"cross_attention"` they come straight from the encoder. Three modes follow:
+
+    conditional    causal text, with an image           log P(T|I)
+    unconditional  causal text, no image is passed      log P(T)
+    parallel       mask tokens only, no causal mask     CapPa's parallel prediction (arXiv 2306.07915)
+
+The lower `num_text_only_layers` layers never see the image: `read_text` runs them, `fuse` the rest, so that several
+images, or log P(T|I) and log P(T), share what `read_text` returns.
+
+Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E encoder width, D decoder width, H heads,
+V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, GradientCheckpointingLayer
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_ig_captioner import IGCaptionerTextConfig
+from .encoder_ig_captioner import (
+    IGCaptionerAttention,
+    IGCaptionerMLP,
+    IGCaptionerPreTrainedModel,
+    KeyValues,
+    make_norm,
+    rotary_embedding,
+)
+
+
+@dataclass
+class TextStates:
+    """Texts after embedding and the text-only layers: all that the fusion layers need to know of them.
+
+    hidden_states [N, L, D]; mask as the attention implementation takes it (None, [N, S] or [N, 1, L, S]); rotary
+    cosines and sines [N, 1, L, head]; is_causal is False for parallel prediction.
+    """
+
+    hidden_states: Tensor
+    mask: Tensor | None
+    rotary: tuple[Tensor, Tensor] | None
+    is_causal: bool
+
+    def rows(self, index: Tensor) -> "TextStates":
+        """The texts chosen by `index` [M]."""
+        mask = None if self.mask is None else self.mask[index]
+        rotary = None if self.rotary is None else (self.rotary[0][index], self.rotary[1][index])
+        return TextStates(self.hidden_states[index], mask, rotary, self.is_causal)
+
+
+def with_visible_prefix(mask: Tensor | None, length: int) -> Tensor | None:
+    """`mask` [..., S] (boolean, additive, or 2-D of 0 and 1) widened to [..., length + S] by keys that all may see.
+
+    None stays None: without a mask, flash attention aligns causality with the last key, which is the prefix-LM's.
+    """
+    if mask is None:
+        return None
+    return F.pad(mask, (length, 0), value=0.0 if mask.is_floating_point() else 1)
+
+
+@dataclass
+class IGCaptionerDecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+    text_states: TextStates | None = None
+
+
+class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block over text: self-attention, cross-attention if that is how it sees images, MLP."""
+
+    def __init__(self, config: IGCaptionerTextConfig, layer_idx: int):
+        super().__init__()
+        size = config.hidden_size
+        fuses = layer_idx >= config.num_text_only_layers
+        self.has_prefix = fuses and config.fusion == "prefix"
+        self.is_last = layer_idx == config.num_hidden_layers - 1
+        self.self_attn_norm = make_norm(config, size)
+        self.self_attn = IGCaptionerAttention(config, layer_idx=layer_idx)
+        self.cross_attn = None
+        if fuses and config.fusion == "cross_attention":
+            self.cross_attn_norm = make_norm(config, size)
+            self.cross_attn = IGCaptionerAttention(config, config.encoder_hidden_size, layer_idx)
+        self.mlp_norm = make_norm(config, size)
+        self.mlp = IGCaptionerMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        image_key: Tensor | None = None,
+        image_value: Tensor | None = None,
+        *,
+        reads_image: bool = False,
+        text: TextStates | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Text [N, L, D], or with `reads_image` image tokens [B, P, *], through the block.
+
+        Both go through `forward`, so that wrappers around a layer (checkpointing, sharding) see every use of it; what
+        needs a gradient is positional for the same reason.
+
+        Returns:
+            The new states; for image tokens also their keys and values [B, H, P, head].
+        """
+        if reads_image:
+            return self._read_image(hidden_states, **kwargs)
+        normed = self.self_attn_norm(hidden_states)
+        key, value = self.self_attn.key_values(normed, text.rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.self_attn.layer_idx)
+        mask, causal = text.mask, text.is_causal
+        if image_key is not None and self.has_prefix:
+            key, value = torch.cat([image_key, key], dim=2), torch.cat([image_value, value], dim=2)
+            mask = with_visible_prefix(mask, image_key.shape[2])
+        attended, _ = self.self_attn(normed, (key, value), mask, text.rotary, is_causal=causal, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        if image_key is not None and self.cross_attn is not None:
+            attended, _ = self.cross_attn(self.cross_attn_norm(hidden_states), (image_key, image_value), **kwargs)
+            hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+    def _read_image(self, image_states: Tensor, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
+        if self.cross_attn is not None:
+            return image_states, *self.cross_attn.key_values(image_states)
+        normed = self.self_attn_norm(image_states)
+        key_values = self.self_attn.key_values(normed)
+        if not self.is_last:  # nothing reads the image tokens after the last layer
+            attended, _ = self.self_attn(normed, key_values, **kwargs)
+            image_states = image_states + self.dropout(attended)
+            image_states = image_states + self.dropout(self.mlp(self.mlp_norm(image_states)))
+        return image_states, *key_values
+
+
+class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
+    """Text in, states before the head out; the image comes in as `image_key_values`, or not at all."""
+
+    config_class = IGCaptionerTextConfig
+    base_model_prefix = "decoder"
+    input_modalities = ("text",)
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(IGCaptionerDecoderLayer, index=0),
+        "attentions": OutputRecorder(IGCaptionerAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(IGCaptionerAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def __init__(self, config: IGCaptionerTextConfig):
+        super().__init__(config)
+        size = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.num_embeddings, size)
+        learned = config.position_embedding == "learned"
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, size) if learned else None
+        self.image_projection = nn.Linear(config.encoder_hidden_size, size) if config.fusion == "prefix" else None
+        self.layers = nn.ModuleList([IGCaptionerDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = make_norm(config, size, bias=True)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @property
+    def fusion_layers(self) -> nn.ModuleList:
+        return self.layers[self.config.num_text_only_layers :]
+
+    def read_image(self, encoder_hidden_states: Tensor, **kwargs) -> list[KeyValues]:
+        """What each fusion layer needs of the images: keys and values [B, H, P, head], from [B, P, E]."""
+        states = encoder_hidden_states
+        if self.image_projection is not None:
+            states = self.image_projection(states)
+        image_key_values = []
+        for layer in self.fusion_layers:
+            states, key, value = layer(states, reads_image=True, **kwargs)
+            image_key_values.append((key, value))
+        return image_key_values
+
+    def read_text(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        parallel_rows: Tensor | None = None,
+        **kwargs,
+    ) -> TextStates:
+        """Embeds texts [N, L] and runs the text-only layers, which the image never reaches.
+
+        Args:
+            parallel_rows: [N] bool; these texts are replaced by mask tokens and lose the causal mask.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(self._mask_rows(input_ids, parallel_rows))
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None:
+            position_ids = self._position_ids(inputs_embeds, attention_mask, past, parallel_rows)
+        hidden_states, rotary = inputs_embeds, None
+        if self.embed_positions is not None:
+            self._check_length(inputs_embeds.shape[1], past)
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        else:
+            head_dim = self.config.hidden_size // self.config.num_attention_heads
+            rotary = rotary_embedding(position_ids, head_dim, self.config.rope_theta)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            # a prefix is put in front of the mask, and parallel texts open it: both need it spelled out
+            allow_is_causal_skip=self.config.fusion == "cross_attention" and parallel_rows is None,
+        )
+        text = TextStates(hidden_states, mask, rotary, is_causal=True)
+        if parallel_rows is not None:
+            text.mask, text.is_causal = self._open_mask(mask, parallel_rows)
+        for layer in self.layers[: self.config.num_text_only_layers]:
+            text.hidden_states = layer(text.hidden_states, text=text, past_key_values=past_key_values, **kwargs)
+        return text
+
+    def fuse(
+        self,
+        text: TextStates,
+        image_key_values: list[KeyValues] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Runs the fusion layers and the final norm: [N, L, D]. Without `image_key_values` no image is involved."""
+        hidden_states = text.hidden_states
+        nothing = [(None, None)] * len(self.fusion_layers)
+        for layer, key_value in zip(self.fusion_layers, image_key_values or nothing, strict=True):
+            hidden_states = layer(hidden_states, *key_value, text=text, past_key_values=past_key_values, **kwargs)
+        return self.norm(hidden_states)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_key_values: list[KeyValues] | None = None,
+        parallel_rows: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> IGCaptionerDecoderOutput:
+        """Texts [N, L] and what `read_image` made of N images to `last_hidden_state` [N, L, D]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        text = self.read_text(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, parallel_rows, **kwargs
+        )
+        hidden_states = self.fuse(text, image_key_values, past_key_values, **kwargs)
+        return IGCaptionerDecoderOutput(
+            last_hidden_state=hidden_states, past_key_values=past_key_values, text_states=text
+        )
+
+    def _mask_rows(self, input_ids: Tensor, parallel_rows: Tensor | None) -> Tensor:
+        if parallel_rows is None:
+            return input_ids
+        if self.config.mask_token_id is None:
+            raise ValueError("parallel prediction needs text_config.mask_token_id, got None")
+        return input_ids.masked_fill(parallel_rows[:, None], self.config.mask_token_id)
+
+    def _open_mask(self, mask: Tensor | None, parallel_rows: Tensor) -> tuple[Tensor | None, bool]:
+        """The mask and causality of a batch whose `parallel_rows` [N] see every position, padding included."""
+        if mask is None or mask.ndim == 2:  # flash attention: one causality for the whole batch
+            if not bool(parallel_rows.all()):
+                raise ValueError(
+                    "flash attention cannot mix causal and parallel texts in one batch; use attn_implementation='sdpa'"
+                )
+            return None, False
+        rows = parallel_rows[:, None, None, None]
+        return (mask | rows) if mask.dtype == torch.bool else mask.masked_fill(rows, 0.0), True
+
+    def _position_ids(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, past: int, parallel_rows: Tensor | None
+    ) -> Tensor:
+        """Positions [N, L]: from the first real token on; for parallel texts, which have none, from the left edge."""
+        length = inputs_embeds.shape[1]
+        positions = (torch.arange(length, device=inputs_embeds.device) + past).expand(len(inputs_embeds), -1)
+        if attention_mask is None or attention_mask.ndim != 2:
+            return positions
+        counted = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+        return counted if parallel_rows is None else counted.where(~parallel_rows[:, None], positions)
+
+    def _check_length(self, length: int, past: int) -> None:
+        if isinstance(past, int) and past + length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"the text has {past + length} tokens, but the model knows {self.config.max_position_embeddings} "
+                "positions (text_config.max_position_embeddings)"
+            )

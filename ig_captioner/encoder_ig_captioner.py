@@ -1,0 +1,292 @@
+"""The image encoder, a pre-norm ViT, and the blocks it shares with the decoder: norms, attention, MLP, the base class.
+
+Attention projects keys and values apart from queries, because the decoder keeps those of an image (computed once) and
+of the text (a cache) while its queries change. Positions are learned, and resampled linearly with aligned corners when
+the image size changes (as in big_vision), or fixed 2-D sine-cosine tables.
+
+Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E encoder width, D decoder width, H heads,
+V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GradientCheckpointingLayer, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_ig_captioner import (
+    IGCaptionerConfig,
+    IGCaptionerTextConfig,
+    IGCaptionerVisionConfig,
+    as_height_width,
+    copy_remote_code,
+)
+
+
+KeyValues = tuple[Tensor, Tensor]  # keys and values, [B, H, P, head] each
+
+
+def rotary_embedding(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [N, 1, L, head_dim] float32 of half-split rotary positions."""
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    angles = position_ids[:, None, :, None].float() / theta**exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """`states` [N, H, L, head] turned by `rotary`."""
+    cos, sin = rotary
+    first, second = states.float().chunk(2, dim=-1)
+    return (states.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(states.dtype)
+
+
+def make_norm(
+    config: IGCaptionerVisionConfig | IGCaptionerTextConfig, size: int, bias: bool | None = None
+) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias if bias is None else bias)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention spelled out. Returns [N, L, H, head] and the weights [N, H, L, S]."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class IGCaptionerAttention(nn.Module):
+    """Multi-head attention whose keys and values are projected apart from the queries, so that they can be kept.
+
+    Args:
+        key_value_size: width of what is attended to; the width of the queries if not given.
+    """
+
+    def __init__(
+        self,
+        config: IGCaptionerVisionConfig | IGCaptionerTextConfig,
+        key_value_size: int | None = None,
+        layer_idx: int | None = None,
+    ):
+        super().__init__()
+        size, bias = config.hidden_size, config.attention_bias
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(size, size, bias=bias)
+        self.k_proj = nn.Linear(key_value_size or size, size, bias=bias)
+        self.v_proj = nn.Linear(key_value_size or size, size, bias=bias)
+        self.o_proj = nn.Linear(size, size, bias=bias)
+
+    def _split_heads(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def key_values(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> KeyValues:
+        """Keys and values [N, H, S, head] of `hidden_states` [N, S, *]."""
+        key = self._split_heads(self.k_proj(hidden_states))
+        value = self._split_heads(self.v_proj(hidden_states))
+        return (key if rotary is None else rotate(key, rotary)), value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_values: KeyValues,
+        attention_mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        is_causal: bool = False,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Queries from `hidden_states` [N, L, D] read `key_values`. Returns [N, L, D] and, if eager, the weights."""
+        query = self._split_heads(self.q_proj(hidden_states))
+        query = query if rotary is None else rotate(query, rotary)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self,
+            query,
+            *key_values,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=dropout,
+            is_causal=is_causal,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(2)), weights
+
+
+class IGCaptionerMLP(nn.Module):
+    """`act(x W1) W2`, or gated: `act(x W_gate) * (x W1) W2` (GEGLU for a GELU)."""
+
+    def __init__(self, config: IGCaptionerVisionConfig | IGCaptionerTextConfig):
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.act = ACT2FN[config.hidden_act]
+        self.gate_proj = nn.Linear(size, inner, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        inner = self.up_proj(hidden_states)
+        inner = self.act(inner) if self.gate_proj is None else self.act(self.gate_proj(hidden_states)) * inner
+        return self.down_proj(inner)
+
+
+class IGCaptionerPreTrainedModel(PreTrainedModel):
+    config_class = IGCaptionerConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["IGCaptionerVisionLayer", "IGCaptionerDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        std = getattr(self.config.get_text_config(), "initializer_range", 0.02)
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, IGCaptionerPatchEmbeddings):
+            for parameter in (module.position_embedding, module.register_tokens):
+                if parameter is not None:
+                    init.normal_(parameter, std=std)
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; the code that `trust_remote_code=True` needs is saved along with the weights."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if isinstance(self.config, IGCaptionerConfig):
+            copy_remote_code(save_directory)
+
+
+def sincos_position_embedding(grid: tuple[int, int], size: int, device: torch.device) -> Tensor:
+    """Fixed 2-D positions [rows * columns, size]: sin x, cos x, sin y, cos y, as in big_vision (temperature 10,000)."""
+    rows, columns = grid
+    y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+    omega = 10000.0 ** -(torch.arange(size // 4, device=device).float() / max(size // 4 - 1, 1))
+    y, x = y.flatten()[:, None] * omega, x.flatten()[:, None] * omega
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1)
+
+
+class IGCaptionerPatchEmbeddings(nn.Module):
+    """Pixels [B, channels, height, width] to image tokens [B, P, E]: patches row by row, then register tokens."""
+
+    def __init__(self, config: IGCaptionerVisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_size = as_height_width(config.patch_size, "patch_size")
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, self.patch_size, self.patch_size, bias=config.patch_bias
+        )
+        rows, columns = config.grid_size
+        learned = config.position_embedding == "learned"
+        registers = config.num_register_tokens
+        self.position_embedding = nn.Parameter(torch.empty(rows * columns, config.hidden_size)) if learned else None
+        self.register_tokens = nn.Parameter(torch.empty(registers, config.hidden_size)) if registers else None
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """[P, E] for a grid of `(rows, columns)`; learned positions are resampled linearly with aligned corners."""
+        if self.position_embedding is None:
+            return sincos_position_embedding(grid, self.config.hidden_size, self.projection.weight.device)
+        if grid == self.config.grid_size:
+            return self.position_embedding
+        learned = self.position_embedding.float().view(1, *self.config.grid_size, -1).permute(0, 3, 1, 2)
+        resampled = F.interpolate(learned, size=grid, mode="bilinear", align_corners=True)
+        return resampled.flatten(2)[0].T
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        height, width = pixel_values.shape[-2:]
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values must be [B, {self.config.num_channels}, height, width], got {tuple(pixel_values.shape)}"
+            )
+        if height % self.patch_size[0] or width % self.patch_size[1]:
+            raise ValueError(f"image size {height} x {width} is not a multiple of the patch size {self.patch_size}")
+        pixel_values = pixel_values.to(self.projection.weight.dtype)
+        tokens = self.projection(pixel_values).flatten(2).transpose(1, 2)
+        tokens = tokens + self.positions((height // self.patch_size[0], width // self.patch_size[1])).to(tokens.dtype)
+        if self.register_tokens is not None:
+            tokens = torch.cat([tokens, self.register_tokens.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
+        return tokens
+
+
+class IGCaptionerVisionLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block over image tokens."""
+
+    def __init__(self, config: IGCaptionerVisionConfig):
+        super().__init__()
+        self.self_attn_norm = make_norm(config, config.hidden_size)
+        self.self_attn = IGCaptionerAttention(config)
+        self.mlp_norm = make_norm(config, config.hidden_size)
+        self.mlp = IGCaptionerMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        normed = self.self_attn_norm(hidden_states)
+        attended, _ = self.self_attn(normed, self.self_attn.key_values(normed), **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class IGCaptionerVisionModel(IGCaptionerPreTrainedModel):
+    """The ViT alone, for features. `pooler_output` [B, E] is the mean over the patches (registers are left out)."""
+
+    config_class = IGCaptionerVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _can_record_outputs = {
+        "hidden_states": IGCaptionerVisionLayer,
+        "attentions": OutputRecorder(IGCaptionerAttention, index=1),
+    }
+
+    def __init__(self, config: IGCaptionerVisionConfig):
+        super().__init__(config)
+        self.embeddings = IGCaptionerPatchEmbeddings(config)
+        self.layers = nn.ModuleList([IGCaptionerVisionLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = make_norm(config, config.hidden_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.projection
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """`pixel_values` [B, channels, height, width] -> `last_hidden_state` [B, P, E], `pooler_output` [B, E]."""
+        hidden_states = self.embeddings(pixel_values)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.norm(hidden_states)
+        patches = hidden_states[:, : hidden_states.shape[1] - self.config.num_register_tokens]
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=patches.mean(dim=1))

@@ -1,0 +1,413 @@
+"""Configuration, optimisers, schedule, checkpoints, and whole runs of a few steps."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ig_captioner import IGCaptionerForConditionalGeneration
+from tests.tiny import padded, random_images, random_texts, tiny_model
+from training.build import build_model_config
+from training.checkpoint import list_checkpoints, load_state, save_checkpoint
+from training.config import OptimizerConfig, TrainConfig, load_config, parse_overrides
+from training.evaluation import evaluate_held_out, rank_of_target
+from training.metrics import sums_by_source, weight_in_mean
+from training.optim import (
+    MovingAverage,
+    group_parameters,
+    learning_rate_factor,
+    make_optimizers,
+    set_learning_rate,
+)
+from training.train import NonFiniteError, run_fraction, train
+from training.train_tokenizer import train_tokenizer
+
+
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+MINIMAL = {"max_steps": 3, "data.sources.x.shards": "x.tar"}
+
+
+def options(values):
+    return [part for key, value in values.items() for part in (f"--{key}", json.dumps(value))]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A shard of coloured squares, and a tokenizer."""
+    root = tmp_path_factory.mktemp("training")
+    with tarfile.open(root / "colors.tar", "w") as archive:
+        for index in range(24):
+            name = list(COLORS)[index % 4]
+            buffer = io.BytesIO()
+            Image.new("RGB", (8, 8), COLORS[name]).save(buffer, "PNG")
+            for suffix, content in (("png", buffer.getvalue()), ("txt", f"a {name} square.".encode())):
+                info = tarfile.TarInfo(f"{index:04d}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    train_tokenizer([f"a {name} square." for name in COLORS], 300).save_pretrained(root / "tokenizer")
+    return root
+
+
+def run_config(workspace, output_dir, **overrides):
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    values = {
+        "output_dir": str(output_dir),
+        "tokenizer": str(workspace / "tokenizer"),
+        "data_root": str(workspace),
+        "model.vision_config": {**small, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8},
+        "model.text_config": {
+            **small,
+            "num_hidden_layers": 2,
+            "num_text_only_layers": 1,
+            "max_position_embeddings": 16,
+        },
+        "data.max_length": 16,
+        "data.sources.colors.shards": "colors.tar",
+        "data.sources.colors.augmentation.shift": 0.1,
+        "batch_size": 8,
+        "max_steps": 4,
+        "mixed_precision": "no",
+        "log_every_steps": 2,
+        "checkpoint_minutes": 0,
+        "optimizer.lr": 0.01,
+        "optimizer.ema_decay": 0.9,
+        **overrides,
+    }
+    return load_config(None, options(values))
+
+
+# Configuration
+
+
+def test_yaml_and_overrides(tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "max_steps: 10\nmixed_precision: no\ndata: {sources: {x: {shards: [a.tar]}}}\noptimizer: {lr: 2e-3}\n"
+    )
+    monkeypatch.setenv("IG_CAPTIONER_DATA", "/somewhere")
+    config = load_config(
+        path, ["--optimizer.name", "muon", "--data.sources.x.weight=0.5", "--resume", "--max_steps", "20"]
+    )
+    assert (config.max_steps, config.resume, config.mixed_precision, config.data_root) == (
+        20,
+        True,
+        "no",
+        "/somewhere",
+    )
+    assert (config.optimizer.name, config.optimizer.lr, config.data.sources["x"].weight) == ("muon", 0.002, 0.5)
+    assert load_config(path, ["--data_root", "/elsewhere"]).data_root == "/elsewhere"
+
+
+def test_shipped_recipes_are_valid():
+    from pathlib import Path
+
+    import training
+
+    recipes = sorted((Path(training.__file__).parent / "configs").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        load_config(recipe)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"optimizer.learning_rate": 1}, "unknown key optimizer.learning_rate"),
+        ({"max_step": 1}, "unknown key max_step"),
+        ({"data.sources.x.weigth": 1}, "unknown key data.sources.x.weigth"),
+        ({"optimizer.lr": "fast"}, "optimizer.lr must be float, got 'fast'"),
+        ({"max_steps": 1.5}, "max_steps must be int, got 1.5"),
+        ({"max_steps": 0}, "max_steps must be positive"),
+        ({"resume": "maybe"}, "resume must be bool"),
+        ({"optimizer.name": "sgd"}, "optimizer.name must be one of 'adamw', 'muon', got 'sgd'"),
+        ({"optimizer.betas": [0.9]}, "optimizer.betas must have 2 values"),
+        ({"data.sources.x.weight": 0}, "data.sources.x.weight must be positive, got 0"),
+        ({"data.sources.x.augmentation.scale": [0.9, 0.5]}, "augmentation.scale must be"),
+        ({"data.sources": 3}, "data.sources must be a section"),
+        ({"max_steps": None}, "at least one of max_steps"),
+        ({"batch_size": 4, "micro_batches": 8}, "micro_batches must be at most batch_size"),
+    ],
+)
+def test_configuration_errors_name_the_key(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, options({**MINIMAL, **overrides}))
+
+
+def test_override_errors():
+    with pytest.raises(ValueError, match="'oops'"):
+        parse_overrides(["oops"])
+    with pytest.raises(ValueError, match="'max_steps' is a value"):
+        load_config(None, [*options(MINIMAL), "--max_steps.x", "1"])
+
+
+def test_unknown_model_keys_are_errors(workspace, tmp_path):
+    for key in ("model.vision_config.depth", "model.text_config.dept", "model.loss_weight"):
+        with pytest.raises(ValueError, match=f"unknown key {key}"):
+            train(run_config(workspace, tmp_path, **{key: 3}))
+
+
+def test_model_config_takes_special_tokens_from_the_tokenizer():
+    tokenizer = train_tokenizer(["a b"], 300)
+    config = build_model_config({"text_config": {"hidden_size": 16, "num_attention_heads": 2}}, tokenizer)
+    text = config.text_config
+    assert (text.vocab_size, text.pad_token_id, text.decoder_start_token_id, text.eos_token_id) == (
+        len(tokenizer),
+        0,
+        1,
+        2,
+    )
+    assert text.mask_token_id == 3 and text.hidden_size == 16
+
+
+# Optimisation
+
+
+def test_every_parameter_is_in_one_group_and_tables_have_no_decay():
+    for vision in ({}, {"patch_embedding": "convolutional", "num_register_tokens": 2}):
+        model = tiny_model(vision=vision)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups = {group: {names[id(p)] for p in members} for group, members in group_parameters(model).items()}
+        assert sorted(name for group in groups.values() for name in group) == sorted(names.values())
+        assert all(dict(model.named_parameters())[name].ndim == 2 for name in groups["hidden"])
+        for name in groups["hidden"]:
+            assert name.endswith("weight") and "embed" not in name and "norm" not in name and "lm_head" not in name
+        assert "model.decoder.embed_tokens.weight" in groups["plain"]
+        assert "model.decoder.embed_positions.weight" in groups["plain"]
+        assert "model.vision_model.embeddings.position_embedding" in groups["plain"]
+        assert all("projection" in name for name in groups["decayed"])
+
+
+def test_untied_head_is_decayed_but_not_given_to_muon():
+    model = tiny_model("cross")
+    assert [p.shape for p in group_parameters(model)["decayed"]][-1] == model.lm_head.weight.shape
+    assert all(p is not model.lm_head.weight for p in group_parameters(model)["hidden"])
+
+
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
+    model = tiny_model()
+    muon, adamw = make_optimizers(model, OptimizerConfig(name="muon", lr=0.02, adamw_lr=0.003, weight_decay=0.1))
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    total = sum(len(group["params"]) for optimizer in (muon, adamw) for group in optimizer.param_groups)
+    assert total == len(list(model.parameters()))
+    assert sorted(group["weight_decay"] for group in adamw.param_groups) == [0.0, 0.1]
+    set_learning_rate([muon, adamw], 0.5)
+    assert {group["lr"] for group in muon.param_groups} == {0.01}
+    assert {group["lr"] for group in adamw.param_groups} == {0.0015}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizers_lower_the_loss(name):
+    model = tiny_model().train()
+    optimizers = make_optimizers(model, OptimizerConfig(name=name, lr=0.01))
+    ids, mask = padded(random_texts())
+    labels = ids.masked_fill(mask == 0, -100)
+    losses = []
+    for _ in range(8):
+        loss = model(pixel_values=random_images(len(labels)), labels=labels).loss
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"schedule": "linear"}, {0: 0, 0.05: 0.5, 0.1: 1, 0.55: 0.5, 1: 0, 2: 0}),
+        ({"schedule": "cosine"}, {0.05: 0.5, 0.1: 1, 0.55: 0.5, 1: 0}),
+        ({"schedule": "cosine", "min_lr_ratio": 0.2}, {0.1: 1, 0.55: 0.6, 1: 0.2}),
+        ({"schedule": "constant", "cooldown_fraction": 0.2}, {0.1: 1, 0.8: 1, 0.9: 0.5, 1: 0}),
+        ({"schedule": "rsqrt", "cooldown_fraction": 0.2}, {0.1: 1, 0.4: 0.5, 0.9: 0.5 / 3, 1: 0}),
+    ],
+)
+def test_schedule_values(fields, expected):
+    config = OptimizerConfig(warmup_fraction=0.1, **fields)
+    for progress, factor in expected.items():
+        assert learning_rate_factor(progress, config) == pytest.approx(factor, abs=1e-9)
+
+
+def test_run_fraction_follows_the_nearer_limit():
+    assert run_fraction(TrainConfig(max_steps=10), 5, 1e9) == 0.5
+    assert run_fraction(TrainConfig(max_minutes=2), 10**9, 30) == 0.25
+    both = TrainConfig(max_samples=1000, batch_size=100, max_minutes=2)
+    assert run_fraction(both, 9, 30) == 0.9 and run_fraction(both, 1, 60) == 0.5
+
+
+def test_moving_average():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    average = MovingAverage(model, decay=0.5)
+    torch.nn.init.ones_(model.weight)
+    average.update(model)  # decay min(0.5, 1 / 10)
+    assert average.average["weight"].item() == pytest.approx(0.9)
+    with average.applied(model):
+        assert model.weight.item() == pytest.approx(0.9)
+    assert model.weight.item() == 1.0
+
+
+# Metrics and evaluation
+
+
+def test_losses_per_source_add_up_to_the_batch():
+    model = tiny_model()
+    ids, mask = padded(random_texts())
+    labels, source = ids.masked_fill(mask == 0, -100), torch.tensor([0, 1, 1, 0, 2])
+    outputs = model(pixel_values=random_images(5), labels=labels)
+    prior_logits = model(labels=labels).logits
+    sums = sums_by_source(outputs.logits, prior_logits, labels, source, 4)
+    captioning, unconditional, tokens = sums.sum(dim=0).tolist()
+    assert captioning / tokens == pytest.approx(outputs.captioning_loss.item(), rel=1e-4)
+    assert unconditional / tokens == pytest.approx(outputs.unconditional_loss.item(), rel=1e-4)
+    assert sums[:, 2].tolist() == [6, 9, 5, 0]
+
+
+def test_weight_in_mean():
+    labels = torch.tensor([[1, 2, 2], [2, -100, -100], [-100, -100, -100]])
+    assert weight_in_mean(labels, "token") == 4
+    assert weight_in_mean(labels, "sequence") == 2
+
+
+def test_rank_of_target_counts_better_captions():
+    conditional, prior = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([-1.0, -3.0, -9.0])
+    target = torch.tensor([1])
+    assert [rank_of_target(conditional, prior, target, weight).item() for weight in (0.0, 1.0)] == [1, 1]
+    assert rank_of_target(conditional, prior, torch.tensor([2]), 1.0).item() == 0
+
+
+# Checkpoints
+
+
+def test_checkpoints_are_pruned_and_half_written_ones_ignored(tmp_path):
+    def save_model(folder):
+        folder.mkdir()
+
+    for step in (5, 10, 15):
+        save_checkpoint(tmp_path, step, {"value": torch.tensor(step)}, save_model, keep=2)
+    (tmp_path / "checkpoint-00000020").mkdir()  # without state.pt
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-00000010", "checkpoint-00000015"]
+    assert load_state(list_checkpoints(tmp_path)[-1])["value"] == 15
+
+
+def test_failed_checkpoint_leaves_the_last_one(tmp_path):
+    def disk_full(folder):
+        raise OSError("No space left on device")
+
+    save_checkpoint(tmp_path, 1, {}, lambda folder: folder.mkdir(), keep=1)
+    with pytest.raises(OSError, match=r"checkpoint-00000002.*No space left"):
+        save_checkpoint(tmp_path, 2, {}, disk_full, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
+
+
+# Runs
+
+
+def test_run_writes_a_loadable_folder_and_a_log(workspace, tmp_path):
+    from transformers import AutoProcessor
+
+    config = run_config(
+        workspace,
+        tmp_path,
+        **{"save_dtype": "float16", "data.sources.colors.holdout_fraction": 0.3, "evaluation.every_steps": 4},
+        **{"optimizer.name": "muon", "micro_batches": 2},
+    )
+    final = train(config)
+    model = IGCaptionerForConditionalGeneration.from_pretrained(final, dtype="auto")
+    assert model.dtype == torch.float16
+    processor = AutoProcessor.from_pretrained(final)
+    inputs = processor(images=Image.new("RGB", (9, 9)), text=["a red square."], return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 16, 16)
+    scores = model.float().score(inputs["pixel_values"], inputs["input_ids"])
+    assert scores.information_gain.shape == (1, 1) and torch.isfinite(scores.information_gain).all()
+
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    metrics = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in metrics] == [2, 4]
+    assert metrics[-1]["samples"] == 32 and metrics[-1]["skipped_samples"] == 0
+    gain = metrics[-1]["unconditional_loss"] - metrics[-1]["captioning_loss"]
+    assert metrics[-1]["information_gain"] == pytest.approx(gain, abs=1e-4)
+    assert set(metrics[-1]["sources"]) == {"colors"}
+    evaluations = [row["evaluation"]["colors"] for row in rows if "evaluation" in row]
+    assert evaluations and 0 <= evaluations[-1]["top1_prior_weight_1"] <= 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(workspace, tmp_path, optimizer):
+    extra = {"optimizer.name": optimizer, "model.text_config.dropout": 0.1, "model.parallel_prediction_prob": 0.5}
+    whole = train(run_config(workspace, tmp_path / "whole", **extra))
+    with_stop = run_config(workspace, tmp_path / "parts", **extra, checkpoint_steps=2)
+    train(with_stop)
+    # What a kill after step 3 leaves: the checkpoint of step 2, and a longer log.
+    (tmp_path / "parts" / "checkpoint-00000004" / "state.pt").unlink()
+    with_stop.resume = True
+    final = train(with_stop)
+    expected, resumed = (load_file(folder / "model.safetensors") for folder in (whole, final))
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    rows = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert rows == [2, 4]
+
+
+def test_micro_batches_change_nothing_but_rounding(workspace, tmp_path):
+    finals = []
+    for parts in (1, 3):
+        config = run_config(workspace, tmp_path / str(parts), micro_batches=parts, max_steps=2)
+        finals.append(load_file(train(config) / "model.safetensors"))
+    for name, tensor in finals[0].items():
+        assert torch.allclose(tensor, finals[1][name], atol=1e-3), name
+
+
+def test_run_starts_from_a_given_checkpoint(workspace, tmp_path):
+    first = train(run_config(workspace, tmp_path / "first", max_steps=1))
+    second = train(
+        run_config(workspace, tmp_path / "second", max_steps=1, init_from=str(first), **{"optimizer.lr": 1e-9})
+    )
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_time_budget_ends_the_run(workspace, tmp_path):
+    config = run_config(workspace, tmp_path, max_steps=None, max_minutes=0.01, log_every_steps=1)
+    train(config)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows and rows[-1]["progress"] <= 1 and rows[-1]["learning_rate_factor"] < 0.6
+
+
+def test_non_finite_steps_are_skipped_and_end_the_run(workspace, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.train.all_finite", lambda *arguments: False)
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        train(run_config(workspace, tmp_path, max_nonfinite_steps=2))
+
+
+def test_bad_sizes_fail_before_training(workspace, tmp_path):
+    with pytest.raises(ValueError, match=r"data.max_length 32"):
+        train(run_config(workspace, tmp_path, **{"data.max_length": 32}))
+    with pytest.raises(ValueError, match="the tokenizer has"):
+        train(run_config(workspace, tmp_path, **{"model.text_config.vocab_size": 100}))
+
+
+def test_perfect_model_ranks_first():
+    """Scores of a stub that knows the answer: red images say caption 0, others caption 1."""
+    import numpy as np
+
+    from training.augmentation import ImageSettings
+    from training.shards import Sample
+
+    class Stub:
+        def score(self, pixel_values, input_ids, attention_mask):
+            from types import SimpleNamespace
+
+            red = (pixel_values[:, 0].mean(dim=(1, 2)) > 0).float()
+            scores = torch.stack([red - 2, -red - 1], dim=1)
+            return SimpleNamespace(caption_log_likelihood=scores, prior_log_likelihood=torch.zeros(2))
+
+    samples = [
+        Sample(str(i), np.full((4, 4, 3), 255 * (i % 2), np.uint8), [[4, 2] if i % 2 else [5, 2]]) for i in range(20)
+    ]
+    metrics = evaluate_held_out(Stub(), samples, ImageSettings((4, 4)), 0, torch.device("cpu"))
+    assert metrics["captions"] == 2 and metrics["top1_prior_weight_1"] == 1.0

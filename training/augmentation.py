@@ -1,0 +1,72 @@
+"""Random views of images, and the fixed view that the model's image processor takes. PIL and numpy only.
+
+Shapes: B images, H x W pixels.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .config import AugmentationConfig
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What the model's image processor does: size (height, width) in pixels, and PIL's resampling filter."""
+
+    size: tuple[int, int]
+    resample: int = Image.Resampling.BICUBIC
+
+
+def random_box(width: int, height: int, config: AugmentationConfig, rng: np.random.Generator) -> tuple[float, ...]:
+    """A crop (left, top, right, bottom) in pixels; with `shift` it may reach over the border."""
+    scale = rng.uniform(*config.scale)
+    ratio = math.exp(rng.uniform(math.log(config.ratio[0]), math.log(config.ratio[1])))
+    box_width = min(1.0, math.sqrt(scale * ratio)) * width
+    box_height = min(1.0, math.sqrt(scale / ratio)) * height
+    left = rng.uniform(0, width - box_width) + rng.uniform(-config.shift, config.shift) * width
+    top = rng.uniform(0, height - box_height) + rng.uniform(-config.shift, config.shift) * height
+    return left, top, left + box_width, top + box_height
+
+
+def reflect_border(image: np.ndarray, box: tuple[float, ...]) -> tuple[np.ndarray, tuple[float, ...]]:
+    """Pads uint8 [H, W, 3] by reflection until `box` lies inside; returns the image and the moved box."""
+    left, top, right, bottom = box
+    height, width = image.shape[:2]
+    before_x, before_y = max(0, math.ceil(-left)), max(0, math.ceil(-top))
+    after_x, after_y = max(0, math.ceil(right - width)), max(0, math.ceil(bottom - height))
+    if before_x or before_y or after_x or after_y:
+        image = np.pad(image, ((before_y, after_y), (before_x, after_x), (0, 0)), mode="reflect")
+    return image, (left + before_x, top + before_y, right + before_x, bottom + before_y)
+
+
+def augment(
+    image: np.ndarray, config: AugmentationConfig, settings: ImageSettings, rng: np.random.Generator
+) -> np.ndarray:
+    """Random view of uint8 [H, W, 3], resized to `settings.size`."""
+    box = random_box(image.shape[1], image.shape[0], config, rng)
+    if config.shift:
+        image, box = reflect_border(image, box)
+    result = np.asarray(resize(image, settings, box))
+    if rng.random() < config.flip_probability:
+        result = result[:, ::-1]
+    if config.color_jitter:
+        amount = rng.uniform(-config.color_jitter, config.color_jitter, 4)
+        jittered = (result - 127.5) * (1 + amount[0]) + 127.5 + 255 * amount[1:]
+        result = jittered.clip(0, 255).astype(np.uint8)
+    return result
+
+
+def resize(image: np.ndarray, settings: ImageSettings, box: tuple[float, ...] | None = None) -> Image.Image:
+    """Resizes (a box of) uint8 [H, W, 3] straight to the model's size, as its image processor does."""
+    height, width = settings.size
+    return Image.fromarray(image).resize((width, height), settings.resample, box=box)
+
+
+def normalise(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.div_(127.5).sub_(1.0)

@@ -1,0 +1,69 @@
+"""From a training configuration to a model and its processor."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ig_captioner.configuration_ig_captioner import (
+    IGCaptionerConfig,
+    IGCaptionerTextConfig,
+    IGCaptionerVisionConfig,
+    as_height_width,
+)
+from ig_captioner.modeling_ig_captioner import IGCaptionerForConditionalGeneration
+from ig_captioner.processing_ig_captioner import IGCaptionerImageProcessor, IGCaptionerProcessor
+
+from .config import TrainConfig
+
+
+def build_model(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None = None
+) -> IGCaptionerForConditionalGeneration:
+    """From a run's checkpoint, from `init_from`, or with random weights; parameters in float32."""
+    source = checkpoint / "model" if checkpoint else config.init_from
+    if source:
+        model = IGCaptionerForConditionalGeneration.from_pretrained(
+            source, dtype=torch.float32, attn_implementation=config.attn_implementation
+        )
+    else:
+        model_config = build_model_config(config.model, tokenizer)
+        model = IGCaptionerForConditionalGeneration._from_config(
+            model_config, dtype=torch.float32, attn_implementation=config.attn_implementation
+        )
+    longest = model.config.text_config.max_position_embeddings
+    if config.data.max_length > longest:
+        raise ValueError(f"data.max_length {config.data.max_length} is more than the model's {longest} positions")
+    if len(tokenizer) > model.config.text_config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.text_config.vocab_size}")
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def build_model_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> IGCaptionerConfig:
+    """The model's configuration; vocabulary size and special tokens are the tokenizer's unless given."""
+    sections = {"vision_config": IGCaptionerVisionConfig, "text_config": IGCaptionerTextConfig}
+    for prefix, config_class, keys in [("model", IGCaptionerConfig, values)] + [
+        (f"model.{name}", sub_class, values.get(name) or {}) for name, sub_class in sections.items()
+    ]:
+        known = {item.name for item in dataclasses.fields(config_class)}
+        for key in keys:
+            if key not in known:
+                raise ValueError(f"unknown key {prefix}.{key}; {config_class.__name__} has {', '.join(sorted(known))}")
+    text = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "mask_token_id": tokenizer.mask_token_id,
+        **(values.get("text_config") or {}),
+    }
+    return IGCaptionerConfig(**{**values, "text_config": text})
+
+
+def build_processor(config: IGCaptionerConfig, tokenizer: PreTrainedTokenizerBase) -> IGCaptionerProcessor:
+    height, width = as_height_width(config.vision_config.image_size, "image_size")
+    return IGCaptionerProcessor(IGCaptionerImageProcessor(size={"height": height, "width": width}), tokenizer)

@@ -1,0 +1,59 @@
+"""Zero-shot evaluation during training: each held-out image ranks all distinct held-out captions.
+
+For a classification set the distinct captions are its classes, for a captioning set this is image-to-text retrieval.
+Scores are log P(T|I) - w * log P(T) in nats, higher is better.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ig_captioner.information_gain import IGNORE_INDEX
+
+from .augmentation import ImageSettings, normalise, resize
+from .data import pad_labels
+from .shards import Sample
+
+
+PRIOR_WEIGHTS = tuple(round(0.1 * step, 1) for step in range(13))  # w = 0 ... 1.2
+IMAGES_PER_CALL = 16
+
+
+def rank_of_target(
+    caption_log_likelihood: Tensor, prior_log_likelihood: Tensor, target: Tensor, weight: float
+) -> Tensor:
+    """How many captions beat the right one. [B, C], [C], int [B] -> int [B]; 0 is best."""
+    scores = caption_log_likelihood - weight * prior_log_likelihood
+    return (scores > scores.gather(1, target[:, None])).sum(dim=1)
+
+
+@torch.no_grad()
+def evaluate_held_out(
+    model: Any, samples: list[Sample], settings: ImageSettings, pad_token_id: int, device: torch.device
+) -> dict[str, float]:
+    """Ranks with the first caption of each sample.
+
+    Returns:
+        `top1` and `top10` (shares) at prior weights 0 and 1, and at `best_prior_weight`, the weight with the lowest
+        geometric mean rank; `captions`, the number of distinct captions.
+    """
+    captions = sorted({tuple(sample.captions[0]) for sample in samples})
+    target = torch.tensor([captions.index(tuple(sample.captions[0])) for sample in samples])
+    input_ids = pad_labels([list(caption) for caption in captions])
+    attention_mask = (input_ids != IGNORE_INDEX).long().to(device)
+    input_ids = input_ids.masked_fill(input_ids == IGNORE_INDEX, pad_token_id).to(device)
+    parts = []
+    for start in range(0, len(samples), IMAGES_PER_CALL):
+        images = [np.asarray(resize(sample.image, settings)) for sample in samples[start : start + IMAGES_PER_CALL]]
+        output = model.score(normalise(np.stack(images)).to(device), input_ids, attention_mask)
+        parts.append(output.caption_log_likelihood.float().cpu())
+    conditional, prior = torch.cat(parts), output.prior_log_likelihood.float().cpu()
+    ranks = {weight: rank_of_target(conditional, prior, target, weight) for weight in PRIOR_WEIGHTS}
+    best = min(PRIOR_WEIGHTS, key=lambda weight: (ranks[weight] + 1.0).log().mean().item())
+    metrics = {"captions": float(len(captions)), "best_prior_weight": best}
+    for name, weight in (("prior_weight_0", 0.0), ("prior_weight_1", 1.0), ("best", best)):
+        metrics[f"top1_{name}"] = (ranks[weight] < 1).float().mean().item()
+        metrics[f"top10_{name}"] = (ranks[weight] < 10).float().mean().item()
+    return metrics

@@ -1,0 +1,133 @@
+"""What a run reports: losses, information gain, speed; one JSON object per row of `log.jsonl`.
+
+Shapes: B texts, L tokens, V vocabulary. Losses are in nats per token.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor
+
+from ig_captioner.information_gain import IGNORE_INDEX, token_log_likelihoods
+
+from .config import TrainConfig
+
+
+LOSSES = ("loss", "captioning_loss", "unconditional_loss", "parallel_loss")
+
+
+def summary(row: dict[str, Any]) -> str:
+    return (
+        f"step {row['step']} cap {row['captioning_loss']:.3f} uncond {row['unconditional_loss']:.3f} "
+        f"IG/token {row['information_gain']:.4f} {row['images_per_second']:.0f} img/s"
+    )
+
+
+def weight_in_mean(labels: Tensor, reduction: str) -> Tensor:
+    """What the mean loss of texts [B, L] counts in a mean over more texts: their tokens, or with "sequence" texts."""
+    labelled = labels != IGNORE_INDEX
+    return (labelled.any(dim=1) if reduction == "sequence" else labelled).sum().float()
+
+
+@torch.no_grad()
+def sums_by_source(logits: Tensor, prior_logits: Tensor, labels: Tensor, source: Tensor, sources: int) -> Tensor:
+    """[S, 3]: per source the summed captioning loss and unconditional loss, and the number of tokens."""
+    losses = -token_log_likelihoods(logits, labels), -token_log_likelihoods(prior_logits, labels)
+    columns = torch.stack([*(loss.sum(dim=1) for loss in losses), (labels != IGNORE_INDEX).sum(dim=1).float()], dim=1)
+    return columns.new_zeros(sources, 3).index_add_(0, source.to(labels.device), columns)
+
+
+class MetricsLog:
+    """Means over the steps since the last row; rows go to `log.jsonl`, rows after a resumed step are dropped."""
+
+    def __init__(self, output_dir: Path, step: int, accelerator: Accelerator, config: TrainConfig) -> None:
+        self.names = list(config.data.sources)
+        self.path, self.accelerator, self.batch_size = (
+            output_dir / "log.jsonl",
+            accelerator,
+            config.batch_size,
+        )
+        if accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            values = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+            (output_dir / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+            old = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []
+            kept = [line for line in old if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self.reset()
+
+    def reset(self) -> None:
+        self.means: dict[str, Tensor] = {}
+        self.sources: Tensor | None = None
+        self.steps, self.images, self.data_seconds, self.started = 0, 0, 0.0, time.perf_counter()
+
+    def add_part(self, outputs: Any, share: Tensor) -> None:
+        """Losses of a part of a batch. Sums stay on the device, so that adding costs no synchronisation."""
+        for name in LOSSES:
+            value = getattr(outputs, name)
+            if value is not None:
+                self.means[name] = self.means.get(name, 0.0) + share * value.detach().float()
+
+    def add_step(self, grad_norm: Tensor | float, images: int) -> None:
+        self.means["grad_norm"] = self.means.get("grad_norm", 0.0) + torch.as_tensor(grad_norm).detach().float()
+        self.steps += 1
+        self.images += images
+
+    def add_sources(self, model: Any, outputs: Any, labels: Tensor, source: Tensor) -> None:
+        """Losses per source, before the weights change; left out where some texts were predicted in parallel."""
+        if outputs.parallel_loss is None:
+            with torch.no_grad():
+                prior_logits = model(labels=labels).logits
+            sums = sums_by_source(outputs.logits, prior_logits, labels, source, len(self.names))
+            self.sources = sums if self.sources is None else self.sources + sums
+
+    def source_rows(self) -> dict[str, dict[str, float]]:
+        if self.sources is None:
+            return {}
+        rows = {}
+        for name, (captioning, unconditional, tokens) in zip(
+            self.names, self.accelerator.reduce(self.sources).tolist(), strict=True
+        ):
+            if tokens:
+                rows[name] = {
+                    "captioning_loss": round(captioning / tokens, 4),
+                    "unconditional_loss": round(unconditional / tokens, 4),
+                    "information_gain": round((unconditional - captioning) / tokens, 4),
+                }
+        return rows
+
+    def write(self, progress: Any, seconds: float, fraction: float, factor: float) -> dict[str, Any]:
+        elapsed = time.perf_counter() - self.started
+        means = {
+            name: self.accelerator.reduce(total / self.steps, reduction="mean").item()
+            for name, total in self.means.items()
+        }
+        gain = means.get("unconditional_loss", float("nan")) - means.get("captioning_loss", float("nan"))
+        row = {
+            "step": progress.step,
+            "samples": progress.step * self.batch_size,
+            "minutes": round(seconds / 60, 3),
+            "progress": round(fraction, 5),
+            "learning_rate_factor": round(factor, 5),
+            **{name: round(value, 5) for name, value in means.items()},
+            "information_gain": round(gain, 5),
+            "images_per_second": round(self.images * self.accelerator.num_processes / elapsed, 1),
+            "data_wait": round(self.data_seconds / elapsed, 4),
+            "skipped_samples": progress.skipped_samples,
+            "nonfinite_steps": progress.nonfinite_steps,
+            "sources": self.source_rows(),
+        }
+        self.append(row)
+        self.reset()
+        return row
+
+    def append(self, row: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")

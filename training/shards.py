@@ -1,0 +1,211 @@
+"""WebDataset shards to decoded samples.
+
+A shard is a `.tar` or `.tar.gz` whose consecutive members `key.jpg|jpeg|png|webp`, `key.txt` and `key.json` form a
+sample. Its captions are the `captions` of the JSON where there are any, else the text file.
+
+A broken sample is skipped, never fatal: it comes out as `Skipped(key, reason)`, and is logged. A shard set without a
+single usable sample is an `EmptySourceError` with the counts.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ig_captioner.processing_ig_captioner import gives_scored_form, to_rgb
+
+
+logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+Encode = Callable[[str], list[int]]
+
+
+class Skipped(NamedTuple):
+    """A sample that could not be used. `reason` is one of a few words, for counting."""
+
+    key: str
+    reason: str
+
+
+class EmptySourceError(ValueError):
+    """A set of shards without a usable sample."""
+
+
+class BrokenSampleError(Exception):
+    """Raised while a sample is decoded; the argument is the reason."""
+
+
+class Sample(NamedTuple):
+    """One image with its captions. `image` is uint8 [H, W, 3]; `captions` are token ids in scored form."""
+
+    key: str
+    image: np.ndarray
+    captions: list[list[int]]
+
+
+def describe_empty(name: str, paths: list[str], reasons: Counter[str]) -> str:
+    counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common()) or "no samples at all"
+    return f"source {name!r} has no usable sample in {len(paths)} shard(s) {paths[:3]}: {counts}"
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a{00..02}.tar` -> a00.tar, a01.tar, a02.tar; `{a,b}` -> a, b; any number of groups."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if span:
+        width = len(span[1]) if span[1].startswith("0") else 0
+        choices = [f"{number:0{width}d}" for number in range(int(span[1]), int(span[2]) + 1)]
+    else:
+        choices = match[1].split(",")
+    return [
+        expanded
+        for choice in choices
+        for expanded in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
+
+
+def find_shards(patterns: Iterable[str], root: str = "") -> list[str]:
+    """Existing files for patterns with braces and globs, in order, relative ones below `root`.
+
+    Raises:
+        FileNotFoundError: a pattern matches no file.
+    """
+    paths: list[str] = []
+    for pattern in patterns:
+        for expanded in expand_braces(os.path.join(root, os.path.expanduser(pattern))):
+            found = sorted(glob.glob(expanded)) if glob.has_magic(expanded) else [expanded]
+            if not found or not os.path.isfile(found[0]):
+                raise FileNotFoundError(f"no shard at {expanded!r} (from {pattern!r}; data_root is {root!r})")
+            paths.extend(found)
+    return paths
+
+
+def read_shard(path: str) -> Iterator[tuple[str, dict[str, bytes]] | Skipped]:
+    """Yields (key, {extension: content}) for each sample of a shard, or Skipped where the archive breaks off."""
+    key, files = "", dict[str, bytes]()
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                member_key = f"{folder}/{stem}" if folder else stem
+                if member_key != key:
+                    if files:
+                        yield key, files
+                    key, files = member_key, {}
+                stream = archive.extractfile(member)
+                files[extension.lower()] = stream.read() if stream else b""
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        # What was read of the current sample may be cut short, so it goes with the rest of the shard.
+        yield Skipped(f"{os.path.basename(path)}:{key}", f"broken shard ({type(error).__name__})")
+        return
+    if files:
+        yield key, files
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Whether a key belongs to the held-out part: digits 8 to 16 of its SHA-1, as a fraction of 16**8."""
+    return int(hashlib.sha1(key.encode()).hexdigest()[8:16], 16) < fraction * 16**8
+
+
+def decode_image(content: bytes, max_pixels: int) -> Image.Image:
+    """Bytes to an upright RGB image."""
+    if not content:
+        raise BrokenSampleError("empty image file")
+    try:
+        image = Image.open(io.BytesIO(content))
+        if image.width * image.height > max_pixels:
+            raise BrokenSampleError("too many pixels")
+        return to_rgb(image)
+    except BrokenSampleError:
+        raise
+    except Exception as error:  # PIL raises many kinds for a broken file: OSError, SyntaxError, struct.error, ...
+        raise BrokenSampleError("undecodable image") from error
+
+
+def read_captions(files: dict[str, bytes]) -> list[str]:
+    """All captions of a sample, stripped, empty ones left out."""
+    try:
+        metadata = json.loads(files["json"]) if "json" in files else {}
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise BrokenSampleError("bad JSON") from error
+    captions = metadata.get("captions") if isinstance(metadata, dict) else None
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        captions = []
+    try:
+        captions = captions or [files.get("txt", b"").decode("utf-8")]
+    except UnicodeDecodeError as error:
+        raise BrokenSampleError("caption is not UTF-8") from error
+    captions = [caption.strip() for caption in captions if caption.strip()]
+    if not captions:
+        raise BrokenSampleError("missing caption")
+    return captions
+
+
+def shrink(image: Image.Image, size: int | None) -> Image.Image:
+    """Squashes to size x size when a side is longer than `size`; smaller images keep their pixels."""
+    if size is None or max(image.size) <= size:
+        return image
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def decode_sample(key: str, files: dict[str, bytes], encode: Encode, max_pixels: int, size: int | None) -> Sample:
+    """Raises BrokenSampleError where the sample cannot be used."""
+    content = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
+    if content is None:
+        raise BrokenSampleError("missing image")
+    captions = [encode(caption) for caption in read_captions(files)]
+    return Sample(key, np.asarray(shrink(decode_image(content, max_pixels), size)), captions)
+
+
+def read_samples(
+    paths: Iterable[str],
+    encode: Encode,
+    *,
+    max_pixels: int,
+    size: int | None = None,
+    keep: Callable[[str], bool] = lambda key: True,
+) -> Iterator[Sample | Skipped]:
+    """Decodes the samples of shards whose key `keep` accepts. `size`: see `shrink`."""
+    for path in paths:
+        for item in read_shard(path):
+            if not isinstance(item, Skipped) and not keep(item[0]):
+                continue
+            try:
+                result = item if isinstance(item, Skipped) else decode_sample(*item, encode, max_pixels, size)
+            except BrokenSampleError as error:
+                result = Skipped(item[0], str(error))
+            if isinstance(result, Skipped):
+                logger.warning("skipped %s: %s", result.key, result.reason)
+            yield result
+
+
+def make_encoder(tokenizer: Any, max_length: int) -> Encode:
+    """Text to token ids in scored form: tokens and EOS, no start token, at most `max_length`, EOS kept."""
+    if not gives_scored_form(tokenizer):
+        raise ValueError(
+            f"the tokenizer must add EOS and nothing else; it turns 'a' into {tokenizer('a')['input_ids']}"
+        )
+
+    def encode(text: str) -> list[int]:
+        tokens = tokenizer(text)["input_ids"]
+        return tokens if len(tokens) <= max_length else [*tokens[: max_length - 1], tokenizer.eos_token_id]
+
+    return encode
