@@ -6,7 +6,7 @@ where public captioners differ from it (norms, activations, biases, positions, f
 
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -234,10 +234,20 @@ class IGCaptionerConfig(PreTrainedConfig):
 
     model_type = "ig_captioner"
     sub_configs = {"vision_config": IGCaptionerVisionConfig, "text_config": IGCaptionerTextConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "image_key_values", "encoder_last_hidden_state"]
+    # so that Trainer's predictions are the logits alone
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "encoder_last_hidden_state",
+        "captioning_loss",
+        "unconditional_loss",
+        "parallel_loss",
+        "logits_per_text",
+        "caption_log_likelihood",
+        "prior_log_likelihood",
+    ]
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
     conditional_weight: float | int = 1.5
     unconditional_weight: float | int = 0.5
     parallel_prediction_prob: float | int = 0.0
@@ -248,8 +258,10 @@ class IGCaptionerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
             value = getattr(self, name)
-            if not isinstance(value, PreTrainedConfig):
+            if value is None or isinstance(value, dict):
                 setattr(self, name, config_class(**(value or {})))
+            elif not isinstance(value, PreTrainedConfig):
+                raise TypeError(f"{name} must be a dict or a config, got {value!r}")
         if self.text_config.encoder_hidden_size is None:
             self.text_config.encoder_hidden_size = self.vision_config.hidden_size
         kwargs.setdefault("auto_map", dict(AUTO_MAP))

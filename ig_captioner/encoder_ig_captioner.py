@@ -158,7 +158,7 @@ class IGCaptionerMLP(nn.Module):
 class IGCaptionerPreTrainedModel(PreTrainedModel):
     config_class = IGCaptionerConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["IGCaptionerVisionLayer", "IGCaptionerDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import Cache, GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_ig_captioner import IGCaptionerConfig
+from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig
 from .decoder_ig_captioner import IGCaptionerTextDecoder, TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, IGCaptionerVisionModel, KeyValues
 from .information_gain import (
@@ -193,7 +193,7 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
 
     def __init__(self, config: IGCaptionerConfig):
         super().__init__(config)
-        text = config.text_config
+        text: IGCaptionerTextConfig = config.text_config
         self.model = IGCaptionerModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=text.head_bias)
         self._label_sets: OrderedDict[tuple, CandidateTexts] = OrderedDict()
@@ -208,7 +208,7 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
     def train(self, mode: bool = True):
@@ -293,8 +293,9 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         keep = not (self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())))
         if not keep:
             return self._read_candidate_texts(input_ids, attention_mask, reduction)
-        key = (input_ids.cpu().numpy().tobytes(), attention_mask.cpu().numpy().tobytes(), input_ids.shape, reduction)
-        key += tuple((id(p), p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.parameters())
+        weights = [(id(p), p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.parameters()]
+        texts = (input_ids.cpu().numpy().tobytes(), attention_mask.cpu().numpy().tobytes(), input_ids.shape)
+        key = (*texts, reduction, *weights)
         if key not in self._label_sets:
             self._label_sets[key] = self._read_candidate_texts(input_ids, attention_mask, reduction)
         self._label_sets.move_to_end(key)
@@ -453,8 +454,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
 
         Args:
             pixel_values: [N, channels, height, width]; left out, text is generated without an image.
-            input_ids (or `inputs`): prompts [N, L], start token first; left out, the start token. If every text ends with
-                the end-of-sequence token, as the tokenizer makes them, they are turned into that form.
+            input_ids (or `inputs`): prompts [N, L], start token first; left out, the start token. If every text ends
+                with the end-of-sequence token, as the tokenizer makes them, they are turned into that form.
             attention_mask: [N, L], for prompts padded on the left (on either side if they end with end-of-sequence).
         """
         prompt = kwargs.pop("input_ids", inputs)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 
 import numpy as np
 import PIL.Image
@@ -156,7 +157,7 @@ def test_batches_change_nothing_but_the_number_of_passes(classifier, photos, tem
         assert [[entry["label"] for entry in entries] for entries in batched] == [
             [entry["label"] for entry in entries] for entries in singly
         ]
-        for one, other in zip(sum(singly, []), sum(batched, []), strict=True):
+        for one, other in zip(chain(*singly), chain(*batched), strict=True):
             assert one == pytest.approx(other, abs=1e-5)
 
 
