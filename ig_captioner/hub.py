@@ -226,11 +226,11 @@ def save_release(
     # A checkpoint may come from elsewhere: what it says about code must fit the code it gets.
     loaded.config.auto_map = dict(AUTO_MAP)
     loaded.config.custom_pipelines = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
-    card = _card(model, loaded, repo_id or directory.name, license)
+    card = _read_card(os.fspath(model), license) or str(fill_card(loaded, repo_id or directory.name, license))
     with _new_folder(directory) as folder:
         loaded.save_pretrained(folder)
         processor.save_pretrained(folder)
-        card.save(folder / CARD_FILE)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
         _verify(folder, loaded, processor)
     return directory
 
@@ -269,7 +269,7 @@ def _new_folder(directory: Path) -> Iterator[Path]:
             directory.rename(old)
         try:
             folder.rename(directory)
-        except OSError:
+        except BaseException:
             if old.exists():
                 old.rename(directory)
             raise
@@ -278,28 +278,24 @@ def _new_folder(directory: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _card(model: str | Path, loaded: IGCaptionerPreTrainedModel, repo_id: str, license: str | None) -> ModelCard:
-    """The checkpoint's own card, or the template filled in."""
-    path = _card_path(os.fspath(model))
-    if path is None:
-        return fill_card(loaded, repo_id, license)
-    card = ModelCard.load(path)
-    if license is not None:
-        card.data.license = license
-    return card
-
-
-def _card_path(model: str) -> Path | None:
-    """Where the checkpoint's own card is. Raises LocalEntryNotFoundError if the Hub cannot be asked."""
+def _read_card(model: str, license: str | None) -> str | None:
+    """The checkpoint's own card, if it has one. Raises LocalEntryNotFoundError if the Hub cannot be asked."""
     path = Path(model, CARD_FILE)
-    if Path(model).is_dir():
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(model, CARD_FILE))
-    except LocalEntryNotFoundError:
-        raise
-    except EntryNotFoundError:
+    if not Path(model).is_dir():
+        try:
+            path = Path(hf_hub_download(model, CARD_FILE))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
+    elif not path.is_file():
         return None
+    text = path.read_text(encoding="utf-8")
+    if license is None:
+        return text
+    card = ModelCard(text)
+    card.data.license = license
+    return str(card)
 
 
 def fill_card(model: IGCaptionerPreTrainedModel, repo_id: str, license: str | None = None) -> ModelCard:
@@ -347,9 +343,8 @@ def _verify(folder: Path, model: IGCaptionerPreTrainedModel, processor: IGCaptio
 
     reloaded = load_model(IGCaptionerForZeroShotImageClassification, folder).state_dict()
     for name, weight in model.state_dict().items():
-        same = reloaded[name].dtype == weight.dtype and torch.equal(reloaded[name], weight)
-        # torch.equal calls NaN unequal to itself, so that broken weights do not pass as a good release
-        if not same:
+        # NaN is not equal to itself: broken weights are refused as well
+        if reloaded[name].dtype != weight.dtype or not torch.equal(reloaded[name], weight):
             raise ValueError(f"the weight {name} is not finite, or changes when it is saved and loaded")
     again = load_processor(folder)
     sample = "A photo of a cat, and of 2 dogs."

@@ -395,8 +395,8 @@ def test_perfect_model_ranks_first():
     """Scores of a stub that knows the answer: red images say caption 0, others caption 1."""
     import numpy as np
 
+    from ig_captioner.shards import Sample
     from training.augmentation import ImageSettings
-    from training.shards import Sample
 
     class Stub:
         def score(self, pixel_values, input_ids, attention_mask):

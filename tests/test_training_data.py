@@ -11,6 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
+from ig_captioner.shards import (
+    EmptySourceError,
+    Sample,
+    Skipped,
+    expand_braces,
+    find_shards,
+    is_held_out,
+    make_encoder,
+    read_samples,
+    read_shard,
+)
 from training.augmentation import ImageSettings, augment, normalise, random_box, reflect_border
 from training.config import AugmentationConfig, DataConfig, SourceConfig
 from training.data import (
@@ -21,17 +32,6 @@ from training.data import (
     mixture_order,
     pad_labels,
     split_by_length,
-)
-from training.shards import (
-    EmptySourceError,
-    Sample,
-    Skipped,
-    expand_braces,
-    find_shards,
-    is_held_out,
-    make_encoder,
-    read_samples,
-    read_shard,
 )
 from training.train_tokenizer import train_tokenizer
 

@@ -22,10 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from ig_captioner.information_gain import IGNORE_INDEX
-
-from .augmentation import ImageSettings, augment, normalise
-from .config import AugmentationConfig, DataConfig, SourceConfig
-from .shards import (
+from ig_captioner.shards import (
     EmptySourceError,
     Encode,
     Sample,
@@ -36,6 +33,9 @@ from .shards import (
     make_encoder,
     read_samples,
 )
+
+from .augmentation import ImageSettings, augment, normalise
+from .config import AugmentationConfig, DataConfig, SourceConfig
 
 
 MIXTURE_PERIOD = 1000  # draws after which the order of the sources repeats; weights are rounded to 1/1000

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ig_captioner.information_gain import IGNORE_INDEX
+from ig_captioner.shards import Sample
 
 from .augmentation import ImageSettings, normalise, resize
 from .data import pad_labels
-from .shards import Sample
 
 
 PRIOR_WEIGHTS = tuple(round(0.1 * step, 1) for step in range(13))  # w = 0 ... 1.2

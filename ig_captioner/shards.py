@@ -1,10 +1,13 @@
-"""WebDataset shards to decoded samples.
+"""WebDataset shards to decoded samples, for training and evaluation.
 
 A shard is a `.tar` or `.tar.gz` whose consecutive members `key.jpg|jpeg|png|webp`, `key.txt` and `key.json` form a
 sample. Its captions are the `captions` of the JSON where there are any, else the text file.
 
 A broken sample is skipped, never fatal: it comes out as `Skipped(key, reason)`, and is logged. A shard set without a
 single usable sample is an `EmptySourceError` with the counts.
+
+`read_shard` gives the files of each sample, `read_decoded` what a function makes of them, `read_samples` the pixels and
+caption tokens that training takes.
 """
 
 import glob
@@ -18,18 +21,20 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from ig_captioner.processing_ig_captioner import gives_scored_form, to_rgb
+from .processing_ig_captioner import gives_scored_form, to_rgb
 
 
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_PIXELS = 50_000_000  # of an image; above it, a decompression bomb is likelier than a photo
 
+T = TypeVar("T")
 Encode = Callable[[str], list[int]]
 
 
@@ -125,8 +130,16 @@ def is_held_out(key: str, fraction: float) -> bool:
     return int(hashlib.sha1(key.encode()).hexdigest()[8:16], 16) < fraction * 16**8
 
 
-def decode_image(content: bytes, max_pixels: int) -> Image.Image:
-    """Bytes to an upright RGB image."""
+def first_by_hash(keys: Iterable[str], count: int | None) -> set[str]:
+    """A random-looking but fixed subset of `count` keys (None: all), whatever their order: shards may be sorted."""
+    return set(sorted(keys, key=lambda key: hashlib.sha1(key.encode()).digest())[:count])
+
+
+def read_image(files: dict[str, bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The upright RGB image of a sample."""
+    content = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
+    if content is None:
+        raise BrokenSampleError("missing image")
     if not content:
         raise BrokenSampleError("empty image file")
     try:
@@ -140,13 +153,18 @@ def decode_image(content: bytes, max_pixels: int) -> Image.Image:
         raise BrokenSampleError("undecodable image") from error
 
 
-def read_captions(files: dict[str, bytes]) -> list[str]:
-    """All captions of a sample, stripped, empty ones left out."""
+def read_metadata(files: dict[str, bytes]) -> dict[str, Any]:
+    """The JSON of a sample; empty if there is none."""
     try:
         metadata = json.loads(files["json"]) if "json" in files else {}
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         raise BrokenSampleError("bad JSON") from error
-    captions = metadata.get("captions") if isinstance(metadata, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def read_captions(files: dict[str, bytes]) -> list[str]:
+    """All captions of a sample, stripped, empty ones left out."""
+    captions = read_metadata(files).get("captions")
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         captions = []
     try:
@@ -159,20 +177,38 @@ def read_captions(files: dict[str, bytes]) -> list[str]:
     return captions
 
 
+def read_decoded(
+    paths: Iterable[str],
+    decode: Callable[[str, dict[str, bytes]], T],
+    *,
+    keep: Callable[[str], bool] = lambda key: True,
+) -> Iterator[T | Skipped]:
+    """`decode(key, files)` of the samples of shards whose key `keep` accepts.
+
+    Args:
+        decode: raises BrokenSampleError where a sample cannot be used; it comes out as Skipped.
+    """
+    for path in paths:
+        for item in read_shard(path):
+            if not isinstance(item, Skipped) and not keep(item[0]):
+                continue
+            try:
+                result = item if isinstance(item, Skipped) else decode(*item)
+            except BrokenSampleError as error:
+                result = Skipped(item[0], str(error))
+            if isinstance(result, Skipped):
+                logger.warning("skipped %s: %s", result.key, result.reason)
+            yield result
+
+
+# Training's samples
+
+
 def shrink(image: Image.Image, size: int | None) -> Image.Image:
     """Squashes to size x size when a side is longer than `size`; smaller images keep their pixels."""
     if size is None or max(image.size) <= size:
         return image
     return image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def decode_sample(key: str, files: dict[str, bytes], encode: Encode, max_pixels: int, size: int | None) -> Sample:
-    """Raises BrokenSampleError where the sample cannot be used."""
-    content = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
-    if content is None:
-        raise BrokenSampleError("missing image")
-    captions = [encode(caption) for caption in read_captions(files)]
-    return Sample(key, np.asarray(shrink(decode_image(content, max_pixels), size)), captions)
 
 
 def read_samples(
@@ -183,18 +219,14 @@ def read_samples(
     size: int | None = None,
     keep: Callable[[str], bool] = lambda key: True,
 ) -> Iterator[Sample | Skipped]:
-    """Decodes the samples of shards whose key `keep` accepts. `size`: see `shrink`."""
-    for path in paths:
-        for item in read_shard(path):
-            if not isinstance(item, Skipped) and not keep(item[0]):
-                continue
-            try:
-                result = item if isinstance(item, Skipped) else decode_sample(*item, encode, max_pixels, size)
-            except BrokenSampleError as error:
-                result = Skipped(item[0], str(error))
-            if isinstance(result, Skipped):
-                logger.warning("skipped %s: %s", result.key, result.reason)
-            yield result
+    """Pixels and caption tokens of the samples of shards whose key `keep` accepts. `size`: see `shrink`."""
+
+    def decode(key: str, files: dict[str, bytes]) -> Sample:
+        image = read_image(files, max_pixels)
+        captions = [encode(caption) for caption in read_captions(files)]
+        return Sample(key, np.asarray(shrink(image, size)), captions)
+
+    return read_decoded(paths, decode, keep=keep)
 
 
 def make_encoder(tokenizer: Any, max_length: int) -> Encode:
