@@ -243,8 +243,6 @@ def release(arguments: argparse.Namespace) -> int:
     """Writes a release and prints what is in it."""
     from .hub import save_release
 
-    if arguments.directory.is_dir() and any(arguments.directory.iterdir()) and not arguments.overwrite:
-        raise ValueError(f"{arguments.directory} is not empty; --overwrite replaces an earlier release")
     names = {"repo_id": arguments.repo_id, "license": arguments.license}
     folder = save_release(arguments.directory, arguments.model, overwrite=arguments.overwrite, **names)
     files = sorted(path for path in folder.iterdir())

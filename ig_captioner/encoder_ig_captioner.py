@@ -258,11 +258,15 @@ class IGCaptionerVisionLayer(GradientCheckpointingLayer):
 
 
 class IGCaptionerVisionModel(IGCaptionerPreTrainedModel):
-    """The ViT alone, for features. `pooler_output` [B, E] is the mean over the patches (registers are left out)."""
+    """The ViT alone, for features. `pooler_output` [B, E] is the mean over the patches (registers are left out).
+
+    `from_pretrained` takes the encoder out of a whole captioner, too.
+    """
 
     config_class = IGCaptionerVisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
+    _keys_to_ignore_on_load_unexpected = (r"^(model\.)?decoder\.", r"^lm_head\.")
     input_modalities = ("image",)
     _can_record_outputs = {
         "hidden_states": IGCaptionerVisionLayer,
@@ -276,6 +280,12 @@ class IGCaptionerVisionModel(IGCaptionerPreTrainedModel):
         self.norm = make_norm(config, config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers."""
+        kwargs.setdefault("key_mapping", {r"^model\.vision_model\.": ""})
+        return super().from_pretrained(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.projection

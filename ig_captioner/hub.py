@@ -159,9 +159,6 @@ def load_model(model_class: type[Model], model: str | Path, **kwargs) -> Model:
         OSError: no such folder or repository, or no safetensors in it.
     """
     name = _folder_or_repository(model)
-    model_type = IGCaptionerConfig.get_config_dict(name)[0].get("model_type")
-    if model_type != IGCaptionerConfig.model_type:
-        raise ValueError(f"{name} holds a model of type {model_type!r}, not {IGCaptionerConfig.model_type!r}")
     arguments = {"dtype": "auto", **kwargs, "use_safetensors": True, "output_loading_info": True}
     loaded, report = model_class.from_pretrained(name, **arguments)
     wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
@@ -173,19 +170,22 @@ def load_model(model_class: type[Model], model: str | Path, **kwargs) -> Model:
 
 def load_processor(model: str | Path) -> IGCaptionerProcessor:
     """Tokenizer and image processor of a checkpoint; errors as in [`load_model`]."""
-    name = _folder_or_repository(model)
-    return IGCaptionerProcessor.from_pretrained(name, trust_remote_code=False)
+    return IGCaptionerProcessor.from_pretrained(_folder_or_repository(model), trust_remote_code=False)
 
 
 def _folder_or_repository(model: str | Path) -> str:
-    """The argument of `from_pretrained`. Raises FileNotFoundError for what can only be a missing folder."""
+    """The argument of `from_pretrained`, checked to name a checkpoint of this package."""
     name = os.fspath(model)
-    if Path(name).is_dir():
-        return name
-    if isinstance(model, Path) or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
+    looks_like_path = isinstance(model, Path) or name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    if not name or (looks_like_path and not Path(name).exists()):
         raise FileNotFoundError(f"no such model folder: {name!r}")
-    if Path(name).exists():
+    if Path(name).is_file():
         raise NotADirectoryError(f"a model is a folder or a repository, not a file: {name!r}")
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise FileNotFoundError(f"no model in the folder {name!r}: it has no config.json")
+    model_type = IGCaptionerConfig.get_config_dict(name)[0].get("model_type")
+    if model_type != IGCaptionerConfig.model_type:
+        raise ValueError(f"{name!r} holds a model of type {model_type!r}, not {IGCaptionerConfig.model_type!r}")
     return name
 
 
@@ -231,6 +231,8 @@ def save_release(
         loaded.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        for weights in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
+            weights.chmod((folder / CARD_FILE).stat().st_mode)
         _verify(folder, loaded, processor)
     return directory
 
@@ -246,7 +248,7 @@ def _check_target(directory: Path, overwrite: bool) -> None:
     if not any(directory.iterdir()):
         return
     if not overwrite:
-        raise FileExistsError(f"{directory} is not empty; overwriting must be asked for")
+        raise FileExistsError(f"{directory} is not empty; overwrite (--overwrite) replaces an earlier release")
     folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
     try:
         model_type = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")

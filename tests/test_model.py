@@ -371,3 +371,16 @@ def test_heads_load_each_others_weights(variant, tmp_path):
     assert torch.equal(scores.information_gain, expected.information_gain)
     base = IGCaptionerModel.from_pretrained(tmp_path)
     assert torch.equal(base.decoder.norm.weight, captioner.model.decoder.norm.weight)
+
+
+@pytest.mark.parametrize("saved_class", [IGCaptionerForConditionalGeneration, IGCaptionerModel])
+def test_the_encoder_loads_from_a_whole_captioner(saved_class, tmp_path):
+    whole = tiny_model(model_class=saved_class)
+    whole.save_pretrained(tmp_path / "whole")
+    encoder, info = IGCaptionerVisionModel.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    encoder.save_pretrained(tmp_path / "encoder")
+    again = IGCaptionerVisionModel.from_pretrained(tmp_path / "encoder")
+    expected = getattr(whole, "model", whole).vision_model
+    for model in (encoder, again):
+        assert torch.equal(model(random_images(1)).pooler_output, expected(random_images(1)).pooler_output)

@@ -1,0 +1,151 @@
+"""Zero-shot classification of labelled images: scores of all classes, and accuracy at any prior weight.
+
+`classify_images` runs the model once; `accuracy` and `tune_prior_weight` are arithmetic on what it returns. Several
+templates are ensembled as in the pipeline: the mean over templates of log P(T|I) and of log P(T).
+
+Classes of the same name share one score and are the same answer. Other ties count against (see `retrieval`).
+
+Legend: B images, C classes, T templates. Log-likelihoods are in nats.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .processing_ig_captioner import format_labels
+from .retrieval import PRIOR_WEIGHTS, ScoreMatrix, best_of_grid, concatenate, iterate_scores, ranks, true_pairs
+from .shards import Skipped, read_captions, read_decoded, read_image, read_metadata
+
+
+# Labelled images from shards
+
+FindLabel = Callable[[dict[str, bytes]], int]
+"""The class index of a sample, from its files."""
+
+
+def label_from_field(class_names: Sequence[str], field: str = "class_name") -> FindLabel:
+    """Labels are a field of the sample's JSON: a class name (the first of that name), or an integer index."""
+
+    def find_label(files: dict[str, bytes]) -> int:
+        value = read_metadata(files).get(field)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(class_names):
+            return value
+        if value not in class_names:
+            raise ValueError(f"field {field!r} of a sample's JSON is {value!r}: not one of {len(class_names)} classes")
+        return class_names.index(value)
+
+    return find_label
+
+
+def label_from_caption(class_names: Sequence[str], template: str = "a photo of a {}.") -> FindLabel:
+    """Labels stand in the caption, which is `template` with the class name in it, to the letter."""
+    texts = format_labels(list(class_names), template)
+
+    def find_label(files: dict[str, bytes]) -> int:
+        captions = read_captions(files)
+        if captions[0] not in texts:
+            raise ValueError(f"caption {captions[0]!r} is not {template!r} with one of {len(class_names)} classes")
+        return texts.index(captions[0])
+
+    return find_label
+
+
+def read_labelled_images(
+    paths: Iterable[str], find_label: FindLabel, keep: Callable[[str], bool] = lambda key: True
+) -> Iterator[tuple[Image.Image, int] | Skipped]:
+    """Image and class index of the samples of shards whose key `keep` accepts.
+
+    Raises:
+        ValueError: naming key and label, for a label that is none of the classes: names and data do not fit together.
+    """
+
+    def decode(key: str, files: dict[str, bytes]) -> tuple[Image.Image, int]:
+        try:
+            label = find_label(files)
+        except ValueError as error:
+            raise ValueError(f"sample {key!r}: {error}") from error
+        return read_image(files), label
+
+    return read_decoded(paths, decode, keep=keep)
+
+
+# From images to scores
+
+
+def classify_images(
+    model: Any,
+    processor: Any,
+    samples: Iterable[tuple[Image.Image, int]],
+    class_names: Sequence[str],
+    templates: str | Sequence[str] = "a photo of a {}.",
+    **options: Any,
+) -> tuple[ScoreMatrix, Tensor]:
+    """Scores of C classes under B labelled images.
+
+    Args:
+        samples: (image, class index) pairs, read once.
+        templates: one or more, with `{}` in each.
+        options: see [`iterate_scores`].
+
+    Returns:
+        The scores [B, C], means over templates, and the labels int [B].
+
+    Raises:
+        ValueError: for no images, a label that is no class index, and wrong class names or templates.
+    """
+    texts = format_labels(list(class_names), templates)
+    labels: list[int] = []
+
+    def images() -> Iterator[Image.Image]:
+        for image, label in samples:
+            if not 0 <= label < len(class_names):
+                raise ValueError(f"label {label} of image {len(labels)} is no index of {len(class_names)} classes")
+            labels.append(label)
+            yield image
+
+    batches = iterate_scores(model, processor, images(), texts, **options)
+    matrix = concatenate(mean_over_templates(batch, len(class_names)) for batch in batches)
+    return matrix, torch.tensor(labels)
+
+
+def mean_over_templates(matrix: ScoreMatrix, num_classes: int) -> ScoreMatrix:
+    """Scores of T x C texts, template by template, to scores of C classes."""
+    return ScoreMatrix(*(values.unflatten(-1, (-1, num_classes)).mean(dim=-2) for values in matrix))
+
+
+# From scores to metrics
+
+
+def class_ranks(matrix: ScoreMatrix, labels: Tensor, class_names: Sequence[str], prior_weight: float) -> Tensor:
+    """How many wrong classes are ranked before the right one, int [B]."""
+    is_true = true_pairs([[name] for name in class_names], class_names)  # [C, C]
+    return ranks(matrix.information_gain(prior_weight), is_true[labels])
+
+
+def accuracy(
+    matrix: ScoreMatrix, labels: Tensor, class_names: Sequence[str], prior_weight: float = 1.0
+) -> dict[str, float]:
+    """Shares `top1` and `top5`, and `mean_per_class`: the top-1 share of each class that occurs, averaged."""
+    wrong_before = class_ranks(matrix, labels, class_names, prior_weight)
+    correct = (wrong_before < 1).double()
+    per_class = [correct[labels == label].mean().item() for label in labels.unique()]
+    return {
+        "top1": correct.mean().item(),
+        "top5": (wrong_before < 5).double().mean().item(),
+        "mean_per_class": sum(per_class) / len(per_class),
+    }
+
+
+def tune_prior_weight(
+    matrix: ScoreMatrix, labels: Tensor, class_names: Sequence[str], grid: Sequence[float] = PRIOR_WEIGHTS
+) -> float:
+    """The weight with the highest top-1 share; of equals that with the lowest geometric mean rank, then the first."""
+
+    def quality(prior_weight: float) -> tuple[float, float]:
+        wrong_before = class_ranks(matrix, labels, class_names, prior_weight)
+        return (wrong_before < 1).double().mean().item(), -(wrong_before + 1).double().log().mean().item()
+
+    return best_of_grid(grid, quality)
