@@ -230,7 +230,7 @@ def save_release(
     with _new_folder(directory) as folder:
         loaded.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        (folder / CARD_FILE).write_bytes(card.encode("utf-8"))
         for weights in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
             weights.chmod((folder / CARD_FILE).stat().st_mode)
         _verify(folder, loaded, processor)
@@ -292,7 +292,7 @@ def _read_card(model: str, license: str | None) -> str | None:
             return None
     elif not path.is_file():
         return None
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes().decode("utf-8")  # line ends as they are
     if license is None:
         return text
     card = ModelCard(text)

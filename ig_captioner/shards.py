@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .processing_ig_captioner import gives_scored_form, to_rgb
 
@@ -32,10 +32,12 @@ from .processing_ig_captioner import gives_scored_form, to_rgb
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+BROKEN_SHARD = "broken shard"  # the reason of a Skipped that stands for the rest of a shard
 MAX_PIXELS = 50_000_000  # of an image; above it, a decompression bomb is likelier than a photo
 
 T = TypeVar("T")
 Encode = Callable[[str], list[int]]
+RawSample = tuple[str, dict[str, bytes]]  # key, {extension: content}
 
 
 class Skipped(NamedTuple):
@@ -100,7 +102,7 @@ def find_shards(patterns: Iterable[str], root: str = "") -> list[str]:
     return paths
 
 
-def read_shard(path: str) -> Iterator[tuple[str, dict[str, bytes]] | Skipped]:
+def read_shard(path: str) -> Iterator[RawSample | Skipped]:
     """Yields (key, {extension: content}) for each sample of a shard, or Skipped where the archive breaks off."""
     key, files = "", dict[str, bytes]()
     try:
@@ -119,7 +121,8 @@ def read_shard(path: str) -> Iterator[tuple[str, dict[str, bytes]] | Skipped]:
                 files[extension.lower()] = stream.read() if stream else b""
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         # What was read of the current sample may be cut short, so it goes with the rest of the shard.
-        yield Skipped(f"{os.path.basename(path)}:{key}", f"broken shard ({type(error).__name__})")
+        logger.warning("%s breaks off at %r: %s: %s", path, key, type(error).__name__, error)
+        yield Skipped(f"{os.path.basename(path)}:{key}", BROKEN_SHARD)
         return
     if files:
         yield key, files
@@ -149,6 +152,10 @@ def read_image(files: dict[str, bytes], max_pixels: int = MAX_PIXELS) -> Image.I
         return to_rgb(image)
     except BrokenSampleError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, for what is larger still
+        raise BrokenSampleError("too many pixels") from error
+    except UnidentifiedImageError as error:
+        raise BrokenSampleError("not an image") from error
     except Exception as error:  # PIL raises many kinds for a broken file: OSError, SyntaxError, struct.error, ...
         raise BrokenSampleError("undecodable image") from error
 
@@ -157,7 +164,7 @@ def read_metadata(files: dict[str, bytes]) -> dict[str, Any]:
     """The JSON of a sample; empty if there is none."""
     try:
         metadata = json.loads(files["json"]) if "json" in files else {}
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, endless brackets
         raise BrokenSampleError("bad JSON") from error
     return metadata if isinstance(metadata, dict) else {}
 
@@ -169,7 +176,8 @@ def read_captions(files: dict[str, bytes]) -> list[str]:
         captions = []
     try:
         captions = captions or [files.get("txt", b"").decode("utf-8")]
-    except UnicodeDecodeError as error:
+        "".join(captions).encode("utf-8")  # JSON may hold halves of surrogate pairs, which no tokenizer takes
+    except UnicodeError as error:
         raise BrokenSampleError("caption is not UTF-8") from error
     captions = [caption.strip() for caption in captions if caption.strip()]
     if not captions:
@@ -190,15 +198,19 @@ def read_decoded(
     """
     for path in paths:
         for item in read_shard(path):
-            if not isinstance(item, Skipped) and not keep(item[0]):
-                continue
-            try:
-                result = item if isinstance(item, Skipped) else decode(*item)
-            except BrokenSampleError as error:
-                result = Skipped(item[0], str(error))
-            if isinstance(result, Skipped):
-                logger.warning("skipped %s: %s", result.key, result.reason)
-            yield result
+            if isinstance(item, Skipped) or keep(item[0]):
+                yield decode_item(item, decode)
+
+
+def decode_item(item: RawSample | Skipped, decode: Callable[[str, dict[str, bytes]], T]) -> T | Skipped:
+    """`decode(key, files)` of one item of `read_shard`; what is broken is logged and comes out as Skipped."""
+    try:
+        result = item if isinstance(item, Skipped) else decode(*item)
+    except BrokenSampleError as error:
+        result = Skipped(item[0], str(error))
+    if isinstance(result, Skipped):
+        logger.warning("skipped %s: %s", result.key, result.reason)
+    return result
 
 
 # Training's samples
@@ -211,6 +223,19 @@ def shrink(image: Image.Image, size: int | None) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
+def sample_decoder(
+    encode: Encode, max_pixels: int, size: int | None = None
+) -> Callable[[str, dict[str, bytes]], Sample]:
+    """The `decode` of `read_decoded` that gives pixels and caption tokens. `size`: see `shrink`."""
+
+    def decode(key: str, files: dict[str, bytes]) -> Sample:
+        image = read_image(files, max_pixels)
+        captions = [encode(caption) for caption in read_captions(files)]
+        return Sample(key, np.asarray(shrink(image, size)), captions)
+
+    return decode
+
+
 def read_samples(
     paths: Iterable[str],
     encode: Encode,
@@ -220,13 +245,7 @@ def read_samples(
     keep: Callable[[str], bool] = lambda key: True,
 ) -> Iterator[Sample | Skipped]:
     """Pixels and caption tokens of the samples of shards whose key `keep` accepts. `size`: see `shrink`."""
-
-    def decode(key: str, files: dict[str, bytes]) -> Sample:
-        image = read_image(files, max_pixels)
-        captions = [encode(caption) for caption in read_captions(files)]
-        return Sample(key, np.asarray(shrink(image, size)), captions)
-
-    return read_decoded(paths, decode, keep=keep)
+    return read_decoded(paths, sample_decoder(encode, max_pixels, size), keep=keep)
 
 
 def make_encoder(tokenizer: Any, max_length: int) -> Encode:

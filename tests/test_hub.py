@@ -290,8 +290,11 @@ def test_no_code_of_a_checkpoint_is_run(checkpoint):
         content["auto_map"] = dict.fromkeys(autos, "evil.Evil")
         (checkpoint / name).write_text(json.dumps(content))
     assert type(load_model(HEADS[0], checkpoint)) is HEADS[0]
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        load_processor(checkpoint)
+    processor = load_processor(checkpoint)
+    parts = (processor, processor.image_processor, processor.tokenizer)
+    names = ["IGCaptionerProcessor", "IGCaptionerImageProcessor", "TokenizersBackend"]
+    assert [type(part).__name__ for part in parts] == names
+    assert not any("evil" in name for name in sys.modules)
 
 
 # Clean processes

@@ -62,7 +62,10 @@ class DataConfig:
     cache_size: int = 96
     """Images with a longer side than this (pixels) are squashed to a square of it in the cache."""
     shuffle_buffer: int = 2000
-    """Samples per source and worker in the shuffle buffer, when streaming."""
+    """Samples that are shuffled together, when streaming; each stream holds one such block, undecoded, per source."""
+    streams: int = 0
+    """Parts that the shards are dealt out to, when streaming; 0: one per loader process. A run keeps the number it
+    started with, so that it can be resumed with any number of processes and workers up to it."""
     max_image_pixels: int = 50_000_000
     """Images with more pixels are skipped before they are decoded (decompression bombs)."""
     num_workers: int = 0
@@ -295,6 +298,7 @@ def validate(config: TrainConfig) -> None:
         "data.max_length": config.data.max_length - 1,
         "data.pad_to_multiple_of": config.data.pad_to_multiple_of,
         "data.cache_size": config.data.cache_size,
+        "data.shuffle_buffer": config.data.shuffle_buffer,
         "optimizer.lr": config.optimizer.lr,
         "log_every_steps": config.log_every_steps,
         "keep_checkpoints": config.keep_checkpoints,

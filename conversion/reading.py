@@ -1,0 +1,226 @@
+"""Checkpoints of JAX code on disk: names, shapes and arrays of their leaves, without JAX and without pickle.
+
+Two stores hold the same tree. `.npz` needs numpy alone. A tensorstore folder (what big_vision's HEAD writes) has one
+zarr sub-folder per leaf, with `~` for `/` in its name; listing it needs nothing, reading it the package tensorstore.
+Shapes are known before any array is read, so that a conversion can be planned, and refused, at no cost.
+"""
+
+import hashlib
+import json
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+# What trainers of big_vision store beside `params`: optimizer state, timers, and the counters of older versions.
+TRAINING_STATE = ("opt", "chrono", "extra")
+BFLOAT16 = np.dtype("V2")  # numpy has no bfloat16 and stores its two bytes as they are
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be converted, and why."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array as the store describes it. `dtype` is numpy's name, or "bfloat16"."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    return "bfloat16" if dtype == BFLOAT16 else dtype.name
+
+
+class NpzStore:
+    """The arrays of an `.npz` file, read one at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files = [path]
+        with path.open("rb") as file:
+            _check_npz_start(path, file.read(8))
+        try:
+            self._zip = zipfile.ZipFile(path)
+            self.leaves = {self._leaf_name(name): self._header(name) for name in self._zip.namelist()}
+        except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
+            raise ConversionError(f"{path} is truncated or damaged: {error}") from error
+
+    def _leaf_name(self, member: str) -> str:
+        if not member.endswith(".npy"):
+            hint = "; it looks like a PyTorch checkpoint" if member.endswith("data.pkl") else ""
+            raise ConversionError(f"{self.path} is a zip but no .npz, as it holds {member!r}{hint}")
+        return member.removesuffix(".npy")
+
+    def _header(self, member: str) -> Leaf:
+        with self._zip.open(member) as file:
+            try:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            except ValueError as error:
+                raise ConversionError(f"{member!r} in {self.path} is damaged: {error}") from error
+        if dtype.hasobject:
+            raise ConversionError(f"{member!r} in {self.path} is a pickle, which is never loaded")
+        return Leaf(shape, dtype_name(dtype))
+
+    def read(self, name: str) -> np.ndarray:
+        try:
+            with self._zip.open(name + ".npy") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+        except (zipfile.BadZipFile, EOFError, OSError, ValueError, zlib.error) as error:
+            raise ConversionError(f"{name!r} in {self.path} is truncated or damaged: {error}") from error
+
+
+def _check_npz_start(path: Path, start: bytes) -> None:
+    """Raises ConversionError unless a file begins like a zip, naming what else it may be."""
+    if start.startswith(b"PK"):
+        return
+    kinds = {b"\x93NUMPY": "a single array (.npy)", b"\x80": "a pickle, which is never loaded", b"\x89HDF": "HDF5"}
+    kind = next((text for magic, text in kinds.items() if start.startswith(magic)), "something else")
+    if start[2:].startswith(b"\x00\x00\x00\x00\x00") or start[-1:] == b"{":
+        kind = "a safetensors file"
+    raise ConversionError(f"{path} is no .npz file but {kind if start else 'empty'}")
+
+
+class TensorstoreStore:
+    """The arrays of a folder with one zarr sub-folder (version 2 or 3) per leaf."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files = sorted(file for file in path.rglob("*") if file.is_file())
+        self.leaves = {}
+        for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
+            self.leaves[folder.name.replace("~", "/")] = self._metadata(folder)
+        if not self.leaves:
+            raise ConversionError(f"{path} holds no arrays: expected one zarr folder per leaf, or an .npz file")
+
+    def _metadata(self, folder: Path) -> Leaf:
+        files = [folder / name for name in (".zarray", "zarr.json") if (folder / name).is_file()]
+        if not files:
+            raise ConversionError(f"{folder} is no zarr array (neither .zarray nor zarr.json)")
+        try:
+            metadata = json.loads(files[0].read_text(encoding="utf-8"))
+            dtype = metadata["dtype"] if "dtype" in metadata else metadata["data_type"]
+            name = dtype if dtype == "bfloat16" else np.dtype(dtype).name
+            return Leaf(tuple(metadata["shape"]), name)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConversionError(f"{files[0]} is damaged: {error!r}") from error
+
+    def read(self, name: str) -> np.ndarray:
+        try:
+            import tensorstore
+        except ImportError as error:
+            raise ConversionError(
+                f"{self.path} is a tensorstore folder, which only the package tensorstore reads: "
+                "pip install tensorstore"
+            ) from error
+        folder = self.path / name.replace("/", "~")
+        driver = "zarr" if (folder / ".zarray").is_file() else "zarr3"
+        spec = {"driver": driver, "kvstore": {"driver": "file", "path": str(folder.resolve())}}
+        # A missing chunk would read as zeros: a folder that was not copied completely must not pass.
+        spec["fill_missing_data_reads"] = False
+        try:
+            return np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())
+        except (ValueError, OSError) as error:
+            raise ConversionError(f"{name!r} in {self.path} is truncated or damaged: {error}") from error
+
+
+@dataclass
+class Checkpoint:
+    """The parameters in a store, by their names in the model.
+
+    leaves: name -> shape and dtype. skipped: names in the store that are deliberately not converted (training state,
+    and what lies outside a requested subtree).
+    """
+
+    store: NpzStore | TensorstoreStore
+    leaves: dict[str, Leaf]
+    skipped: list[str]
+    prefix: str = ""
+
+    def read(self, name: str) -> np.ndarray:
+        """One parameter as float32. Raises ConversionError if it is no finite floating-point array."""
+        stored = self.prefix + name if self.prefix + name in self.store.leaves else name
+        array = self.store.read(stored)
+        if array.dtype == BFLOAT16 or array.dtype.name == "bfloat16":
+            array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        if array.dtype.kind != "f":
+            raise ConversionError(f"the leaf {name!r} holds {array.dtype}, not floating-point numbers")
+        array = array.astype(np.float32, copy=False)
+        if not np.isfinite(array).all():
+            raise ConversionError(f"the leaf {name!r} holds {np.sum(~np.isfinite(array))} values that are not finite")
+        return array
+
+    def sha256(self) -> str:
+        """Of the file; for a folder, of the list of its files' names and digests."""
+        if self.store.files == [self.store.path]:
+            return _sha256(self.store.path)
+        listing = [f"{file.relative_to(self.store.path)} {_sha256(file)}\n" for file in self.store.files]
+        return hashlib.sha256("".join(listing).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_checkpoint(argument: str | Path) -> Checkpoint:
+    """Opens `FILE_OR_DIR[:subtree]` in any form that big_vision writes; no array is read.
+
+    A tensorstore checkpoint may also be named without its step (`.../checkpoint.bv`), as upstream does, or by the
+    folder it stands in: the file `checkpoint.bv-LAST` then says which step is meant.
+
+    Raises:
+        ConversionError: no such file, another format, or no such subtree.
+    """
+    path, subtree = _split_subtree(str(argument))
+    path = _last_step(path)
+    if not path.exists():
+        raise ConversionError(f"no such checkpoint: {path}")
+    store = TensorstoreStore(path) if path.is_dir() else NpzStore(path)
+    prefix, skipped = _find_parameters(list(store.leaves))
+    if subtree:
+        outside = [name for name in store.leaves if name not in skipped and not name.startswith(f"{prefix}{subtree}/")]
+        skipped += outside
+        prefix = f"{prefix}{subtree}/"
+    leaves = {name.removeprefix(prefix): leaf for name, leaf in store.leaves.items() if name not in set(skipped)}
+    if not leaves:
+        tops = sorted({name.split("/")[0] for name in store.leaves})
+        raise ConversionError(f"{path} has no parameters under {prefix!r}; at its top are {', '.join(tops)}")
+    return Checkpoint(store, leaves, skipped, prefix)
+
+
+def _split_subtree(argument: str) -> tuple[Path, str]:
+    path, colon, subtree = argument.rpartition(":")
+    if not colon or Path(argument).expanduser().exists():
+        path, subtree = argument, ""
+    return Path(path).expanduser(), subtree.strip("/")
+
+
+def _last_step(path: Path) -> Path:
+    """The folder of the latest step, if `path` names the checkpoint without its step or the folder around it."""
+    for base in (path, path / "checkpoint.bv"):
+        pointer = base.with_name(base.name + "-LAST")
+        if pointer.is_file():
+            return base.with_name(f"{base.name}-{pointer.read_text(encoding='utf-8').strip()}")
+    return path
+
+
+def _find_parameters(names: list[str]) -> tuple[str, list[str]]:
+    """The prefix of the parameters, and the names that are training state.
+
+    What is under neither is left to the caller, whose key map will not know it.
+    """
+    if any(name.startswith("params/") for name in names):
+        prefix = "params/"
+    elif any(name.startswith("opt/target/") for name in names):
+        prefix = "opt/target/"
+    else:
+        return "", []
+    state = [name for name in names if name.split("/")[0] in TRAINING_STATE and not name.startswith(prefix)]
+    return prefix, state
