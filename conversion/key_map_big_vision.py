@@ -21,13 +21,16 @@ from .reading import ConversionError, Leaf
 
 
 class Entry(NamedTuple):
-    """A leaf, the weight it becomes, its axes, how ("flat": reshaped; "in": kernel with one input axis, then
-    transposed; "in2": with two; "conv"), and the field of [`Structure`] it depends on."""
+    """A leaf, the weight it becomes, its axes, how, and the field of [`Structure`] that says whether it exists.
+
+    How: "in" and "in2" are kernels with one and two input axes (torch's weight is the transpose), "conv" a
+    convolution, "flat" a bias split into heads, "first" a table with an axis of 1 in front, "same" as it stands.
+    """
 
     leaf: str
     weight: str
     axes: str
-    how: str = "flat"
+    how: str = "same"
     only_if: str = ""
 
 
@@ -60,9 +63,15 @@ DECODER_POSITIONS = f"{DECODER}.embed_positions.weight"
 ENTRIES = [
     Entry("encoder/embedding/kernel", f"{VISION}.embeddings.projection.weight", "p q C E", "conv"),
     Entry("encoder/embedding/bias", f"{VISION}.embeddings.projection.bias", "E"),
-    Entry("encoder/pos_embedding", f"{VISION}.embeddings.position_embedding", "1 P E", only_if="learned_positions"),
+    Entry(
+        "encoder/pos_embedding",
+        f"{VISION}.embeddings.position_embedding",
+        "1 P E",
+        "first",
+        only_if="learned_positions",
+    ),
     *_norm("encoder/Transformer/encoder_norm", f"{VISION}.norm", "E"),
-    Entry("pos_embedding_decoder", DECODER_POSITIONS, "1 L D", only_if="learned_positions"),
+    Entry("pos_embedding_decoder", DECODER_POSITIONS, "1 L D", "first", only_if="learned_positions"),
     Entry("decoder/EmbedTargets/embedding", f"{DECODER}.embed_tokens.weight", "R D"),
     *_norm("decoder/LayerNorm", f"{DECODER}.norm", "D"),
     Entry("decoder/LogitsDense/kernel", "lm_head.weight", "D V", "in"),
@@ -72,7 +81,7 @@ _ATTENTION = "MultiHeadDotProductAttention_0"
 ENCODER_BLOCK = [
     *_norm("LayerNorm_0", "self_attn_norm", "E"),
     *_attention(_ATTENTION, "self_attn", "E", "h d", "E"),
-    *(Entry(f"{_ATTENTION}/{n}/bias", f"self_attn.{n[0]}_proj.bias", "h d") for n in ("query", "key", "value")),
+    *(Entry(f"{_ATTENTION}/{n}/bias", f"self_attn.{n[0]}_proj.bias", "h d", "flat") for n in ("query", "key", "value")),
     Entry(f"{_ATTENTION}/out/bias", "self_attn.o_proj.bias", "E"),
     *_norm("LayerNorm_1", "mlp_norm", "E"),
     *_mlp("MlpBlock_0", "E", "M"),
@@ -129,10 +138,8 @@ class Placement:
             elif self.how in ("in", "in2"):
                 inputs = math.prod(layer.shape[: 2 if self.how == "in2" else 1])
                 yield name, layer.reshape(inputs, -1).T
-            elif self.axes[0] == "1":
-                yield name, layer[0]
             else:
-                yield name, layer.reshape(-1, layer.shape[-1]) if self.axes == ("R", "D") else layer.reshape(-1)
+                yield name, layer[0] if self.how == "first" else layer.reshape(-1) if self.how == "flat" else layer
 
     def to_leaf(self, weight: Callable[[str], np.ndarray], sizes: dict[str, int]) -> np.ndarray:
         """The inverse of `to_weights`: the leaf, contiguous."""

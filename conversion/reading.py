@@ -82,7 +82,7 @@ def _check_npz_start(path: Path, start: bytes) -> None:
         return
     kinds = {b"\x93NUMPY": "a single array (.npy)", b"\x80": "a pickle, which is never loaded", b"\x89HDF": "HDF5"}
     kind = next((text for magic, text in kinds.items() if start.startswith(magic)), "something else")
-    if start[2:].startswith(b"\x00\x00\x00\x00\x00") or start[-1:] == b"{":
+    if start[3:] == bytes(5):  # the length of its header, as a little-endian integer
         kind = "a safetensors file"
     raise ConversionError(f"{path} is no .npz file but {kind if start else 'empty'}")
 

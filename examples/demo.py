@@ -17,7 +17,7 @@ from PIL import Image
 from skimage import data
 from transformers import pipeline
 
-from ig_captioner import TINY_CHECKPOINT
+from ig_captioner import TINY_CHECKPOINT, IGZeroShotImageClassificationPipeline
 
 
 PHOTOS = {
@@ -37,7 +37,9 @@ COLUMNS = {
 
 
 def print_table(name: str, predictions: list[dict]) -> None:
-    print(f"\n{name}\n{'label':>16} {'log P(T|I)':>11} {'log P(T)':>9} {'IG':>7} {'score':>7}   (nats; * = highest of its column)")
+    print(
+        f"\n{name}\n{'label':>16} {'log P(T|I)':>11} {'log P(T)':>9} {'IG':>7} {'score':>7}   (nats; * = highest of its column)"
+    )
     best = {column: max(row[column] for row in predictions) for column in (*COLUMNS, "score")}
     for row in predictions:
         cells = [f"{row[column]:.2f}" + ("*" if row[column] == best[column] else " ") for column in best]
@@ -47,7 +49,11 @@ def print_table(name: str, predictions: list[dict]) -> None:
 def draw(results: dict[str, list[dict]], images: dict[str, Image.Image], path: Path) -> None:
     """One row per photo: the photo, then bars of likelihood, prior and information gain with the winner in colour."""
     figure, axes = plt.subplots(
-        len(results), 4, figsize=(11.5, 2.0 * len(results) + 0.9), layout="constrained", width_ratios=[1.0, 1.3, 1.3, 1.3]
+        len(results),
+        4,
+        figsize=(11.5, 2.0 * len(results) + 0.9),
+        layout="constrained",
+        width_ratios=[1.0, 1.3, 1.3, 1.3],
     )
     limits = {c: [row[c] for rows in results.values() for row in rows] for c in COLUMNS}
     for (name, predictions), (photo, *bars) in zip(results.items(), axes, strict=True):
@@ -74,7 +80,11 @@ def main() -> None:
     parser.add_argument("--model", default=TINY_CHECKPOINT)
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
     options = parser.parse_args()
-    classify = pipeline("zero-shot-image-classification", model=options.model, trust_remote_code=True)
+    classify = pipeline(
+        "zero-shot-image-classification",
+        model=options.model,
+        pipeline_class=IGZeroShotImageClassificationPipeline,
+    )
     images = {name: Image.fromarray(load()) for name, load in PHOTOS.items()}
     results = {
         name: classify(image, candidate_labels=LABELS, hypothesis_template=TEMPLATE, return_log_likelihoods=True)

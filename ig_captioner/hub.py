@@ -45,102 +45,9 @@ RELEASE_FILES = (
     *REMOTE_CODE_FILES,
 )
 
-# The card of checkpoints that have none of their own. `model_card.md` is a copy for readers, written by
-# `python -m ig_captioner.hub > model_card.md`; a test compares them.
-CARD_TEMPLATE = """\
----
-library_name: transformers
-pipeline_tag: zero-shot-image-classification
-license: "{{ license }}"
-tags:
-- zero-shot-image-classification
-- image-to-text
-- image-captioning
-- information-gain
-- ig-captioner
----
-
-# {{ model_id }}
-
-An image captioner that classifies: it ranks texts for an image by *information gain*, how much more likely the image
-makes a text. It also writes captions.
-
-## Use
-
-```python
-from transformers import pipeline
-
-classifier = pipeline("zero-shot-image-classification", model="{{ model_id }}", trust_remote_code=True)
-classifier("photo.jpg", candidate_labels=["cat", "dog", "car"], hypothesis_template="a photo of a {}.")
-```
-
-gives a list of `{"score": ..., "label": ...}`, best first. `prior_weight`, several templates, `top_k` and
-`return_log_likelihoods=True` are further arguments. The terms of the score, for any texts:
-
-```python
-import torch
-from PIL import Image
-from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
-
-model = AutoModelForZeroShotImageClassification.from_pretrained("{{ model_id }}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{{ model_id }}", trust_remote_code=True)
-texts = ["a photo of a cat.", "a photo of a dog."]
-inputs = processor(images=Image.open("photo.jpg"), text=texts, return_tensors="pt").to(model.dtype)
-with torch.no_grad():
-    scores = model.score(**inputs)
-print(scores.caption_log_likelihood)  # log P(T|I), [images, texts]
-print(scores.prior_log_likelihood)  # log P(T), [texts]
-print(scores.information_gain)  # [images, texts]
-```
-
-Captions:
-
-```python
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-captioner = AutoModelForImageTextToText.from_pretrained("{{ model_id }}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{{ model_id }}", trust_remote_code=True)
-inputs = processor(images=Image.open("photo.jpg"), return_tensors="pt").to(captioner.dtype)
-tokens = captioner.generate(**inputs, max_new_tokens=10, num_beams=4)
-print(processor.batch_decode(tokens, skip_special_tokens=True))
-```
-
-With the package `ig_captioner` installed, its commands `ig-captioner classify` and `ig-captioner caption` do the same
-from the shell.
-
-## How it scores
-
-    IG(T, I) = log P(T|I) - w * log P(T)
-
-in nats, from one decoder read twice: with the image, and without it. `w` is `prior_weight`, {{ prior_weight }} in this
-checkpoint. At `w = 1` this is the pointwise mutual information of text and image, and the softmax over labels is the
-posterior of equally likely labels; at `w = 0` texts are ranked by likelihood alone, which favours texts that are common
-anyway. Several templates are ensembled by the mean of their log-likelihoods. See "IG Captioner: Information Gain
-Captioners are Strong Zero-shot Classifiers" (arXiv 2311.17072).
-
-## Model
-
-| | |
-|---|---|
-| parameters | {{ num_parameters }}, stored as {{ dtype }} |
-| images | {{ image_size }} pixels, patches of {{ patch_size }} |
-| image encoder | {{ vision_layers }} layers of width {{ vision_width }} |
-| text decoder | {{ text_layers }} layers of width {{ text_width }}, fusion: {{ fusion }} |
-| texts | up to {{ max_tokens }} tokens, vocabulary of {{ vocab_size }} |
-
-## Limits
-
-- This card was filled in from the checkpoint's configuration. What the model was trained on, under which terms, and how
-  well it does is not recorded there, so nothing is said about it here.
-- Scores compare the given labels with one another: one of them always wins, even if none fits. They are not calibrated.
-- Scores depend on the wording of labels and templates, and on `w`; log-likelihoods of different models, or tokenizers,
-  cannot be compared.
-- Texts longer than the limit above are cut.
-- Captions and scores repeat the errors and prejudices of the training data. Do not use them to identify people or to
-  decide about them.
-- `trust_remote_code=True` runs the Python files of this repository: read them, and pin a `revision`.
-"""
+# The card of checkpoints that have none of their own. The file of the same name in the repository's root is a copy for
+# readers, made with `cp`; a test compares them.
+CARD_TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +217,7 @@ def fill_card(model: IGCaptionerPreTrainedModel, repo_id: str, license: str | No
 
     return ModelCard.from_template(
         ModelCardData(),
-        template_str=CARD_TEMPLATE,
+        template_path=str(CARD_TEMPLATE),
         model_id=repo_id,
         license=license or "unknown",
         prior_weight=f"{model.config.prior_weight:g}",
@@ -370,7 +277,3 @@ def _check_code_references(folder: Path) -> None:
             nodes = ast.parse(source.read_text(encoding="utf-8")).body if source.is_file() else []
             if not any(isinstance(node, ast.ClassDef) and node.name == name for node in nodes):
                 raise ValueError(f"{path.name} refers to {reference}, which is not in the release")
-
-
-if __name__ == "__main__":
-    print(CARD_TEMPLATE, end="")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import BOS, EOS, PAD, VARIANTS, naive_log_likelihoods, padded, random_images, tiny_config, tiny_model
 from transformers import StaticCache
 
 from ig_captioner import IGCaptionerForConditionalGeneration
+from tiny import BOS, EOS, PAD, VARIANTS, naive_log_likelihoods, padded, random_images, tiny_config, tiny_model
 
 
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6}

@@ -103,8 +103,8 @@ def test_references_to_code_are_those_of_this_package(checkpoint, room):
 
 def test_the_template_is_at_the_top_of_the_repository():
     path = Path(__file__).parents[1] / "model_card.md"
-    assert path.read_text(encoding="utf-8") == CARD_TEMPLATE  # python -m ig_captioner.hub > model_card.md
-    data = ModelCard(CARD_TEMPLATE).data  # valid metadata before it is filled, too
+    assert path.read_text(encoding="utf-8") == CARD_TEMPLATE.read_text(encoding="utf-8")
+    data = ModelCard(CARD_TEMPLATE.read_text(encoding="utf-8")).data  # valid metadata before it is filled, too
     assert (data.pipeline_tag, data.library_name) == ("zero-shot-image-classification", "transformers")
 
 

@@ -61,7 +61,9 @@ def test_no_line_of_prose_looks_like_a_relative_import(name):
 
 
 def test_a_model_file_brings_all_others_along():
-    assert set(READING_ORDER[:-1]) == {module for level, module in imports(PACKAGE / "modeling_ig_captioner.py") if level}
+    assert set(READING_ORDER[:-1]) == {
+        module for level, module in imports(PACKAGE / "modeling_ig_captioner.py") if level
+    }
 
 
 ARROWS = {  # folder: what it must not import

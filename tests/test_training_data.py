@@ -24,15 +24,8 @@ from ig_captioner.shards import (
 )
 from training.augmentation import ImageSettings, augment, normalise, random_box, reflect_border
 from training.config import AugmentationConfig, DataConfig, SourceConfig
-from training.data import (
-    CachedMixture,
-    CachedSource,
-    DrawSampler,
-    load_training_data,
-    mixture_order,
-    pad_labels,
-    split_by_length,
-)
+from training.data import DrawSampler, load_training_data, pad_labels, split_by_length
+from training.mixtures import CachedMixture, CachedSource, mixture_order
 from training.train_tokenizer import train_tokenizer
 
 
@@ -126,7 +119,7 @@ BROKEN = {
         "undecodable image",
     ),
     "empty": ([("b.png", b""), ("b.txt", b"t")], "empty image file"),
-    "html": ([("b.jpg", b"<html>404</html>"), ("b.txt", b"t")], "undecodable image"),
+    "html": ([("b.jpg", b"<html>404</html>"), ("b.txt", b"t")], "not an image"),
     "bomb": ([("b.png", image_bytes(size=(400, 400))), ("b.txt", b"t")], "too many pixels"),
     "no image": ([("b.txt", b"t")], "missing image"),
     "no caption": ([("b.png", image_bytes())], "missing caption"),

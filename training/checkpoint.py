@@ -1,9 +1,11 @@
 """Checkpoints of a run: written atomically, found again, pruned.
 
-`OUTPUT/checkpoint-00001234/` holds `model/` (a complete model folder, which loads on its own) and `state.pt`
-(optimisers, moving average, random states, counters). It appears under its name only when it is complete.
+`OUTPUT/checkpoint-00001234/` holds `model/` (a complete model folder, which loads on its own), `state.pt` (optimisers,
+moving average, random states, counters, position in the data) and `files.json`, the size of each file. It appears under
+its name only when all of it is on the disk.
 """
 
+import json
 import os
 import re
 import shutil
@@ -15,12 +17,27 @@ import torch
 
 
 NAME = re.compile(r"checkpoint-(\d+)")
+SIZES = "files.json"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)]
-    return sorted((path for path in folders if (path / "state.pt").is_file()), key=lambda path: step_of(path))
+    return sorted((path for path in folders if is_complete(path)), key=step_of)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file has the size it was written with (a copy may have been cut short)."""
+    try:
+        sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
+        return sizes == file_sizes(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SIZES]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def step_of(folder: Path) -> int:
@@ -33,7 +50,7 @@ def save_checkpoint(
     """Writes a checkpoint beside the others, then removes the oldest beyond `keep`.
 
     Raises:
-        OSError: nothing could be written (disk full, ...); earlier checkpoints are untouched.
+        OSError: it could not be written (disk full, ...); earlier checkpoints are untouched.
     """
     folder = Path(output_dir) / f"checkpoint-{step:08d}"
     temporary = Path(output_dir) / f".{folder.name}.partial"
@@ -41,18 +58,34 @@ def save_checkpoint(
     try:
         temporary.mkdir(parents=True)
         save_model(temporary / "model")
-        with open(temporary / "state.pt", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
+        torch.save(state, temporary / "state.pt")
+        (temporary / SIZES).write_text(json.dumps(file_sizes(temporary), indent=1), encoding="utf-8")
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        if folder.exists():  # an incomplete one: nothing writes the same step twice
+            shutil.rmtree(folder)
         os.replace(temporary, folder)
+        sync(folder.parent)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"could not write {folder}: {error}") from error
+        earlier = list_checkpoints(output_dir)
+        raise OSError(
+            f"could not write {folder}: {error} "
+            f"({shutil.disk_usage(output_dir).free / 2**20:.0f} MiB free on the disk). "
+            + (f"The newest checkpoint is {earlier[-1]}" if earlier else "There is no earlier checkpoint")
+        ) from error
     for old in list_checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_state(folder: Path) -> dict[str, Any]:

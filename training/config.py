@@ -307,6 +307,7 @@ def validate(config: TrainConfig) -> None:
         "max_minutes": 1 if config.max_minutes is None else config.max_minutes,
     }.items():
         check(value > 0, name, value, "positive (data.max_length: at least 2)")
+    check(config.data.streams >= 0, "data.streams", config.data.streams, "at least 0")
     optimizer = config.optimizer
     check(0 <= optimizer.ema_decay < 1, "optimizer.ema_decay", optimizer.ema_decay, "in [0, 1)")
     fractions = optimizer.warmup_fraction + optimizer.cooldown_fraction

@@ -117,7 +117,7 @@ def load_training_data(
     data_root: str,
     batch_size: int,
     seed: int,
-    first_batch: int = 0,
+    first_draw: int = 0,
     streams: int = 0,
     states: dict[int, StreamState] | None = None,
     process: int = 0,
@@ -128,7 +128,7 @@ def load_training_data(
 
     Args:
         batch_size: per process.
-        first_batch: number of batches taken before, in a run that is resumed.
+        first_draw: number of samples drawn before, over all processes, in a run that is resumed.
         streams, states: of the run that is resumed, over all processes.
     """
     encode = make_encoder(tokenizer, config.max_length)
@@ -146,7 +146,6 @@ def load_training_data(
         streams, states = 0, {}
         cached = [CachedSource(name, training[name], source.augmentation) for name, source in config.sources.items()]
         mixture = CachedMixture(cached, weights, settings, seed)
-        first_draw = first_batch * batch_size * processes
         options = {"batch_sampler": DrawSampler(first_draw, batch_size, process, processes)}
     else:
         readers = processes * max(1, config.num_workers)
@@ -167,7 +166,7 @@ def load_training_data(
             seed,
             streams=streams,
             states=states,
-            first_batch=first_batch,
+            first_batch=first_draw // (batch_size * processes),
             process=process,
             processes=processes,
         )

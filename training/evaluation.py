@@ -4,10 +4,12 @@ For a classification set the distinct captions are its classes, for a captioning
 Scores are log P(T|I) - w * log P(T) in nats, higher is better.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from ig_captioner.information_gain import IGNORE_INDEX
@@ -15,6 +17,7 @@ from ig_captioner.shards import Sample
 
 from .augmentation import ImageSettings, normalise, resize
 from .data import pad_labels
+from .optim import MovingAverage
 
 
 PRIOR_WEIGHTS = tuple(round(0.1 * step, 1) for step in range(13))  # w = 0 ... 1.2
@@ -57,3 +60,23 @@ def evaluate_held_out(
         metrics[f"top1_{name}"] = (ranks[weight] < 1).float().mean().item()
         metrics[f"top10_{name}"] = (ranks[weight] < 10).float().mean().item()
     return metrics
+
+
+def evaluate(
+    model: Any,
+    average: MovingAverage | None,
+    held_out: dict[str, list[Sample]],
+    settings: ImageSettings,
+    accelerator: Accelerator,
+) -> dict[str, dict[str, float]]:
+    """Held-out ranking per source, with the moving average where there is one; all processes do the same."""
+    model.eval()
+    pad_token_id = model.config.text_config.pad_token_id or 0
+    with average.applied(model) if average else nullcontext(), accelerator.autocast():
+        result = {
+            name: evaluate_held_out(model, samples, settings, pad_token_id, accelerator.device)
+            for name, samples in held_out.items()
+            if samples
+        }
+    model.train()
+    return result

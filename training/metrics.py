@@ -6,12 +6,15 @@ Shapes: B texts, L tokens, V vocabulary. Losses are in nats per token.
 import dataclasses
 import json
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from ig_captioner.information_gain import IGNORE_INDEX, token_log_likelihoods
@@ -43,29 +46,45 @@ def sums_by_source(logits: Tensor, prior_logits: Tensor, labels: Tensor, source:
     return columns.new_zeros(sources, 3).index_add_(0, source.to(labels.device), columns)
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; a line that a killed run wrote in part is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 class MetricsLog:
     """Means over the steps since the last row; rows go to `log.jsonl`, rows after a resumed step are dropped."""
 
     def __init__(self, output_dir: Path, step: int, accelerator: Accelerator, config: TrainConfig) -> None:
         self.names = list(config.data.sources)
-        self.path, self.accelerator, self.batch_size = (
-            output_dir / "log.jsonl",
-            accelerator,
-            config.batch_size,
-        )
+        self.path, self.accelerator = output_dir / "log.jsonl", accelerator
         if accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
             values = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
             (output_dir / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-            old = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []
-            kept = [line for line in old if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            kept = [row for row in read_rows(self.path) if row["step"] <= step] if step else []
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self.reset()
 
     def reset(self) -> None:
         self.means: dict[str, Tensor] = {}
         self.sources: Tensor | None = None
         self.steps, self.images, self.data_seconds, self.started = 0, 0, 0.0, time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been added since the last row, on this process."""
+        means = {name: total.cpu() for name, total in self.means.items()}
+        seconds = [self.data_seconds, time.perf_counter() - self.started]
+        return {"means": means, "steps": self.steps, "images": self.images, "seconds": seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.means = {name: total.to(self.accelerator.device) for name, total in state["means"].items()}
+        self.steps, self.images = state["steps"], state["images"]
+        self.data_seconds, elapsed = state["seconds"]
+        self.started = time.perf_counter() - elapsed
 
     def add_part(self, outputs: Any, share: Tensor) -> None:
         """Losses of a part of a batch. Sums stay on the device, so that adding costs no synchronisation."""
@@ -109,9 +128,10 @@ class MetricsLog:
             for name, total in self.means.items()
         }
         gain = means.get("unconditional_loss", float("nan")) - means.get("captioning_loss", float("nan"))
+        skipped = sum((Counter(counts) for counts in gather_object([dict(progress.skipped)])), Counter[str]())
         row = {
             "step": progress.step,
-            "samples": progress.step * self.batch_size,
+            "samples": progress.samples,
             "minutes": round(seconds / 60, 3),
             "progress": round(fraction, 5),
             "learning_rate_factor": round(factor, 5),
@@ -119,7 +139,8 @@ class MetricsLog:
             "information_gain": round(gain, 5),
             "images_per_second": round(self.images * self.accelerator.num_processes / elapsed, 1),
             "data_wait": round(self.data_seconds / elapsed, 4),
-            "skipped_samples": progress.skipped_samples,
+            "skipped_samples": skipped.total(),
+            "skipped": dict(sorted(skipped.items())),
             "nonfinite_steps": progress.nonfinite_steps,
             "sources": self.source_rows(),
         }

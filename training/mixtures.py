@@ -222,7 +222,8 @@ class StreamedMixture(IterableDataset):
         while True:
             source = int(self.order[draw % len(self.order)])
             skipped: list[Skipped] = []
-            for sample, positions[source] in sources[source]:
+            for sample, position in sources[source]:
+                positions[source] = position
                 if not isinstance(sample, Skipped):
                     break
                 skipped.append(sample)

@@ -8,22 +8,17 @@ folder with tokenizer and processor. The number to watch is the information gain
 captioning loss in nats: a run where it stays near 0 learns nothing from its images.
 """
 
-import dataclasses
 import logging
 import os
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object, set_seed
-from torch import Tensor
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -31,12 +26,13 @@ from ig_captioner.configuration_ig_captioner import as_height_width
 
 from .augmentation import ImageSettings
 from .build import build_model, build_processor
-from .checkpoint import list_checkpoints, load_state, save_checkpoint, step_of
+from .checkpoint import list_checkpoints, save_checkpoint, step_of
 from .config import TrainConfig, load_config
 from .data import load_training_data, split_by_length
-from .evaluation import evaluate_held_out
+from .evaluation import evaluate
 from .metrics import MetricsLog, summary, weight_in_mean
 from .optim import MovingAverage, learning_rate_factor, make_optimizers, set_learning_rate
+from .state import RunProgress, SavedRun, agree, all_finite, catch_sigterm, collect_state
 
 
 logger = logging.getLogger(__name__)
@@ -57,11 +53,10 @@ def train(config: TrainConfig) -> Path:
     output_dir = Path(config.output_dir)
     set_seed(config.seed)
 
-    # Model and data. The first draw follows from the step, so a resumed run reads on where it stopped.
+    # Model and data. A resumed run reads on where the checkpoint was taken.
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    checkpoints = list_checkpoints(output_dir) if config.resume else []
-    checkpoint = checkpoints[-1] if checkpoints else None
-    first_step = step_of(checkpoint) if checkpoint else 0
+    checkpoint = find_checkpoint(output_dir, config.resume)
+    saved = SavedRun(checkpoint, list(config.data.sources))
     model = build_model(config, tokenizer, checkpoint)
     processor = build_processor(model.config, tokenizer)
     size = as_height_width(model.config.vision_config.image_size, "image_size")
@@ -73,7 +68,9 @@ def train(config: TrainConfig) -> Path:
         data_root=config.data_root,
         batch_size=config.batch_size // accelerator.num_processes,
         seed=config.seed,
-        first_draw=first_step * config.batch_size,
+        first_draw=saved.samples,
+        streams=saved.streams,
+        states=saved.stream_states,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
         max_held_out=config.evaluation.max_images if config.evaluation.every_steps else 0,
@@ -88,13 +85,16 @@ def train(config: TrainConfig) -> Path:
     )
     optimizers = make_optimizers(model, config.optimizer)
     wrapped, *optimizers = accelerator.prepare(model, *optimizers)
-    progress = RunProgress(step=first_step, skipped_samples=len(data.skipped))
+    progress = RunProgress(step=step_of(checkpoint) if checkpoint else 0)
+    if accelerator.is_main_process:  # every process fills the same cache
+        progress.skipped.update(skipped.reason for skipped in data.skipped)
     batches = iter(data.loader)  # draws a random number, so it comes before the random state is set
     torch.manual_seed(config.seed + accelerator.process_index)  # dropout and parallel prediction
-    if checkpoint:
-        restore(load_state(checkpoint), optimizers, average, progress, accelerator)
-        accelerator.print(f"resumed from {checkpoint}")
     log = MetricsLog(output_dir, progress.step, accelerator, config)
+    saved.restore(optimizers, average, progress, log, accelerator)
+    saved_step = progress.step
+    if checkpoint:
+        accelerator.print(f"resumed from {checkpoint}")
 
     def save_model(folder: Path, averaged: bool = False) -> None:
         with average.applied(model) if average and averaged else nullcontext():
@@ -102,19 +102,23 @@ def train(config: TrainConfig) -> Path:
         processor.save_pretrained(folder)
 
     def save(seconds: float) -> None:
-        progress.seconds = seconds
-        state = collect_state(optimizers, average, progress)  # on every process: it gathers
-        if accelerator.is_main_process:
-            save_checkpoint(output_dir, progress.step, state, save_model, config.keep_checkpoints)
-        accelerator.wait_for_everyone()
+        nonlocal saved_step
+        if saved_step != progress.step:
+            progress.seconds = seconds
+            # On every process: it gathers.
+            state = collect_state(optimizers, average, progress, data, log, list(config.data.sources))
+            if accelerator.is_main_process:
+                save_checkpoint(output_dir, progress.step, state, save_model, config.keep_checkpoints)
+            accelerator.wait_for_everyone()
+            saved_step = progress.step
 
-    # The loop. Process 0's clock and its SIGTERM decide for all.
+    # The loop. Process 0's clock decides for all, and a SIGTERM to any process stops all.
     wrapped.train()
     clock = time.perf_counter() - progress.seconds
     last_save = progress.seconds
     with catch_sigterm() as terminated, progress_bar(accelerator) as bar:
         while True:
-            seconds, stop = agree([time.perf_counter() - clock, float(terminated())], accelerator)
+            seconds, stop = agree(time.perf_counter() - clock, terminated(), accelerator)
             fraction = run_fraction(config, progress.step, seconds)
             if fraction >= 1.0 or stop:
                 break
@@ -158,7 +162,9 @@ def train(config: TrainConfig) -> Path:
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             progress.step += 1
-            progress.skipped_samples += len(batch["skipped"])
+            progress.samples += config.batch_size
+            progress.skipped.update(skipped.reason for skipped in batch["skipped"])
+            data.states.update(batch["states"])
             if progress.nonfinite_in_a_row > config.max_nonfinite_steps:
                 raise NonFiniteError(
                     f"{progress.nonfinite_in_a_row} steps in a row without a finite loss and gradient, up to step "
@@ -202,7 +208,7 @@ def train(config: TrainConfig) -> Path:
     return output_dir / "final"
 
 
-# Progress and state
+# Progress
 
 
 def describe(model: torch.nn.Module, sizes: dict[str, int], skipped: Counter[str]) -> str:
@@ -211,15 +217,15 @@ def describe(model: torch.nn.Module, sizes: dict[str, int], skipped: Counter[str
     return f"{parameters / 1e6:.2f} M parameters; samples: {samples}; skipped: {dict(skipped) or 'none'}"
 
 
-@dataclasses.dataclass
-class RunProgress:
-    """What a run has done so far; part of each checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
-    skipped_samples: int = 0
-    nonfinite_steps: int = 0
-    nonfinite_in_a_row: int = 0
+def find_checkpoint(output_dir: Path, resume: bool) -> Path | None:
+    """The newest complete checkpoint; a run that starts from nothing must not mix its own with older ones."""
+    checkpoints = list_checkpoints(output_dir)
+    if checkpoints and not resume:
+        raise FileExistsError(f"{checkpoints[-1]} is of an earlier run: pass --resume, or another --output_dir")
+    for path in sorted(output_dir.glob("checkpoint-*")):
+        if path not in checkpoints:
+            logger.warning("ignored %s: it is incomplete", path)
+    return checkpoints[-1] if checkpoints else None
 
 
 def run_fraction(config: TrainConfig, step: int, seconds: float) -> float:
@@ -235,94 +241,6 @@ def half_step(config: TrainConfig) -> float:
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def agree(values: list[float], accelerator: Accelerator) -> list[float]:
-    """Process 0's values, on every process."""
-    if accelerator.num_processes == 1:
-        return values
-    return broadcast(torch.tensor(values, dtype=torch.float64, device=accelerator.device)).tolist()
-
-
-def all_finite(loss: Tensor, grad_norm: Tensor | float, accelerator: Accelerator) -> bool:
-    """Whether loss and gradient norm are finite on every process."""
-    total = loss.detach().float() + torch.as_tensor(grad_norm, device=loss.device).float()
-    return bool(torch.isfinite(accelerator.reduce(total)))
-
-
-def random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def collect_state(optimizers: list[Any], average: MovingAverage | None, progress: RunProgress) -> dict[str, Any]:
-    """Everything but the weights. The data have no state: the step says which samples come next."""
-    return {
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "average": average.state_dict() if average else None,
-        "progress": dataclasses.asdict(progress),
-        "random_states": gather_object([random_states()]),
-    }
-
-
-def restore(
-    state: dict[str, Any],
-    optimizers: list[Any],
-    average: MovingAverage | None,
-    progress: RunProgress,
-    accelerator: Accelerator,
-) -> None:
-    """The inverse of `collect_state`, in place."""
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    if average:
-        if state["average"] is None:
-            raise ValueError("optimizer.ema_decay is set, but the checkpoint has no moving average")
-        average.load_state_dict(state["average"])
-    for name, value in state["progress"].items():
-        setattr(progress, name, value)
-    if accelerator.process_index < len(state["random_states"]):  # with more processes than before: fresh ones
-        states = state["random_states"][accelerator.process_index]
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states["cuda"])
-
-
-@contextmanager
-def catch_sigterm() -> Iterator[Any]:
-    """Yields a function that says whether SIGTERM has come; the signal itself no longer ends the process."""
-    received: list[int] = []
-    try:
-        previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    except ValueError:  # not in the main thread, where Python cannot set handlers
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(received)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def evaluate(
-    model: Any,
-    average: MovingAverage | None,
-    held_out: dict[str, list],
-    settings: ImageSettings,
-    accelerator: Accelerator,
-) -> dict[str, dict[str, float]]:
-    """Held-out ranking per source, with the moving average where there is one; all processes do the same."""
-    model.eval()
-    pad_token_id = model.config.text_config.pad_token_id or 0
-    with average.applied(model) if average else nullcontext(), accelerator.autocast():
-        result = {
-            name: evaluate_held_out(model, samples, settings, pad_token_id, accelerator.device)
-            for name, samples in held_out.items()
-            if samples
-        }
-    model.train()
-    return result
 
 
 def progress_bar(accelerator: Accelerator) -> tqdm:

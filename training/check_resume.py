@@ -1,0 +1,245 @@
+"""Kills a run of several processes with SIGKILL again and again, resumes it, and compares it with one never killed.
+
+    OMP_NUM_THREADS=1 python -m training.check_resume --kills 20 [--data streamed] [--torchrun]
+
+A tiny model on shards made here, on the CPU. Each kill hits one process at a random step, in the middle of a step or of
+writing a checkpoint. Fails unless weights and losses are bit-identical, every step saw the same samples, and every
+epoch has each sample once.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import training.train
+
+from .checkpoint import list_checkpoints, step_of
+from .config import load_config
+from .metrics import read_rows
+from .train_tokenizer import train_tokenizer
+
+
+SHARD_SIZES = (7, 12, 3, 9)  # uneven, and 31 samples are no multiple of any batch
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+KILL_VARIABLE = "IG_CAPTIONER_CHECK_KILL"  # "rank step place", for the processes started here
+TIMING = ("minutes", "images_per_second", "data_wait")
+
+
+def make_workspace(folder: Path, data: str, steps: int, workers: int) -> Path:
+    """Shards, a tokenizer and a configuration; returns the configuration's path."""
+    numbers = itertools.count()
+    for shard, size in enumerate(SHARD_SIZES):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for number in itertools.islice(numbers, size):
+                color = list(COLORS)[number % 4]
+                image = io.BytesIO()
+                Image.new("RGB", (8, 8), COLORS[color]).save(image, "PNG")
+                for suffix, content in (("png", image.getvalue()), ("txt", f"a {color} square {number}.".encode())):
+                    info = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+            info = tarfile.TarInfo(f"broken{shard}.png")  # empty: skipped
+            archive.addfile(info, io.BytesIO())
+    train_tokenizer([f"a {color} square." for color in COLORS], 300).save_pretrained(folder / "tokenizer")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = {
+        "tokenizer": str(folder / "tokenizer"),
+        "data_root": str(folder),
+        "model": {
+            "parallel_prediction_prob": 0.3,
+            "vision_config": {**small, "image_size": 16, "patch_size": 8},
+            "text_config": {**small, "num_text_only_layers": 1, "max_position_embeddings": 16, "dropout": 0.1},
+        },
+        "data": {
+            "max_length": 16,
+            "cache_in_memory": data == "cached",
+            "shuffle_buffer": 5,
+            "num_workers": workers,
+            "sources": {"squares": {"shards": ["*.tar"], "augmentation": {"shift": 0.1, "flip_probability": 0.5}}},
+        },
+        "optimizer": {"name": "muon", "lr": 0.01, "ema_decay": 0.9},
+        "batch_size": 8,
+        "micro_batches": 2,
+        "max_steps": steps,
+        "mixed_precision": "no",
+        "log_every_steps": 4,
+        "checkpoint_minutes": 0,
+        "checkpoint_steps": 3,  # no divisor of log_every_steps: the log's sums have to survive too
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+# In the processes that train
+
+
+def train_process(arguments: list[str]) -> None:
+    """Trains, writes the keys of every step to `trace-RANK.jsonl`, and kills itself where the variable says."""
+    config, rank = load_config(arguments[0], arguments[1:]), int(os.environ["RANK"])
+    kill_rank, kill_step, place = os.environ.get(KILL_VARIABLE, "-1 0 none").split()
+    checkpoints = list_checkpoints(config.output_dir)
+    step = itertools.count(step_of(checkpoints[-1]) + 1 if checkpoints else 1)
+    trace = open(Path(config.output_dir).with_suffix(f".trace-{rank}.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
+    split, save = training.train.split_by_length, training.train.save_checkpoint
+    current = 0
+
+    def traced_split(batch: dict[str, Any], *arguments: Any) -> Any:
+        nonlocal current
+        current = next(step)
+        row = {"step": current, "keys": batch["keys"], "streams": sorted(batch["states"])}
+        trace.write(json.dumps(row) + "\n")
+        trace.flush()
+        if place == "step" and int(kill_rank) == rank and current >= int(kill_step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return split(batch, *arguments)
+
+    def killing_save(output_dir: Any, number: int, state: Any, save_model: Any, keep: int) -> Any:
+        def save_half(folder: Path) -> None:
+            save_model(folder)
+            if place == "save" and current >= int(kill_step):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return save(output_dir, number, state, save_half, keep)
+
+    training.train.split_by_length, training.train.save_checkpoint = traced_split, killing_save
+    training.train.train(config)
+
+
+def forked(rank: int, processes: int, port: int, kill: str, arguments: list[str]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), KILL_VARIABLE: kill}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    train_process(arguments)
+
+
+# In the process that starts them
+
+
+def launch(arguments: list[str], processes: int, torchrun: bool, kill: str) -> bool:
+    """Runs the processes until all end, or one is killed; True if all ended well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    if torchrun:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command += ["--master_port", str(port), "-m", "training.check_resume", "--process", *arguments]
+        return subprocess.run(command, env={**os.environ, KILL_VARIABLE: kill}, capture_output=True).returncode == 0
+    context = multiprocessing.get_context("fork")  # importing torch takes longer than the training
+    started = [
+        context.Process(target=forked, args=(rank, processes, port, kill, arguments)) for rank in range(processes)
+    ]
+    for process in started:
+        process.start()
+    while any(process.is_alive() for process in started):
+        if any(process.exitcode for process in started):
+            for process in started:
+                process.kill()
+        time.sleep(0.02)
+    return not any(process.exitcode for process in started)
+
+
+def read_trace(output_dir: Path, processes: int) -> list[dict[str, Any]]:
+    """Per step the keys of all processes and the streams they came from; a step done again counts once, as done last."""
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    for rank in range(processes):
+        rows |= {(row["step"], rank): row for row in read_rows(output_dir.with_suffix(f".trace-{rank}.jsonl"))}
+    return [rows[key] for key in sorted(rows)]
+
+
+def check_epochs(trace: list[dict[str, Any]]) -> int:
+    """Every sample once per epoch of its stream (of the run, for cached data), none in two; returns their number."""
+    drawn: dict[tuple[int, ...], list[str]] = {}
+    for row in trace:
+        drawn.setdefault(tuple(row["streams"]), []).extend(row["keys"])
+    parts = [set(keys) for keys in drawn.values()]
+    for keys, part in zip(drawn.values(), parts, strict=True):
+        for start in range(0, len(keys), len(part)):
+            window = keys[start : start + len(part)]
+            assert len(set(window)) == len(window), f"a sample came twice in an epoch: {sorted(window)}"
+    together = set().union(*parts)
+    assert len(together) == sum(map(len, parts)) == sum(SHARD_SIZES), "samples are lost, or in two streams"
+    return len(together)
+
+
+def compare(whole: Path, killed: Path, processes: int) -> dict[str, Any]:
+    weights, resumed = (load_file(folder / "final" / "model.safetensors") for folder in (whole, killed))
+    differences = {name: (tensor - resumed[name]).abs().max().item() for name, tensor in weights.items()}
+    logs = [
+        [{name: value for name, value in row.items() if name not in TIMING} for row in read_rows(folder / "log.jsonl")]
+        for folder in (whole, killed)
+    ]
+    traces = [read_trace(folder, processes) for folder in (whole, killed)]
+    return {
+        "largest_weight_difference": max(differences.values()),
+        "log_rows": len(logs[0]),
+        "equal_log_rows": sum(row == other for row, other in zip(*logs, strict=True)),
+        "same_samples_at_every_step": traces[0] == traces[1],
+        "samples_in_an_epoch": check_epochs(traces[1]),
+    }
+
+
+def check(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    config = make_workspace(folder, options.data, options.steps, options.workers)
+    rng = random.Random(options.seed)
+    arguments = [str(config), "--output_dir"]
+    whole, killed = folder / "whole", folder / "killed"
+    if not launch([*arguments, str(whole)], options.processes, options.torchrun, "-1 0 none"):
+        raise SystemExit("the uninterrupted run failed")
+    kills = []
+    for step in sorted(rng.sample(range(1, options.steps), options.kills)):
+        # A kill while writing waits for the next checkpoint; later ones must not fall before it, so they come in order.
+        kill = f"{rng.randrange(options.processes)} {step} {rng.choice(['step', 'step', 'save'])}"
+        if not launch([*arguments, str(killed), "--resume"], options.processes, options.torchrun, kill):
+            done = [row["step"] for row in read_trace(killed, options.processes)]
+            kills.append({"kill": kill, "reached": max(done), "left": [p.name for p in list_checkpoints(killed)]})
+            print(json.dumps(kills[-1]), flush=True)
+    if not (killed / "final").exists() and not launch(
+        [*arguments, str(killed), "--resume"], options.processes, options.torchrun, "-1 0 none"
+    ):
+        raise SystemExit("the resumed run failed")
+    return {"processes": options.processes, "data": options.data, "kills": len(kills)} | compare(
+        whole, killed, options.processes
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=0, help="loader processes per training process")
+    parser.add_argument("--data", choices=("cached", "streamed"), default="cached")
+    parser.add_argument("--torchrun", action="store_true", help="start the processes with torchrun; slower")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    with tempfile.TemporaryDirectory() as folder:
+        result = check(Path(folder), options)
+    print(json.dumps(result))
+    identical = result["largest_weight_difference"] == 0 and result["equal_log_rows"] == result["log_rows"]
+    if not (identical and result["same_samples_at_every_step"]):
+        raise SystemExit("FAILED: the killed run differs")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--process"]:
+        train_process(sys.argv[2:])
+    else:
+        main()

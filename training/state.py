@@ -1,0 +1,164 @@
+"""What a run knows beside its weights, how it comes into a checkpoint and back, and what its processes agree on."""
+
+import dataclasses
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from .checkpoint import load_state
+from .data import TrainingData
+from .metrics import MetricsLog
+from .mixtures import Position, StreamState
+from .optim import MovingAverage
+
+
+@dataclasses.dataclass
+class RunProgress:
+    """What a run has done so far; part of each checkpoint."""
+
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+    """What this process has skipped, by reason; in a checkpoint, what all processes have."""
+    nonfinite_steps: int = 0
+    nonfinite_in_a_row: int = 0
+
+
+def agree(seconds: float, stop: bool, accelerator: Accelerator) -> tuple[float, bool]:
+    """Process 0's clock, and whether any process is to stop; the same on every process."""
+    if accelerator.num_processes == 1:
+        return seconds, stop
+    values = [seconds if accelerator.is_main_process else 0.0, float(stop)]
+    total = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device)).tolist()
+    return total[0], bool(total[1])
+
+
+def all_finite(loss: Tensor, grad_norm: Tensor | float, accelerator: Accelerator) -> bool:
+    """Whether loss and gradient norm are finite on every process."""
+    total = loss.detach().float() + torch.as_tensor(grad_norm, device=loss.device).float()
+    return bool(torch.isfinite(accelerator.reduce(total)))
+
+
+@contextmanager
+def catch_sigterm() -> Iterator[Any]:
+    """Yields a function that says whether SIGTERM has come; the signal itself no longer ends the process."""
+    received: list[int] = []
+    try:
+        previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    except ValueError:  # not in the main thread, where Python cannot set handlers
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+# Into a checkpoint
+
+
+def random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def collect_state(
+    optimizers: list[Any],
+    average: MovingAverage | None,
+    progress: RunProgress,
+    data: TrainingData,
+    log: MetricsLog,
+    sources: list[str],
+) -> dict[str, Any]:
+    """Everything but the weights, the same on every process. Cached data have no state: `samples` says what is next."""
+    own = [
+        {"random": random_states(), "log": log.state_dict(), "skipped": dict(progress.skipped), "streams": data.states}
+    ]
+    processes = gather_object(own)
+    furthest: dict[int, StreamState] = {}
+    for number, state in ((number, state) for process in processes for number, state in process["streams"].items()):
+        if number not in furthest or state.draws > furthest[number].draws:
+            furthest[number] = state
+    return {
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "average": average.state_dict() if average else None,
+        "progress": {
+            **dataclasses.asdict(progress),
+            "skipped": dict(sum((Counter(process["skipped"]) for process in processes), Counter())),
+        },
+        "random_states": [process["random"] for process in processes],
+        "log": [process["log"] for process in processes],
+        "sources": sources,
+        "streams": data.streams,
+        "stream_states": {  # plain lists: what is read back is plain as well
+            number: [state.draws, [list(position) for position in state.positions]]
+            for number, state in furthest.items()
+        },
+    }
+
+
+# And back
+
+
+class SavedRun:
+    """The state of a run that is resumed; without a checkpoint, of one that begins."""
+
+    def __init__(self, checkpoint: Path | None, sources: list[str]) -> None:
+        self.state: dict[str, Any] = load_state(checkpoint) if checkpoint else {}
+        if self.state and self.state["sources"] != sources:
+            raise ValueError(f"{checkpoint} was trained on sources {self.state['sources']}, not {sources}")
+
+    @property
+    def samples(self) -> int:
+        return self.state["progress"]["samples"] if self.state else 0
+
+    @property
+    def streams(self) -> int:
+        """How many streams the data had; 0 without a checkpoint, or for cached sources."""
+        return self.state.get("streams", 0)
+
+    @property
+    def stream_states(self) -> dict[int, StreamState]:
+        return {
+            number: StreamState(draws, [Position(*position) for position in positions])
+            for number, (draws, positions) in self.state.get("stream_states", {}).items()
+        }
+
+    def restore(
+        self,
+        optimizers: list[Any],
+        average: MovingAverage | None,
+        progress: RunProgress,
+        log: MetricsLog,
+        accelerator: Accelerator,
+    ) -> None:
+        """Puts back what `collect_state` collected; with more processes than before, the new ones start afresh."""
+        if not self.state:
+            return
+        for optimizer, saved in zip(optimizers, self.state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if average:
+            if self.state["average"] is None:
+                raise ValueError("optimizer.ema_decay is set, but the checkpoint has no moving average")
+            average.load_state_dict(self.state["average"])
+        for name, value in self.state["progress"].items():
+            setattr(progress, name, value)
+        progress.skipped = Counter(self.state["progress"]["skipped"] if accelerator.is_main_process else {})
+        if accelerator.num_processes == len(self.state["log"]):
+            log.load_state_dict(self.state["log"][accelerator.process_index])
+        if accelerator.process_index < len(self.state["random_states"]):
+            states = self.state["random_states"][accelerator.process_index]
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states and torch.cuda.is_available():
+                torch.cuda.set_rng_state(states["cuda"])
