@@ -37,9 +37,8 @@ COLUMNS = {
 
 
 def print_table(name: str, predictions: list[dict]) -> None:
-    print(
-        f"\n{name}\n{'label':>16} {'log P(T|I)':>11} {'log P(T)':>9} {'IG':>7} {'score':>7}   (nats; * = highest of its column)"
-    )
+    print(f"\n{name}   (nats; * highest of its column)")
+    print(f"{'label':>16} {'log P(T|I)':>11} {'log P(T)':>9} {'IG':>7} {'score':>7}")
     best = {column: max(row[column] for row in predictions) for column in (*COLUMNS, "score")}
     for row in predictions:
         cells = [f"{row[column]:.2f}" + ("*" if row[column] == best[column] else " ") for column in best]

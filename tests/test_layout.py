@@ -12,7 +12,7 @@ from ig_captioner.configuration_ig_captioner import AUTO_MAP, CUSTOM_PIPELINES, 
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ig_captioner"
-# reading order: each remote-code file may import only those before it (and processing and pipeline come before modeling)
+# each remote-code file may import only those before it; modeling imports all
 READING_ORDER = [
     "configuration_ig_captioner",
     "information_gain",
