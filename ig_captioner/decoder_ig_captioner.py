@@ -51,11 +51,14 @@ class TextStates:
     rotary: tuple[Tensor, Tensor] | None
     is_causal: bool
 
-    def rows(self, index: Tensor) -> "TextStates":
-        """The texts chosen by `index` [M]."""
-        mask = None if self.mask is None else self.mask[index]
-        rotary = None if self.rotary is None else (self.rotary[0][index], self.rotary[1][index])
-        return TextStates(self.hidden_states[index], mask, rotary, self.is_causal)
+    def rows(self, index: Tensor, length: int) -> "TextStates":
+        """The first `length` tokens of the texts chosen by `index` [M]."""
+        mask, rotary = self.mask, self.rotary
+        if mask is not None:
+            mask = mask[index][..., :length] if mask.ndim == 2 else mask[index][..., :length, :length]
+        if rotary is not None:
+            rotary = (rotary[0][index, :, :length], rotary[1][index, :, :length])
+        return TextStates(self.hidden_states[index, :length], mask, rotary, self.is_causal)
 
 
 def with_visible_prefix(mask: Tensor | None, length: int) -> Tensor | None:

@@ -178,11 +178,11 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
 
 @dataclass
 class CandidateTexts:
-    """C texts as `score` keeps them: labels [C, L] (-100 off the text), their states, and log P(T) [C]."""
+    """C texts as `score` keeps them: labels [C, L], padded on the right by -100, their states, and log P(T) [C]."""
 
     labels: Tensor
     states: TextStates
-    prior_log_likelihood: Tensor
+    prior_log_likelihood: Tensor | None = None
 
 
 class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
@@ -248,16 +248,19 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         """
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if not len(pixel_values):
+            raise ValueError(f"pixel_values holds no image, got shape {tuple(pixel_values.shape)}")
         texts = self._candidate_texts(input_ids, attention_mask, reduction)
         image_key_values, _ = self.model.encode_image(pixel_values)
         num_images, num_texts = len(pixel_values), len(texts.labels)
-        pairs = torch.arange(num_images * num_texts, device=texts.labels.device)
+        by_length = (texts.labels != IGNORE_INDEX).sum(dim=-1).argsort()  # so that a chunk holds little padding
+        pairs = torch.arange(num_texts * num_images, device=texts.labels.device)
         scores = []
         for chunk in pairs.split(chunk_size or self._default_chunk_size(texts.labels.shape[1])):
-            image, text = chunk // num_texts, chunk % num_texts
+            text, image = by_length[chunk // num_images], chunk % num_images
             key_values = [(key[image], value[image]) for key, value in image_key_values]
-            scores.append(self._log_likelihood(texts.states.rows(text), texts.labels[text], key_values, reduction))
-        caption_log_likelihood = torch.cat(scores).view(num_images, num_texts)
+            scores.append(self._log_likelihood(texts, text, key_values, reduction))
+        caption_log_likelihood = torch.cat(scores).view(num_texts, num_images)[by_length.argsort()].T
         prior_weight = self.config.prior_weight if prior_weight is None else prior_weight
         return IGCaptionerScoreOutput(
             caption_log_likelihood=caption_log_likelihood,
@@ -269,10 +272,13 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         return max(1, MAX_LOGITS_PER_CHUNK // (length * self.config.text_config.vocab_size))
 
     def _log_likelihood(
-        self, states: TextStates, labels: Tensor, key_values: list[KeyValues] | None, reduction: str
+        self, texts: CandidateTexts, rows: Tensor, key_values: list[KeyValues] | None, reduction: str
     ) -> Tensor:
-        logits = self.lm_head(self.model.decoder.fuse(states, key_values))
-        return sequence_log_likelihood(logits, labels, reduction)
+        """log P [M] of the texts chosen by `rows` [M], under one image each or without images."""
+        labels = texts.labels[rows]
+        length = int((labels != IGNORE_INDEX).sum(dim=-1).max())
+        logits = self.lm_head(self.model.decoder.fuse(texts.states.rows(rows, length), key_values))
+        return sequence_log_likelihood(logits, labels[:, :length], reduction)
 
     def _candidate_texts(self, input_ids: Tensor, attention_mask: Tensor | None, reduction: str) -> CandidateTexts:
         """The texts with their prior, from what is kept where texts, weights and reduction are the same."""
@@ -285,10 +291,11 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
             raise ValueError(
                 f"attention_mask {tuple(attention_mask.shape)} differs from input_ids {tuple(input_ids.shape)}"
             )
-        used = attention_mask.any(dim=0)
-        input_ids, attention_mask = input_ids[:, used], attention_mask[:, used]
         if not bool(attention_mask.any(dim=-1).all()):
             raise ValueError(f"text {int(attention_mask.any(dim=-1).long().argmin())} of input_ids has no tokens")
+        padding_last = attention_mask.argsort(dim=-1, descending=True, stable=True)
+        padding_last = padding_last[:, : int(attention_mask.sum(dim=-1).max())]
+        input_ids, attention_mask = input_ids.gather(-1, padding_last), attention_mask.gather(-1, padding_last)
 
         keep = not (self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())))
         if not keep:
@@ -307,13 +314,14 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         start = self.config.text_config.decoder_start_token_id
         labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
         inputs = shift_right(input_ids, start, attention_mask)
-        states = self.model.decoder.read_text(inputs, attention_mask=attention_mask)
+        texts = CandidateTexts(labels, self.model.decoder.read_text(inputs, attention_mask=attention_mask))
         rows = torch.arange(len(labels), device=labels.device)
         prior = [
-            self._log_likelihood(states.rows(chunk), labels[chunk], None, reduction)
+            self._log_likelihood(texts, chunk, None, reduction)
             for chunk in rows.split(self._default_chunk_size(labels.shape[1]))
         ]
-        return CandidateTexts(labels, states, torch.cat(prior))
+        texts.prior_log_likelihood = torch.cat(prior)
+        return texts
 
 
 class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMixin):

@@ -209,6 +209,7 @@ def test_loss_is_the_mean_of_the_same_log_likelihoods():
         ({"input_ids": torch.tensor([[5, 2]]), "attention_mask": torch.ones(2, 2)}, r"\(2, 2\)"),
         ({"input_ids": torch.tensor([[5, 2]]), "reduction": "median"}, "'median'"),
         ({"input_ids": torch.tensor([[5, 2]]), "chunk_size": 0}, "got 0"),
+        ({"input_ids": torch.tensor([[5, 2]]), "pixel_values": torch.zeros(0, 3, 16, 16)}, r"\(0, 3, 16, 16\)"),
         ({"input_ids": torch.full((1, 21), 5)}, "21 tokens"),
         ({"input_ids": torch.tensor([[5, 2]]), "pixel_values": torch.zeros(1, 1, 16, 16)}, r"\(1, 1, 16, 16\)"),
         ({"input_ids": torch.tensor([[5, 2]]), "pixel_values": torch.zeros(1, 3, 15, 16)}, "15 x 16"),
