@@ -58,9 +58,14 @@ Keep = Callable[[str], bool]
 
 def choose_keys(paths: list[str], limit: int | None, held_out: bool) -> Keep:
     """Which keys are evaluated: all or the held-out ones, and of these `limit` by hash (shards may be sorted)."""
+
+    def eligible(key: str) -> bool:
+        return not held_out or is_held_out(key, HOLDOUT_FRACTION)
+
+    if limit is None:
+        return eligible
     keys = (item[0] for path in paths for item in read_shard(path) if not isinstance(item, Skipped))
-    eligible = (key for key in keys if not held_out or is_held_out(key, HOLDOUT_FRACTION))
-    return first_by_hash(eligible, limit).__contains__
+    return first_by_hash(filter(eligible, keys), limit).__contains__
 
 
 def load(source: str, options: argparse.Namespace, read: Callable[[list[str], Keep], Iterable[T | Skipped]]) -> list[T]:

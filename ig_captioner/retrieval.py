@@ -24,12 +24,6 @@ from .processing_ig_captioner import encode_texts
 
 
 PRIOR_WEIGHTS = tuple(round(0.05 * step, 2) for step in range(31))  # w = 0 ... 1.5
-# `model.score` keeps its work on eight sets of texts, so more groups than these would be read again for each batch.
-MAX_TEXT_GROUPS = 8
-MIN_GROUP_SIZE = 32
-# (image, text) pairs per forward pass on a CPU, where they should stay in its cache: 1.4 times faster than 1,500 pairs
-# with the tiny checkpoint.
-CPU_CHUNK_SIZE = 64
 
 
 class ScoreMatrix(NamedTuple):
@@ -50,38 +44,17 @@ class ScoreMatrix(NamedTuple):
 # From images and texts to scores
 
 
-class TextGroup(NamedTuple):
-    """Texts of similar length: their places among the distinct texts, and their tokens and mask [n, L]."""
-
-    places: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
-
-
-def group_texts(model: Any, processor: Any, texts: Sequence[str]) -> tuple[list[TextGroup], Tensor]:
-    """Distinct texts in groups of similar length, so that little is padded; and the distinct text [N] of each text.
+def distinct_texts(model: Any, processor: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and mask [D, L] of the distinct texts, and which of them each text is, [N].
 
     Texts of the same tokens are one text, and so have exactly the same score.
     """
     longest = model.config.get_text_config(decoder=True).max_position_embeddings
     longest = min(processor.tokenizer.model_max_length, longest)
     encoded = encode_texts(processor.tokenizer, list(texts), max_length=longest)
-    input_ids, attention_mask = encoded["input_ids"], encoded["attention_mask"]
-    tokens = input_ids.masked_fill(attention_mask == 0, -1)
+    tokens = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -1)
     tokens, distinct_of_text = tokens.unique(dim=0, return_inverse=True)
-    mask = (tokens >= 0).long()
-    tokens = tokens.clamp(min=0)  # what stands under the padding is never read
-    order = mask.sum(dim=1).argsort(stable=True)
-    counted = mask.sum(dim=1)[order].cumsum(dim=0)
-    number = max(1, min(MAX_TEXT_GROUPS, len(order) // MIN_GROUP_SIZE))
-    group_of_text = ((counted - 1) * number).div(counted[-1], rounding_mode="floor")  # equally many tokens each
-    groups = []
-    for group in range(number):
-        places = order[group_of_text == group]
-        if len(places):
-            length = int(mask[places].sum(dim=1).max())
-            groups.append(TextGroup(places, tokens[places, :length], mask[places, :length]))
-    return groups, distinct_of_text
+    return tokens.clamp(min=0), (tokens >= 0).long(), distinct_of_text  # what stands under the padding is never read
 
 
 def iterate_scores(
@@ -100,7 +73,7 @@ def iterate_scores(
         model: a model with `score`, in evaluation mode, on any device and of any dtype.
         processor: has an `image_processor` and a `tokenizer`.
         images: read once, `batch_size` at a time.
-        chunk_size: (image, text) pairs per forward pass.
+        chunk_size: (image, text) pairs per forward pass; see `model.score`.
         progress: title of a progress bar over the images; no bar without it.
 
     Raises:
@@ -110,10 +83,9 @@ def iterate_scores(
         raise ValueError("the model is in training mode; call model.eval() first")
     if not len(texts) or batch_size < 1:
         raise ValueError(f"at least one text and one image per batch, got {len(texts)} texts, batch_size {batch_size}")
-    if chunk_size is None and model.device.type == "cpu":
-        chunk_size = CPU_CHUNK_SIZE
-    groups, distinct_of_text = group_texts(model, processor, texts)
-    groups = [TextGroup(group.places, *(t.to(model.device) for t in group[1:])) for group in groups]
+    input_ids, attention_mask, distinct_of_text = distinct_texts(model, processor, texts)
+    text_inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+    lengths = attention_mask.sum(dim=1).float()
     bar = None
     if progress is not None:
         bar = logging.tqdm(total=len(images) if isinstance(images, Sized) else None, desc=progress, unit="image")
@@ -121,25 +93,17 @@ def iterate_scores(
     while batch := list(islice(iterator, batch_size)):
         pixel_values = processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
         pixel_values = pixel_values.to(model.device, model.dtype)
-        yield _score_groups(model, pixel_values, groups, distinct_of_text, chunk_size)
+        with torch.no_grad():
+            scores = model.score(pixel_values, **text_inputs, chunk_size=chunk_size)
+        yield ScoreMatrix(
+            scores.caption_log_likelihood.cpu()[:, distinct_of_text],
+            scores.prior_log_likelihood.cpu()[distinct_of_text],
+            lengths[distinct_of_text],
+        )
         if bar is not None:
             bar.update(len(batch))
     if bar is not None:
         bar.close()
-
-
-@torch.no_grad()
-def _score_groups(
-    model: Any, pixel_values: Tensor, groups: list[TextGroup], distinct_of_text: Tensor, chunk_size: int | None
-) -> ScoreMatrix:
-    distinct = sum(len(group.places) for group in groups)
-    caption, prior, lengths = torch.empty(len(pixel_values), distinct), torch.empty(distinct), torch.empty(distinct)
-    for places, input_ids, attention_mask in groups:
-        output = model.score(pixel_values, input_ids, attention_mask, chunk_size=chunk_size)
-        caption[:, places] = output.caption_log_likelihood.float().cpu()
-        prior[places] = output.prior_log_likelihood.float().cpu()
-        lengths[places] = attention_mask.sum(dim=1).float().cpu()
-    return ScoreMatrix(caption[:, distinct_of_text], prior[distinct_of_text], lengths[distinct_of_text])
 
 
 def score_pairs(

@@ -1,0 +1,461 @@
+"""Zero-shot classification, retrieval and the script that measures a checkpoint, against slow, obvious references."""
+
+import io
+import json
+import math
+import os
+import statistics
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.evaluate_checkpoint import CIFAR10_CLASSES, HOLDOUT_FRACTION, main
+from ig_captioner import (
+    TINY_CHECKPOINT,
+    IGCaptionerForZeroShotImageClassification,
+    IGCaptionerImageProcessor,
+    IGCaptionerProcessor,
+    IGZeroShotImageClassificationPipeline,
+    retrieval,
+    zero_shot,
+)
+from ig_captioner.retrieval import ScoreMatrix, ranks, score_pairs, true_pairs
+from ig_captioner.shards import BrokenSampleError, Skipped, find_shards, first_by_hash, is_held_out, read_shard
+from tiny import VARIANTS, tiny_config
+from training.train_tokenizer import train_tokenizer
+
+
+TEXTS = [
+    "a dog",
+    "two dogs run over the grass .",
+    "a red square on a white wall , seen from far away .",
+    "a cat",
+    "people",
+]
+PHOTOS = 16
+
+
+@pytest.fixture(scope="module")
+def processor():
+    tokenizer = train_tokenizer([*TEXTS, *(f"a photo of a {name}." for name in CIFAR10_CLASSES)], vocab_size=500)
+    return IGCaptionerProcessor(IGCaptionerImageProcessor(size={"height": 16, "width": 16}), tokenizer)
+
+
+@pytest.fixture(scope="module", params=["prefix", "cross_rotary"])
+def model(request, processor):
+    torch.manual_seed(0)
+    config = tiny_config(
+        {**VARIANTS[request.param], "vocab_size": len(processor.tokenizer), "max_position_embeddings": 40}
+    )
+    return IGCaptionerForZeroShotImageClassification._from_config(config).eval()
+
+
+def make_images(number):
+    """Noise, so that no two images score alike."""
+    pixels = torch.randint(0, 256, (number, 12, 10, 3), generator=torch.Generator().manual_seed(5)).to(torch.uint8)
+    return [Image.fromarray(image.numpy()) for image in pixels]
+
+
+def pair_by_pair(model, processor, images, texts):
+    """log P(T|I) [B, N] and log P(T) [N], one `model.score` per pair, without padding."""
+    caption, prior = torch.empty(len(images), len(texts)), torch.empty(len(texts))
+    for b, image in enumerate(images):
+        for n, text in enumerate(texts):
+            inputs = processor(images=image, text=text, return_tensors="pt")
+            with torch.no_grad():
+                output = model.score(inputs["pixel_values"], inputs["input_ids"])
+            caption[b, n], prior[n] = output.caption_log_likelihood, output.prior_log_likelihood
+    return caption, prior
+
+
+def random_matrix(images, texts, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return ScoreMatrix(
+        torch.randn(images, texts, generator=generator) - 9,
+        torch.randn(texts, generator=generator) - 9,
+        torch.full((texts,), 4.0),
+    )
+
+
+# Scores
+
+
+def test_matrix_equals_score_pair_by_pair(model, processor):
+    images = make_images(5)
+    matrix = score_pairs(model, processor, iter(images), TEXTS, batch_size=2)
+    caption, prior = pair_by_pair(model, processor, images, TEXTS)
+    torch.testing.assert_close(matrix.caption_log_likelihood, caption, atol=1e-4, rtol=0)
+    torch.testing.assert_close(matrix.prior_log_likelihood, prior, atol=1e-4, rtol=0)
+    assert matrix.text_lengths.tolist() == [len(ids) for ids in processor.tokenizer(TEXTS)["input_ids"]]
+    gain = caption - 0.3 * prior
+    torch.testing.assert_close(matrix.information_gain(0.3), gain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 3, "chunk_size": 1}, {"chunk_size": 7}])
+def test_batch_and_chunk_size_change_nothing(model, processor, options):
+    images = make_images(5)
+    expected = score_pairs(model, processor, images, TEXTS)
+    for values, reference in zip(score_pairs(model, processor, images, TEXTS, **options), expected, strict=True):
+        torch.testing.assert_close(values, reference, atol=1e-4, rtol=0)
+
+
+def test_equal_texts_share_one_score(model, processor):
+    matrix = score_pairs(model, processor, make_images(3), ["a dog", "people", "A dog", "a dog"])
+    assert torch.equal(matrix.caption_log_likelihood[:, 0], matrix.caption_log_likelihood[:, 3])
+    assert torch.equal(matrix.caption_log_likelihood[:, 0], matrix.caption_log_likelihood[:, 2])  # same tokens
+    assert matrix.prior_log_likelihood[0] == matrix.prior_log_likelihood[3]
+
+
+def test_long_texts_are_cut_to_what_the_model_can_read(model, processor):
+    matrix = score_pairs(model, processor, make_images(1), ["dogs and " * 40, "a dog"])
+    assert matrix.text_lengths[0] == model.config.text_config.max_position_embeddings
+
+
+def test_driver_refuses_what_it_cannot_score(model, processor):
+    with pytest.raises(ValueError, match="no images"):
+        score_pairs(model, processor, [], TEXTS)
+    with pytest.raises(ValueError, match="0 texts"):
+        score_pairs(model, processor, make_images(1), [])
+    with pytest.raises(ValueError, match="batch_size 0"):
+        score_pairs(model, processor, make_images(1), TEXTS, batch_size=0)
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        score_pairs(model, processor, make_images(1), TEXTS)
+    model.eval()
+
+
+# Ranks and retrieval
+
+
+def slow_rank(scores, is_true):
+    """Wrong answers before the first true one in a sorted list; at equal scores the wrong ones come first."""
+    ordered = sorted(zip(scores.tolist(), is_true.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))
+    return [true for _, true in ordered].index(True)
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["distinct", "many ties"])
+def test_ranks_equal_those_of_a_sorted_list(rounded):
+    scores = random_matrix(30, 40).caption_log_likelihood
+    scores = scores.round() if rounded else scores
+    is_true = torch.rand(30, 40, generator=torch.Generator().manual_seed(3)) < 0.05
+    is_true[:, 0] |= ~is_true.any(dim=1)
+    expected = [slow_rank(*row) for row in zip(scores, is_true, strict=True)]
+    assert ranks(scores, is_true).tolist() == expected
+
+
+def test_ties_and_nan_count_against():
+    is_true = torch.tensor([[True, False, False]])
+    assert ranks(torch.tensor([[1.0, 1.0, 0.0]]), is_true).tolist() == [1]
+    assert ranks(torch.tensor([[1.0, float("nan"), 2.0]]), is_true).tolist() == [2]
+    assert ranks(torch.full((1, 3), float("nan")), is_true).tolist() == [2]
+    with pytest.raises(ValueError, match="1 queries without one"):
+        ranks(torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool))
+
+
+def test_true_pairs_by_text():
+    captions = [["a", "b"], ["c"], ["b"]]
+    is_true = true_pairs(captions, ["a", "b", "c", "b"])
+    assert is_true.int().tolist() == [[1, 1, 0, 1], [0, 0, 1, 0], [0, 1, 0, 1]]
+
+
+def test_recall_by_hand():
+    metrics = retrieval.recall_metrics(torch.tensor([0, 0, 3, 4, 5, 9, 10, 700]))
+    assert metrics == {"recall_at_1": 2 / 8, "recall_at_5": 4 / 8, "recall_at_10": 6 / 8, "median_rank": 5.5}
+
+
+def test_both_directions_of_retrieval():
+    """Three images, four texts; the first image has two captions, of which the better one counts."""
+    caption = torch.tensor([[-9.0, -1.0, -5.0, -3.0], [-4.0, -2.0, -3.0, -6.0], [-1.0, -5.0, -4.0, -3.0]])
+    matrix = ScoreMatrix(caption, torch.tensor([-1.0, -1.0, -4.0, -1.0]), torch.ones(4))
+    is_true = true_pairs([["x", "y"], ["z"], ["w"]], ["x", "y", "z", "w"])
+    assert ranks(matrix.information_gain(0.0), is_true).tolist() == [0, 1, 1]
+    assert retrieval.image_to_text_metrics(matrix, is_true, 0.0)["recall_at_1"] == pytest.approx(1 / 3)
+    # at weight 1 "z" gains 3 nats on the others: right for image 1, wrong for image 2
+    assert ranks(matrix.information_gain(1.0), is_true).tolist() == [0, 0, 2]
+    assert ranks(caption.T, is_true.T).tolist() == [2, 0, 0, 1]
+    assert retrieval.text_to_image_metrics(matrix, is_true)["recall_at_1"] == pytest.approx(2 / 4)
+
+
+def test_retrieval_tuning_finds_the_weight_that_was_planted():
+    signal = random_matrix(60, 60, seed=1).caption_log_likelihood + 5 * torch.eye(60)
+    prior = 20 * random_matrix(1, 60, seed=2).prior_log_likelihood
+    matrix = ScoreMatrix(signal + 0.7 * prior, prior, torch.ones(60))
+    is_true = torch.eye(60, dtype=torch.bool)
+    best = retrieval.tune_prior_weight(matrix, is_true)
+    assert best == pytest.approx(0.7)
+    recalls = [retrieval.image_to_text_metrics(matrix, is_true, w)["recall_at_1"] for w in retrieval.PRIOR_WEIGHTS]
+    assert retrieval.image_to_text_metrics(matrix, is_true, best)["recall_at_1"] == max(recalls) > 0.9 > recalls[0]
+    assert retrieval.tune_prior_weight(matrix, is_true, [0.2, 0.6]) == 0.6
+    with pytest.raises(ValueError, match="empty"):
+        retrieval.tune_prior_weight(matrix, is_true, [])
+
+
+def test_information_gain_per_token_by_hand():
+    caption = torch.tensor([[-2.0, -50.0], [-50.0, -4.0]])
+    matrix = ScoreMatrix(caption, torch.tensor([-3.0, -10.0]), torch.tensor([2.0, 5.0]))
+    gain = retrieval.information_gain_per_token(matrix, torch.eye(2, dtype=torch.bool))
+    assert gain == pytest.approx((1.0 + 6.0) / 7.0)
+
+
+# Zero-shot classification
+
+
+def test_templates_are_ensembled_as_in_the_pipeline(model, processor):
+    images, names, templates = make_images(3), ["dog", "cat", "dog"], ["a {}", "two {}s run ."]
+    samples = zip(images, [2, 1, 0], strict=True)
+    matrix, labels = zero_shot.classify_images(model, processor, samples, names, templates, batch_size=2)
+    parts = [pair_by_pair(model, processor, images, [t.format(name) for name in names]) for t in templates]
+    mean_caption, mean_prior = ((one + two) / 2 for one, two in zip(*parts, strict=True))
+    torch.testing.assert_close(matrix.caption_log_likelihood, mean_caption, atol=1e-4, rtol=0)
+    torch.testing.assert_close(matrix.prior_log_likelihood, mean_prior, atol=1e-4, rtol=0)
+    assert labels.tolist() == [2, 1, 0]
+    pipe = IGZeroShotImageClassificationPipeline(
+        model=model, tokenizer=processor.tokenizer, image_processor=processor.image_processor
+    )
+    entries = pipe(images[0], names, hypothesis_template=templates, prior_weight=0.4, return_log_likelihoods=True)
+    gains = {entry["label"]: entry["information_gain"] for entry in entries}
+    for name, gain in zip(names, matrix.information_gain(0.4)[0].tolist(), strict=True):
+        assert gains[name] == pytest.approx(gain, abs=1e-4)
+
+
+def test_classification_refuses_wrong_labels_and_templates(model, processor):
+    image = make_images(1)[0]
+    for label in (2, -1):
+        with pytest.raises(ValueError, match=f"label {label} of image 0"):
+            zero_shot.classify_images(model, processor, [(image, label)], ["dog", "cat"])
+    with pytest.raises(ValueError, match="template"):
+        zero_shot.classify_images(model, processor, [(image, 0)], ["dog", "cat"], "a photo")
+
+
+def slow_accuracy(scores, labels, names):
+    """Top-1, top-5 and mean per class, image by image over a sorted list."""
+    top1, top5, of_class = [], [], {}
+    for row, label in zip(scores, labels.tolist(), strict=True):
+        position = slow_rank(row, torch.tensor([name == names[label] for name in names]))
+        top1.append(position == 0)
+        top5.append(position < 5)
+        of_class.setdefault(label, []).append(position == 0)
+    means = [sum(hits) / len(hits) for hits in of_class.values()]
+    shares = (sum(top1) / len(top1), sum(top5) / len(top5), sum(means) / len(means))
+    return dict(zip(("top1", "top5", "mean_per_class"), map(pytest.approx, shares), strict=True))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 0.35])
+def test_accuracy_equals_a_sorted_list(weight):
+    matrix, names = random_matrix(50, 8), [*"abcdefg", "c"]  # a duplicate name, and class 6 never occurs
+    matrix.caption_log_likelihood[:, 7] = matrix.caption_log_likelihood[:, 2]
+    matrix.prior_log_likelihood[7] = matrix.prior_log_likelihood[2]
+    labels = torch.tensor([index % 7 if index % 7 != 6 else 7 for index in range(50)])
+    expected = slow_accuracy(matrix.information_gain(weight), labels, names)
+    assert zero_shot.accuracy(matrix, labels, names, weight) == expected
+    assert 0 < expected["top1"].expected < expected["top5"].expected < 1
+
+
+def test_classes_of_one_name_are_one_answer():
+    matrix = ScoreMatrix(torch.tensor([[-1.0, -2.0, -1.0]]), torch.zeros(3), torch.ones(3))
+    for label in (0, 2):
+        assert zero_shot.accuracy(matrix, torch.tensor([label]), ["missile", "cat", "missile"])["top1"] == 1
+    assert zero_shot.accuracy(matrix, torch.tensor([0]), ["missile", "cat", "rocket"])["top1"] == 0  # only a tie
+
+
+def test_zero_shot_tuning_takes_the_best_top1_then_the_best_rank():
+    labels, names = torch.arange(60) % 10, CIFAR10_CLASSES
+    signal = random_matrix(60, 10, seed=1).caption_log_likelihood
+    signal[torch.arange(60), labels] += 6
+    prior = 30 * random_matrix(1, 10, seed=2).prior_log_likelihood
+    matrix = ScoreMatrix(signal + 0.45 * prior, prior, torch.ones(10))
+    best = zero_shot.tune_prior_weight(matrix, labels, names)
+    top1 = {w: zero_shot.accuracy(matrix, labels, names, w)["top1"] for w in retrieval.PRIOR_WEIGHTS}
+    assert top1[best] == max(top1.values()) > 0.9 > top1[0.0] and abs(best - 0.45) < 0.06
+    flat = matrix._replace(prior_log_likelihood=torch.zeros(10))
+    assert zero_shot.tune_prior_weight(flat, labels, names, [0.5, 0.0, 1.0]) == 0.5  # equals: the first
+
+
+# Labels and subsets of shards
+
+
+def test_labels_from_field_or_caption():
+    names = ["cat", "dog", "cat"]
+    by_field, by_caption = zero_shot.label_from_field(names, "c"), zero_shot.label_from_caption(names, "a {}.")
+    assert [by_field({"json": value}) for value in (b'{"c": "dog"}', b'{"c": "cat"}', b'{"c": 2}')] == [1, 0, 2]
+    assert by_caption({"txt": b"a dog.\n"}) == 1
+    for value in (b'{"c": "bird"}', b'{"c": 3}', b'{"c": true}', b"{}"):
+        with pytest.raises(ValueError, match="not one of 3 classes"):
+            by_field({"json": value})
+    with pytest.raises(ValueError, match=r"'A dog\.' is not 'a \{\}\.'"):
+        by_caption({"txt": b"A dog."})
+    with pytest.raises(BrokenSampleError, match="bad JSON"):
+        by_field({"json": b"{"})
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_shard(path, samples):
+    """`samples`: (key, {extension: content})."""
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for key, files in samples:
+            for extension, content in files.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+def test_labelled_images_skip_the_broken_and_name_the_unknown(tmp_path):
+    image, label = png(make_images(1)[0]), b'{"class_name": "dog"}'
+    path = tmp_path / "s.tar"
+    write_shard(path, [("a", {"png": image, "json": label}), ("b", {"png": b"", "json": label})])
+    find_label = zero_shot.label_from_field(["cat", "dog"])
+    good, broken = zero_shot.read_labelled_images([str(path)], find_label)
+    assert good[0].size == (10, 12) and good[1] == 1
+    assert broken == Skipped("b", "empty image file")
+    with pytest.raises(ValueError, match=r"sample 'a'.*'dog'"):
+        list(zero_shot.read_labelled_images([str(path)], zero_shot.label_from_field(["cat"])))
+
+
+def test_subset_by_hash_is_fixed_and_mixed():
+    keys = [f"{name}_{index:04d}" for name in CIFAR10_CLASSES for index in range(200)]  # sorted by class
+    chosen = first_by_hash(keys, 300)
+    assert chosen == first_by_hash(reversed(keys), 300) and len(chosen) == 300
+    assert first_by_hash(keys, 100) < chosen and first_by_hash(keys, None) == set(keys)
+    counts = [sum(key.startswith(name) for key in chosen) for name in CIFAR10_CLASSES]
+    assert min(counts) > 15 and max(counts) < 45
+
+
+# The script
+
+
+def held_out_keys(prefix, number):
+    keys = (f"{prefix}{index}" for index in range(100_000))
+    return [key for key in keys if is_held_out(key, HOLDOUT_FRACTION)][:number]
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    """Shards of the layout of the real ones: 16 test photos, 10 held-out and 5 other training photos per task."""
+    root, images = tmp_path_factory.mktemp("data"), [png(image) for image in make_images(PHOTOS)]
+
+    def labelled(keys):
+        for index, key in enumerate(keys):
+            name = CIFAR10_CLASSES[index % 10]
+            yield key, {"png": images[index], "json": json.dumps({"class_name": name}).encode()}
+
+    def captioned(keys):
+        for index, key in enumerate(keys):
+            captions = [f"{TEXTS[index % 5]} {index}", TEXTS[0]]
+            yield key, {"png": images[index], "json": json.dumps({"captions": captions}).encode()}
+
+    for name, suffix, write in (("cifar10", ".tar.gz", labelled), ("flickr8k", ".tar", captioned)):
+        test = "test" if name == "cifar10" else "val"
+        trained_on = [key for key in map(str, range(6)) if not is_held_out(key, HOLDOUT_FRACTION)]
+        write_shard(root / f"{name}-{test}-0000{suffix}", write([f"t{index}" for index in range(PHOTOS)]))
+        write_shard(root / f"{name}-train-0000{suffix}", write([*trained_on, *held_out_keys("h", 10)]))
+    return root
+
+
+@pytest.fixture(scope="module")
+def model_folder(model, processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_script_reports_what_a_slow_loop_finds(model, processor, model_folder, data_root, tmp_path, capsys):
+    report = main(["--model", str(model_folder), "--data_root", str(data_root), "--output_dir", str(tmp_path)])
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == report
+    assert (tmp_path / "evaluation.md").read_text() in capsys.readouterr().out
+    cifar, flickr = report["cifar10"], report["flickr8k"]
+    assert (cifar["images"], cifar["held_out_images"]) == (PHOTOS, 10)
+    assert (flickr["images"], flickr["texts"], flickr["held_out_images"]) == (PHOTOS, PHOTOS, 10)
+    images = make_images(PHOTOS)
+    texts = [f"a photo of a {name}." for name in CIFAR10_CLASSES]
+    caption, prior = pair_by_pair(model, processor, images, texts)
+    labels = torch.arange(PHOTOS) % 10
+    for name, weight in (("0", 0.0), ("1", 1.0), ("tuned", cifar["zero_shot"]["tuned"]["prior_weight"])):
+        expected = slow_accuracy(caption - weight * prior, labels, CIFAR10_CLASSES)
+        assert cifar["zero_shot"][name] == {"prior_weight": weight, **expected}
+    texts = [f"{TEXTS[index % 5]} {index}" for index in range(PHOTOS)]
+    caption, prior = pair_by_pair(model, processor, images, texts)
+    is_true = torch.eye(PHOTOS, dtype=torch.bool)
+    for weight in ("0", "1"):
+        expected = [slow_rank(*row) for row in zip(caption - float(weight) * prior, is_true, strict=True)]
+        metrics = flickr["image_to_text"][weight]
+        assert metrics["recall_at_10"] == pytest.approx(sum(rank < 10 for rank in expected) / PHOTOS)
+        assert metrics["median_rank"] == statistics.median(expected) + 1
+    expected = [slow_rank(*row) for row in zip(caption.T, is_true, strict=True)]
+    assert flickr["text_to_image"]["recall_at_5"] == pytest.approx(sum(rank < 5 for rank in expected) / PHOTOS)
+    tokens = sum(map(len, processor.tokenizer(texts)["input_ids"]))
+    gain = (caption.diag() - prior).sum().item() / tokens
+    assert flickr["information_gain_per_token"] == pytest.approx(gain, abs=1e-5)
+    likelihood, tuned = (flickr["image_to_text"][name]["recall_at_10"] for name in ("0", "tuned"))
+    assert flickr["recall_at_10_tuned_over_0"] == (pytest.approx(tuned / likelihood) if likelihood else None)
+    run = report["run"]
+    assert len(run["weights_sha256"]) == 64 and run["versions"]["torch"] and run["hardware"]["threads"] >= 1
+    assert run["git_commit"] and run["command"].startswith("python -m benchmarks.evaluate_checkpoint --model")
+
+
+def test_script_with_a_limit(model_folder, data_root, tmp_path):
+    arguments = ["--model", str(model_folder), "--data_root", str(data_root), "--output_dir", str(tmp_path)]
+    first, second = (main([*arguments, "--limit", "7", "--batch_size", size]) for size in ("2", "16"))
+    for report in (first, second):
+        assert report["cifar10"]["images"] == report["flickr8k"]["texts"] == report["cifar10"]["held_out_images"] == 7
+        assert report["run"]["limit"] == 7
+    assert first["cifar10"] == second["cifar10"]
+    assert first["flickr8k"].pop("information_gain_per_token") == pytest.approx(
+        second["flickr8k"].pop("information_gain_per_token"), abs=1e-5
+    )
+    assert first["flickr8k"] == second["flickr8k"]
+    assert "Limited to 7 samples" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_script_says_where_the_data_should_be(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("IG_CAPTIONER_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit):
+        main(["--model", str(model_folder), "--output_dir", str(tmp_path)])
+    message = capsys.readouterr().err
+    assert "--data_root" in message and "IG_CAPTIONER_DATA" in message and "nowhere" in message
+
+
+# Real data
+
+
+def real_data():
+    default = Path(__file__).parents[1].parent / "shared" / "data"
+    root = Path(os.environ.get("IG_CAPTIONER_DATA", default))
+    if not (root / "cifar10-test-0000.tar.gz").is_file():
+        pytest.skip(f"needs the shards of CIFAR-10 and Flickr8k; none in {root} (IG_CAPTIONER_DATA sets the folder)")
+    return str(root)
+
+
+@pytest.mark.slow
+def test_real_labels_agree_and_are_balanced():
+    root = real_data()
+    by_field = zero_shot.label_from_field(CIFAR10_CLASSES)
+    by_caption = zero_shot.label_from_caption(CIFAR10_CLASSES)
+    by_index = zero_shot.label_from_field(CIFAR10_CLASSES, "class_id")
+    counts = [0] * 10
+    for _, files in read_shard(f"{root}/cifar10-test-0000.tar.gz"):
+        assert by_field(files) == by_caption(files) == by_index(files)
+        counts[by_field(files)] += 1
+    assert counts == [1000] * 10
+    keys = [key for path in find_shards(["cifar10-train-*.tar.gz"], root) for key, _ in read_shard(path)]
+    assert math.isclose(sum(is_held_out(key, HOLDOUT_FRACTION) for key in keys), 1000, abs_tol=100)
+
+
+@pytest.mark.slow
+def test_shipped_checkpoint_on_real_data_beats_chance(tmp_path):
+    root = real_data()
+    if not Path(TINY_CHECKPOINT, "model.safetensors").is_file():
+        pytest.skip(f"no checkpoint in {TINY_CHECKPOINT}")
+    report = main(["--data_root", root, "--output_dir", str(tmp_path), "--limit", "150"])
+    assert report["cifar10"]["zero_shot"]["tuned"]["top1"] > 0.3  # chance: 0.1
+    retrieved = report["flickr8k"]["image_to_text"]["tuned"]
+    assert retrieved["recall_at_10"] > 0.12  # chance: 10 of 150
+    assert report["flickr8k"]["information_gain_per_token"] > 0
