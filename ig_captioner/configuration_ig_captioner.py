@@ -288,6 +288,9 @@ class IGCaptionerConfig(PreTrainedConfig):
                 f"{self.text_config.vocab_size}"
             )
 
+    def validate_token_ids(self):
+        """Part of `@strict`: the text config checks them; a mask token may lie outside the vocabulary."""
+
 
 def _of_text_config(name: str) -> property:
     def get(self: IGCaptionerConfig) -> int | list[int] | None:

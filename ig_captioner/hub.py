@@ -127,14 +127,14 @@ def save_release(
         OSError: reading or writing failed.
     """
     directory = Path(directory).expanduser().resolve()
-    _check_target(directory, overwrite)
+    check_target(directory, overwrite)
     loaded = load_model(IGCaptionerForConditionalGeneration, model)
     processor = load_processor(model)
     # A checkpoint may come from elsewhere: what it says about code must fit the code it gets.
     loaded.config.auto_map = dict(AUTO_MAP)
     loaded.config.custom_pipelines = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
     card = _read_card(os.fspath(model), license) or str(fill_card(loaded, repo_id or directory.name, license))
-    with _new_folder(directory) as folder:
+    with new_folder(directory) as folder:
         loaded.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / CARD_FILE).write_bytes(card.encode("utf-8"))
@@ -144,7 +144,7 @@ def save_release(
     return directory
 
 
-def _check_target(directory: Path, overwrite: bool) -> None:
+def check_target(directory: Path, overwrite: bool) -> None:
     """Raises ValueError or OSError if `directory` must not be replaced; never lets anything but a release go."""
     if not directory.exists():
         return
@@ -167,7 +167,7 @@ def _check_target(directory: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _new_folder(directory: Path) -> Iterator[Path]:
+def new_folder(directory: Path) -> Iterator[Path]:
     """A folder beside `directory` that takes its name in the end, or vanishes if there was an error."""
     folder = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     old = directory.with_name(f".{directory.name}.{os.getpid()}.old")

@@ -102,11 +102,22 @@ def find_shards(patterns: Iterable[str], root: str = "") -> list[str]:
     return paths
 
 
+class CheckedTarInfo(tarfile.TarInfo):
+    """tarfile takes a header that is cut short for the end of the archive, and says nothing."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Any:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.TruncatedHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from error
+
+
 def read_shard(path: str) -> Iterator[RawSample | Skipped]:
     """Yields (key, {extension: content}) for each sample of a shard, or Skipped where the archive breaks off."""
     key, files = "", dict[str, bytes]()
     try:
-        with tarfile.open(path, "r|*") as archive:
+        with tarfile.open(path, "r|*", tarinfo=CheckedTarInfo) as archive:
             for member in archive:
                 if not member.isfile():
                     continue
