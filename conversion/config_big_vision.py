@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ig_captioner import IGCaptionerConfig
+from ig_captioner.configuration_ig_captioner import as_height_width
 
 from .key_map_big_vision import Structure
 from .reading import ConversionError
@@ -107,13 +108,13 @@ def cross_check(inferred: dict, given: Given) -> list[str]:
 
     for name, stated in given.model.items():
         if name == "masked_pred_prob":
-            check("masked_pred_prob > 0", stated > 0, inferred["masked"])
+            check("masked_pred_prob > 0", (stated or 0) > 0, inferred["masked"])
         elif name in inferred:
             encoder_field = name.removeprefix("decoder_")
             if name != encoder_field and name != "decoder_bias" and not stated:  # 0: as in the encoder
                 stated = given.model.get(encoder_field, inferred[encoder_field])
             found = stated if inferred[name] is None else inferred[name]
-            check(name, list(stated) if name == "patches" else stated, found)
+            check(name, list(stated) if isinstance(stated, tuple) else stated, found)
         elif name not in TRAINING_FIELDS | {"enc_dropout_rate", "dec_dropout_rate"}:
             unchecked.append(name)
     for name, stated in given.outer.items():
@@ -175,47 +176,14 @@ def sincos_text_positions(length: int, width: int) -> np.ndarray:
 
 def build_config(inferred: dict, sizes: dict[str, int], given: Given, eos_token_id: int) -> IGCaptionerConfig:
     """The configuration of the converted model. Raises ConversionError where the user has to say more."""
-    length = find_text_length(inferred, given)
-    image_size = find_image_size(inferred, sizes.get("P"), given)
-    bias, masking = inferred["decoder_bias"], given.model.get("masking_ratio", 1.0)
-    vision = {
-        "hidden_size": inferred["emb_dim"],
-        "intermediate_size": inferred["mlp_dim"],
-        "num_hidden_layers": inferred["num_layers"],
-        "num_attention_heads": inferred["num_heads"],
-        "num_channels": sizes["C"],
-        "image_size": _square(image_size),
-        "patch_size": _square(inferred["patches"]),
-        "position_embedding": "learned" if inferred["posemb_type"] == "learn" else "sincos2d",
-        "norm_eps": NORM_EPS,
-        "dropout": given.model.get("enc_dropout_rate", 0.0),
-    }
-    text = {
-        "vocab_size": inferred["vocab_size"],
-        "hidden_size": inferred["decoder_emb_dim"],
-        "intermediate_size": inferred["decoder_mlp_dim"],
-        "num_hidden_layers": inferred["decoder_num_layers"],
-        "num_attention_heads": inferred["decoder_num_heads"],
-        "max_position_embeddings": length,
-        "fusion": "cross_attention",
-        "norm_eps": NORM_EPS,
-        "norm_bias": bias,
-        "mlp_bias": bias,
-        "attention_bias": False,
-        "head_bias": True,
-        "dropout": given.model.get("dec_dropout_rate", 0.0),
-        "attention_dropout": given.model.get("dec_dropout_rate", 0.0),
-        "pad_token_id": PAD,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "decoder_start_token_id": START,
-        "mask_token_id": inferred["vocab_size"] if inferred["masked"] else None,
-    }
+    if sizes["C"] != 3:
+        raise ConversionError(f"the checkpoint reads images of {sizes['C']} channels, expected 3 (RGB)")
+    masking = given.model.get("masking_ratio", 1.0)
     return IGCaptionerConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=_vision_config(inferred, sizes, given),
+        text_config=_text_config(inferred, given, eos_token_id),
         # the partial masking of upstream is not implemented here
-        parallel_prediction_prob=given.model.get("masked_pred_prob", 0.0) if masking == 1.0 else 0.0,
+        parallel_prediction_prob=(given.model.get("masked_pred_prob") or 0.0) if masking == 1.0 else 0.0,
         loss_reduction="sequence",
         # CapPa is not trained without an image: until it is tuned, log P(T) means nothing, and upstream ranks by P(T|I)
         prior_weight=0.0,
@@ -223,12 +191,66 @@ def build_config(inferred: dict, sizes: dict[str, int], given: Given, eos_token_
     )
 
 
+def _vision_config(inferred: dict, sizes: dict[str, int], given: Given) -> dict:
+    return {
+        "hidden_size": inferred["emb_dim"],
+        "intermediate_size": inferred["mlp_dim"],
+        "num_hidden_layers": inferred["num_layers"],
+        "num_attention_heads": inferred["num_heads"],
+        "num_channels": sizes["C"],
+        "image_size": _square(find_image_size(inferred, sizes.get("P"), given)),
+        "patch_size": _square(inferred["patches"]),
+        "position_embedding": "learned" if inferred["posemb_type"] == "learn" else "sincos2d",
+        "norm_eps": NORM_EPS,
+        "dropout": given.model.get("enc_dropout_rate") or 0.0,
+    }
+
+
+def _text_config(inferred: dict, given: Given, eos_token_id: int) -> dict:
+    bias, dropout = inferred["decoder_bias"], given.model.get("dec_dropout_rate") or 0.0
+    return {
+        "vocab_size": inferred["vocab_size"],
+        "hidden_size": inferred["decoder_emb_dim"],
+        "intermediate_size": inferred["decoder_mlp_dim"],
+        "num_hidden_layers": inferred["decoder_num_layers"],
+        "num_attention_heads": inferred["decoder_num_heads"],
+        "max_position_embeddings": find_text_length(inferred, given),
+        "fusion": "cross_attention",
+        "norm_eps": NORM_EPS,
+        "norm_bias": bias,
+        "mlp_bias": bias,
+        "attention_bias": False,
+        "head_bias": True,
+        "dropout": dropout,
+        "attention_dropout": dropout,
+        "pad_token_id": PAD,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "decoder_start_token_id": START,
+        "mask_token_id": inferred["vocab_size"] if inferred["masked"] else None,
+    }
+
+
 def _square(size) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
 
 
 def export_plan(config: IGCaptionerConfig, scan: bool) -> tuple[Structure, dict[str, int]]:
-    """Structure and axes of the checkpoint that holds a model. Raises ConversionError if big_vision has no such model."""
+    """Structure and axes of the checkpoint that holds a model. Raises ConversionError if there can be none."""
+    _check_exportable(config)
+    vision, text = config.vision_config, config.text_config
+    layers = vision.num_hidden_layers, text.num_hidden_layers
+    learned = vision.position_embedding == "learned"
+    structure = Structure(*layers, scan, scan, decoder_bias=text.norm_bias, learned_positions=learned)
+    patch = as_height_width(vision.patch_size, "patch_size")
+    sizes = {"p": patch[0], "q": patch[1], "C": vision.num_channels, "P": math.prod(vision.grid_size)}
+    sizes |= {"E": vision.hidden_size, "M": vision.intermediate_size, "h": vision.num_attention_heads}
+    sizes |= {"D": text.hidden_size, "F": text.intermediate_size, "H": text.num_attention_heads}
+    sizes |= {"L": text.max_position_embeddings, "R": text.num_embeddings, "V": text.vocab_size}
+    return structure, {**sizes, "d": sizes["E"] // sizes["h"], "G": sizes["D"] // sizes["H"]}
+
+
+def _check_exportable(config: IGCaptionerConfig) -> None:
     vision, text = config.vision_config, config.text_config
     required = {
         "text_config.fusion": (text.fusion, "cross_attention"),
@@ -250,12 +272,3 @@ def export_plan(config: IGCaptionerConfig, scan: bool) -> tuple[Structure, dict[
     wrong = [f"{name} is {value!r}, not {wanted!r}" for name, (value, wanted) in required.items() if value != wanted]
     if wrong:
         raise ConversionError("big_vision's CapPa cannot hold this model:\n  " + "\n  ".join(wrong))
-    learned = vision.position_embedding == "learned"
-    layers = vision.num_hidden_layers, text.num_hidden_layers
-    structure = Structure(*layers, scan, scan, decoder_bias=text.norm_bias, learned_positions=learned)
-    patch = (vision.patch_size,) * 2 if isinstance(vision.patch_size, int) else tuple(vision.patch_size)
-    sizes = {"p": patch[0], "q": patch[1], "C": vision.num_channels, "P": math.prod(vision.grid_size)}
-    sizes |= {"E": vision.hidden_size, "M": vision.intermediate_size, "h": vision.num_attention_heads}
-    sizes |= {"D": text.hidden_size, "F": text.intermediate_size, "H": text.num_attention_heads}
-    sizes |= {"L": text.max_position_embeddings, "R": text.num_embeddings, "V": text.vocab_size}
-    return structure, {**sizes, "d": sizes["E"] // sizes["h"], "G": sizes["D"] // sizes["H"]}

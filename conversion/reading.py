@@ -50,6 +50,9 @@ class NpzStore:
         except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
             raise ConversionError(f"{path} is truncated or damaged: {error}") from error
 
+        if len(self.leaves) != len(self._zip.namelist()):
+            raise ConversionError(f"{path} holds leaves of the same name twice")
+
     def _leaf_name(self, member: str) -> str:
         if not member.endswith(".npy"):
             hint = "; it looks like a PyTorch checkpoint" if member.endswith("data.pkl") else ""
@@ -102,7 +105,9 @@ class TensorstoreStore:
     def _metadata(self, folder: Path) -> Leaf:
         files = [folder / name for name in (".zarray", "zarr.json") if (folder / name).is_file()]
         if not files:
-            raise ConversionError(f"{folder} is no zarr array (neither .zarray nor zarr.json)")
+            orbax = any(self.path.rglob("_METADATA")) or any(self.path.rglob("_CHECKPOINT_METADATA"))
+            hint = "; it looks like an Orbax checkpoint, as clip-jax writes" if orbax else ""
+            raise ConversionError(f"{folder} is no zarr array (neither .zarray nor zarr.json){hint}")
         try:
             metadata = json.loads(files[0].read_text(encoding="utf-8"))
             dtype = metadata["dtype"] if "dtype" in metadata else metadata["data_type"]
@@ -121,7 +126,7 @@ class TensorstoreStore:
             ) from error
         folder = self.path / name.replace("/", "~")
         driver = "zarr" if (folder / ".zarray").is_file() else "zarr3"
-        spec = {"driver": driver, "kvstore": {"driver": "file", "path": str(folder.resolve())}}
+        spec: dict[str, object] = {"driver": driver, "kvstore": {"driver": "file", "path": str(folder.resolve())}}
         # A missing chunk would read as zeros: a folder that was not copied completely must not pass.
         spec["fill_missing_data_reads"] = False
         try:

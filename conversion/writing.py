@@ -1,12 +1,9 @@
 """From named arrays to a folder for the Hub: filling a model completely, saving it, and reloading it to be sure."""
 
-import gc
+import ctypes
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +38,7 @@ def build_model(
             wrong.append(f"{name} is no weight of the model")
         elif array.shape != wanted[name]:
             wrong.append(f"{name} is {wanted[name]}, but the checkpoint has {array.shape}")
-        filled[name] = torch.tensor(array, dtype=torch.float32)  # a copy in torch's order
+        filled[name] = torch.from_numpy(np.array(array, dtype=np.float32, order="C"))  # a copy without gaps
     wrong += [f"{name} was not filled" for name in sorted(wanted.keys() - filled.keys())]
     if wrong:
         raise ConversionError("checkpoint and model do not match:\n  " + "\n  ".join(wrong))
@@ -54,44 +51,6 @@ def build_model(
         max_length=text.max_position_embeddings,
     )
     return model.eval()
-
-
-def check_target(directory: Path, overwrite: bool) -> None:
-    """Raises ConversionError unless `directory` is new, empty, or an earlier model that may be replaced."""
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if not directory.is_dir() or directory == Path.cwd().resolve():
-        raise ConversionError(
-            f"{directory} is {'the current folder' if directory.is_dir() else 'a file'}; name another"
-        )
-    if not overwrite:
-        raise ConversionError(f"{directory} is not empty; --overwrite replaces an earlier model")
-    try:
-        model_type = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        model_type = None
-    if model_type != IGCaptionerConfig.model_type or any(entry.is_dir() for entry in directory.iterdir()):
-        raise ConversionError(f"{directory} is not overwritten, because it is no folder of an IG Captioner")
-
-
-@contextmanager
-def new_folder(directory: Path) -> Iterator[Path]:
-    """A folder beside `directory` that takes its name in the end, or vanishes if there was an error."""
-    folder, old = (directory.with_name(f".{directory.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        if directory.exists():
-            directory.rename(old)
-        try:
-            folder.rename(directory)
-        except OSError:
-            if old.exists():
-                old.rename(directory)
-            raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def digests(model: torch.nn.Module) -> dict[str, str]:
@@ -114,7 +73,7 @@ def save_and_reload(
     before, config = digests(model), model.config.to_dict()
     model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     model.to("meta")
-    gc.collect()
+    _return_free_memory()
     reloaded = load_model(IGCaptionerForConditionalGeneration, folder)
     after = digests(reloaded)
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
@@ -128,6 +87,12 @@ def save_and_reload(
     return reloaded
 
 
+def _return_free_memory() -> None:
+    """Hands freed weights back to the system: glibc keeps them, which would make the peak twice a checkpoint's size."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def _plain(value):
     """Without what loading adds to nested configurations, and with lists for tuples."""
     if isinstance(value, dict):
@@ -136,13 +101,16 @@ def _plain(value):
 
 
 def write_card(
-    folder: Path, model: IGCaptionerForConditionalGeneration, name: str, license: str | None, facts: dict[str, str]
+    folder: Path,
+    model: IGCaptionerForConditionalGeneration,
+    name: str,
+    license: str | None,
+    summary: str,
+    facts: dict[str, str],
 ) -> None:
-    """The package's card, with where the weights come from: `facts` as a table."""
+    """The package's card, with where the weights come from: a sentence, and `facts` as a table."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    section = (
-        f"\n## Source\n\nThese weights were converted, not trained, by this package.\n\n| | |\n|---|---|\n{rows}\n"
-    )
+    section = f"\n## Source\n\n{summary}\n\n| | |\n|---|---|\n{rows}\n"
     (folder / CARD_FILE).write_text(str(fill_card(model, name, license)).rstrip() + "\n" + section, encoding="utf-8")
 
 
