@@ -14,6 +14,7 @@ from tests.tiny import padded, random_images, random_texts, tiny_model
 from training.build import build_model_config
 from training.checkpoint import list_checkpoints, load_state, save_checkpoint
 from training.config import OptimizerConfig, TrainConfig, load_config, parse_overrides
+from training.curves import draw_curves
 from training.evaluation import evaluate_held_out, rank_of_target
 from training.metrics import sums_by_source, weight_in_mean
 from training.optim import (
@@ -317,6 +318,7 @@ def test_run_writes_a_loadable_folder_and_a_log(workspace, tmp_path):
         **{"optimizer.name": "muon", "micro_batches": 2},
     )
     final = train(config)
+    assert Image.open(tmp_path / "curves.png").format == "PNG"
     model = IGCaptionerForConditionalGeneration.from_pretrained(final, dtype="auto")
     assert model.dtype == torch.float16
     processor = AutoProcessor.from_pretrained(final)
@@ -411,3 +413,47 @@ def test_perfect_model_ranks_first():
     ]
     metrics = evaluate_held_out(Stub(), samples, ImageSettings((4, 4)), 0, torch.device("cpu"))
     assert metrics["captions"] == 2 and metrics["top1_prior_weight_1"] == 1.0
+
+
+def test_frozen_parameters_keep_their_values_and_the_rest_is_trained(workspace, tmp_path):
+    start = train(run_config(workspace, tmp_path / "start", max_steps=1, **{"optimizer.lr": 1e-12}))
+    frozen = {"freeze": ["model.vision_model.*", "*.embed_tokens.weight"], "init_from": str(start)}
+    final = train(run_config(workspace, tmp_path / "run", **frozen))
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, final))
+    for name, tensor in before.items():
+        is_frozen = name.startswith("model.vision_model.") or "embed_tokens" in name
+        # a bias of keys has no gradient: softmax does not see what all keys share
+        assert torch.equal(tensor, after[name]) == is_frozen or "k_proj.bias" in name, name
+    for patterns, message in ((["encoder.*"], "no parameter matches 'encoder"), (["*"], "nothing to train")):
+        with pytest.raises(ValueError, match=message):
+            train(run_config(workspace, tmp_path / "error", freeze=patterns))
+
+
+def test_trackers_get_the_rows_of_the_log(workspace, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(run_config(workspace, tmp_path, trackers=["tensorboard"]))
+    (events,) = (tmp_path / "tracked").glob("events*")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for name, values in (
+        ("information_gain", [row["information_gain"] for row in rows]),
+        ("sources/colors/captioning_loss", [row["sources"]["colors"]["captioning_loss"] for row in rows]),
+    ):
+        assert [event.value for event in accumulator.Scalars(name)] == pytest.approx(values, rel=1e-5)
+
+
+def test_picture_of_the_curves(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert not draw_curves(tmp_path / "none.jsonl", tmp_path / "none.png")
+    rows = []
+    for step in range(1, 9):
+        losses = {"loss": 2 / step, "captioning_loss": 1 / step, "unconditional_loss": 1.5 / step}
+        sources = {name: {"information_gain": 0.4 / step} for name in ("a", "b")[: 1 + step % 2]}
+        rows.append({"step": step, **losses, "information_gain": 0.5 / step, "sources": sources})
+    rows.append({"step": 8, "evaluation": {"a": {"top1_prior_weight_1": 0.5}}})
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width == 1440

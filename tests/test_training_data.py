@@ -257,7 +257,8 @@ def test_mixture_order_has_the_weights():
 def test_every_sample_once_per_epoch_and_a_new_order_in_the_next():
     mixture = cached_mixture([50, 20], [0.5, 0.5])
     drawn = [mixture.locate(draw) for draw in range(200)]
-    first = [index for source, index in drawn if source == 0]
+    first = [index for source, epoch, index in drawn if source == 0]
+    assert [epoch for source, epoch, index in drawn if source == 0] == [0] * 50 + [1] * 50
     assert sorted(first[:50]) == sorted(first[50:100]) == list(range(50))
     assert first[:50] != first[50:100]
 

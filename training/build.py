@@ -1,6 +1,7 @@
 """From a training configuration to a model and its processor."""
 
 import dataclasses
+import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,27 @@ def build_model(
         raise ValueError(f"data.max_length {config.data.max_length} is more than the model's {longest} positions")
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.text_config.vocab_size}")
+    freeze(model, config.freeze)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+def freeze(model: torch.nn.Module, patterns: list[str]) -> None:
+    """Takes the parameters whose names match a pattern out of training.
+
+    Raises:
+        ValueError: a pattern matches no parameter, or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        names = fnmatch.filter(parameters, pattern)
+        if not names:
+            raise ValueError(f"freeze: no parameter matches {pattern!r}; names are like {', '.join([*parameters][:3])}")
+        for name in names:
+            parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError(f"freeze: {patterns} leave nothing to train")
 
 
 def build_model_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> IGCaptionerConfig:

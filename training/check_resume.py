@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m training.check_resume --kills 20 [--data streamed] [--torchrun]
 
-A tiny model on shards made here, on the CPU. Each kill hits one process at a random step, in the middle of a step or of
-writing a checkpoint. Fails unless weights and losses are bit-identical, every step saw the same samples, and every
-epoch has each sample once.
+A tiny model on shards made here, on the CPU. Each kill hits one process at a random step: in the middle of the step,
+while it writes a checkpoint, or with SIGTERM, which has to save first. Fails unless weights and losses are
+bit-identical, every step saw the same samples, and every epoch has each sample once.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from .train_tokenizer import train_tokenizer
 SHARD_SIZES = (7, 12, 3, 9)  # uneven, and 31 samples are no multiple of any batch
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 KILL_VARIABLE = "IG_CAPTIONER_CHECK_KILL"  # "rank step place", for the processes started here
+SIGNALS = {"step": signal.SIGKILL, "term": signal.SIGTERM}
 TIMING = ("minutes", "images_per_second", "data_wait")
 
 
@@ -104,11 +105,11 @@ def train_process(arguments: list[str]) -> None:
     def traced_split(batch: dict[str, Any], *arguments: Any) -> Any:
         nonlocal current
         current = next(step)
-        row = {"step": current, "keys": batch["keys"], "streams": sorted(batch["states"])}
+        row = {"step": current, "keys": batch["keys"], "epochs": batch["epochs"], "streams": sorted(batch["states"])}
         trace.write(json.dumps(row) + "\n")
         trace.flush()
-        if place == "step" and int(kill_rank) == rank and current >= int(kill_step):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if place in SIGNALS and int(kill_rank) == rank and current >= int(kill_step):
+            os.kill(os.getpid(), SIGNALS[place])
         return split(batch, *arguments)
 
     def killing_save(output_dir: Any, number: int, state: Any, save_model: Any, keep: int) -> Any:
@@ -126,10 +127,18 @@ def train_process(arguments: list[str]) -> None:
 def forked(rank: int, processes: int, port: int, kill: str, arguments: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), KILL_VARIABLE: kill}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with open(output_file(arguments), "ab") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
     train_process(arguments)
 
 
 # In the process that starts them
+
+
+def output_file(arguments: list[str]) -> Path:
+    """Where the output of the processes goes; `arguments` begin with the configuration's path."""
+    return Path(arguments[0]).with_name("output.txt")
 
 
 def launch(arguments: list[str], processes: int, torchrun: bool, kill: str) -> bool:
@@ -140,7 +149,9 @@ def launch(arguments: list[str], processes: int, torchrun: bool, kill: str) -> b
     if torchrun:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         command += ["--master_port", str(port), "-m", "training.check_resume", "--process", *arguments]
-        return subprocess.run(command, env={**os.environ, KILL_VARIABLE: kill}, capture_output=True).returncode == 0
+        with open(output_file(arguments), "ab") as output:
+            environment = {**os.environ, KILL_VARIABLE: kill}
+            return subprocess.run(command, env=environment, stdout=output, stderr=output).returncode == 0
     context = multiprocessing.get_context("fork")  # importing torch takes longer than the training
     started = [
         context.Process(target=forked, args=(rank, processes, port, kill, arguments)) for rank in range(processes)
@@ -156,7 +167,7 @@ def launch(arguments: list[str], processes: int, torchrun: bool, kill: str) -> b
 
 
 def read_trace(output_dir: Path, processes: int) -> list[dict[str, Any]]:
-    """Per step the keys of all processes and the streams they came from; a step done again counts once, as done last."""
+    """Per step and process the keys and the streams they came from; a step done again counts once, as done last."""
     rows: dict[tuple[int, int], dict[str, Any]] = {}
     for rank in range(processes):
         rows |= {(row["step"], rank): row for row in read_rows(output_dir.with_suffix(f".trace-{rank}.jsonl"))}
@@ -164,18 +175,17 @@ def read_trace(output_dir: Path, processes: int) -> list[dict[str, Any]]:
 
 
 def check_epochs(trace: list[dict[str, Any]]) -> int:
-    """Every sample once per epoch of its stream (of the run, for cached data), none in two; returns their number."""
-    drawn: dict[tuple[int, ...], list[str]] = {}
+    """No sample twice in an epoch, and all in an epoch that every stream has passed; returns how many of those."""
+    drawn: dict[int, list[str]] = {}
+    newest: dict[tuple[int, ...], int] = {}
     for row in trace:
-        drawn.setdefault(tuple(row["streams"]), []).extend(row["keys"])
-    parts = [set(keys) for keys in drawn.values()]
-    for keys, part in zip(drawn.values(), parts, strict=True):
-        for start in range(0, len(keys), len(part)):
-            window = keys[start : start + len(part)]
-            assert len(set(window)) == len(window), f"a sample came twice in an epoch: {sorted(window)}"
-    together = set().union(*parts)
-    assert len(together) == sum(map(len, parts)) == sum(SHARD_SIZES), "samples are lost, or in two streams"
-    return len(together)
+        for key, epoch in zip(row["keys"], row["epochs"], strict=True):
+            drawn.setdefault(epoch, []).append(key)
+            newest[tuple(row["streams"])] = epoch
+    for epoch, keys in drawn.items():
+        assert len(set(keys)) == len(keys), f"a sample came twice in epoch {epoch}: {sorted(keys)}"
+        assert epoch >= min(newest.values()) or len(keys) == sum(SHARD_SIZES), f"epoch {epoch} lost samples: {keys}"
+    return min(newest.values())
 
 
 def compare(whole: Path, killed: Path, processes: int) -> dict[str, Any]:
@@ -191,7 +201,7 @@ def compare(whole: Path, killed: Path, processes: int) -> dict[str, Any]:
         "log_rows": len(logs[0]),
         "equal_log_rows": sum(row == other for row, other in zip(*logs, strict=True)),
         "same_samples_at_every_step": traces[0] == traces[1],
-        "samples_in_an_epoch": check_epochs(traces[1]),
+        "whole_epochs_without_loss_or_repetition": check_epochs(traces[1]),
     }
 
 
@@ -201,19 +211,22 @@ def check(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     arguments = [str(config), "--output_dir"]
     whole, killed = folder / "whole", folder / "killed"
     if not launch([*arguments, str(whole)], options.processes, options.torchrun, "-1 0 none"):
-        raise SystemExit("the uninterrupted run failed")
+        raise SystemExit(f"the uninterrupted run failed:\n{output_file(arguments).read_text()[-5000:]}")
     kills = []
     for step in sorted(rng.sample(range(1, options.steps), options.kills)):
-        # A kill while writing waits for the next checkpoint; later ones must not fall before it, so they come in order.
-        kill = f"{rng.randrange(options.processes)} {step} {rng.choice(['step', 'step', 'save'])}"
-        if not launch([*arguments, str(killed), "--resume"], options.processes, options.torchrun, kill):
-            done = [row["step"] for row in read_trace(killed, options.processes)]
-            kills.append({"kill": kill, "reached": max(done), "left": [p.name for p in list_checkpoints(killed)]})
-            print(json.dumps(kills[-1]), flush=True)
+        place = rng.choice(["step", "step", "save", "term"])
+        kill = f"{rng.randrange(options.processes)} {step} {place}"
+        ended_well = launch([*arguments, str(killed), "--resume"], options.processes, options.torchrun, kill)
+        reached = max(row["step"] for row in read_trace(killed, options.processes))
+        newest = step_of(list_checkpoints(killed)[-1]) if list_checkpoints(killed) else 0
+        kills.append({"kill": kill, "reached": reached, "newest_checkpoint": newest})
+        print(json.dumps(kills[-1]), flush=True)
+        if place == "term" and not (ended_well and newest == reached):
+            raise SystemExit(f"SIGTERM did not save:\n{output_file(arguments).read_text()[-5000:]}")
     if not (killed / "final").exists() and not launch(
         [*arguments, str(killed), "--resume"], options.processes, options.torchrun, "-1 0 none"
     ):
-        raise SystemExit("the resumed run failed")
+        raise SystemExit(f"the resumed run failed:\n{output_file(arguments).read_text()[-5000:]}")
     return {"processes": options.processes, "data": options.data, "kills": len(kills)} | compare(
         whole, killed, options.processes
     )

@@ -58,7 +58,8 @@ def save_checkpoint(
     try:
         temporary.mkdir(parents=True)
         save_model(temporary / "model")
-        torch.save(state, temporary / "state.pt")
+        with open(temporary / "state.pt", "wb") as file:  # given a path, torch.save hides the reason of a failure
+            torch.save(state, file)
         (temporary / SIZES).write_text(json.dumps(file_sizes(temporary), indent=1), encoding="utf-8")
         for path in (*temporary.rglob("*"), temporary):
             sync(path)

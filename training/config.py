@@ -126,6 +126,8 @@ class TrainConfig:
     """Folder or Hub name of a checkpoint whose weights the run starts from; null: random weights."""
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of `IGCaptionerConfig` (`vision_config`, `text_config`, loss weights, ...)."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns (`*` for anything) of names of parameters that are not trained, as `model.vision_model.*` (LiT)."""
     attn_implementation: str = "eager"
     """Attention in training: `eager` (fastest for 64 tokens on CPU), `sdpa`, `flash_attention_2`."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -140,6 +142,8 @@ class TrainConfig:
     max_samples: int | None = None
     max_minutes: float | None = None
     """Wall-clock budget; the schedule follows it, so that the learning rate has decayed when it ends."""
+    trackers: list[str] = field(default_factory=list)
+    """Where Accelerate sends the rows of the log besides, as `tensorboard` (in `output_dir/tracked`), `wandb`."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     compile: bool = False
     gradient_checkpointing: bool = False

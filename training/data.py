@@ -40,14 +40,15 @@ from .mixtures import CachedMixture, CachedSource, StreamedMixture, StreamedSour
 def collate(items: list[dict[str, Any]], pad_to_multiple_of: int = 1) -> dict[str, Any]:
     """Items to a batch: pixel_values float32 [B, 3, H, W], labels int64 [B, L], source int64 [B].
 
-    Beside the tensors: the `keys` of the samples, what was `skipped` before them, and the `states` of the streams that
-    gave them (empty for cached sources).
+    Beside the tensors: the `keys` of the samples and the `epochs` of their sources, what was `skipped` before them, and
+    the `states` of the streams that gave them (empty for cached sources).
     """
     return {
         "pixel_values": normalise(np.stack([item["image"] for item in items])),
         "labels": pad_labels([item["labels"] for item in items], pad_to_multiple_of),
         "source": torch.tensor([item["source"] for item in items]),
         "keys": [item["key"] for item in items],
+        "epochs": [item["epoch"] for item in items],
         "skipped": [skipped for item in items for skipped in item.get("skipped", [])],
         "states": dict(item["state"] for item in items if "state" in item),
     }

@@ -22,7 +22,16 @@ from ig_captioner.information_gain import IGNORE_INDEX, token_log_likelihoods
 from .config import TrainConfig
 
 
+TRACKER_FOLDER = "tracked"
 LOSSES = ("loss", "captioning_loss", "unconditional_loss", "parallel_loss")
+
+
+def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested rows to `a/b` names, as trackers want them."""
+    flat: dict[str, float] = {}
+    for name, value in row.items():
+        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -67,6 +76,7 @@ class MetricsLog:
             (output_dir / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
             kept = [row for row in read_rows(self.path) if row["step"] <= step] if step else []
             self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        accelerator.init_trackers(TRACKER_FOLDER)  # for `trackers`; without any, nothing happens
         self.reset()
 
     def reset(self) -> None:
@@ -80,10 +90,15 @@ class MetricsLog:
         seconds = [self.data_seconds, time.perf_counter() - self.started]
         return {"means": means, "steps": self.steps, "images": self.images, "seconds": seconds}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.means = {name: total.to(self.accelerator.device) for name, total in state["means"].items()}
-        self.steps, self.images = state["steps"], state["images"]
-        self.data_seconds, elapsed = state["seconds"]
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """From the states of all processes, of which there may have been another number."""
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        same = len(states) == processes
+        for name in states[0]["means"]:
+            mean = states[index]["means"][name] if same else sum(state["means"][name] for state in states) / len(states)
+            self.means[name] = mean.to(self.accelerator.device)
+        self.steps, self.images = states[0]["steps"], states[0]["images"] * len(states) // processes
+        self.data_seconds, elapsed = states[0]["seconds"]
         self.started = time.perf_counter() - elapsed
 
     def add_part(self, outputs: Any, share: Tensor) -> None:
@@ -149,6 +164,7 @@ class MetricsLog:
         return row
 
     def append(self, row: dict[str, Any]) -> None:
+        self.accelerator.log(flatten(row), step=row["step"])
         if self.accelerator.is_main_process:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -69,8 +69,8 @@ class CachedMixture(Dataset):
             self.ranks[self.order == source] = np.arange(self.counts[source])
         self.permutations: dict[int, tuple[int, np.ndarray]] = {}
 
-    def locate(self, draw: int) -> tuple[int, int]:
-        """(source, sample) of a draw; a source's samples all come once before any comes again."""
+    def locate(self, draw: int) -> tuple[int, int, int]:
+        """(source, epoch, sample) of a draw; a source's samples all come once before any comes again."""
         periods, position = divmod(draw, len(self.order))
         source = int(self.order[position])
         epoch, index = divmod(
@@ -79,13 +79,13 @@ class CachedMixture(Dataset):
         if self.permutations.get(source, (-1,))[0] != epoch:
             rng = np.random.default_rng((self.seed, 0, source, epoch))
             self.permutations[source] = (epoch, rng.permutation(len(self.sources[source].samples)))
-        return source, int(self.permutations[source][1][index])
+        return source, epoch, int(self.permutations[source][1][index])
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
-        source, index = self.locate(draw)
+        source, epoch, index = self.locate(draw)
         sample = self.sources[source].samples[index]
         rng = np.random.default_rng((self.seed, 1, draw))
-        return make_item(sample, source, self.sources[source].augmentation, self.settings, rng)
+        return make_item(sample, source, self.sources[source].augmentation, self.settings, rng) | {"epoch": epoch}
 
 
 class Position(NamedTuple):
@@ -230,7 +230,8 @@ class StreamedMixture(IterableDataset):
             rng = np.random.default_rng((self.seed, 2, number, draw))
             draw += 1
             item = make_item(sample, source, self.sources[source].config.augmentation, self.settings, rng)
-            yield item | {"skipped": skipped, "state": (number, StreamState(draw, list(positions)))}
+            state = StreamState(draw, list(positions))
+            yield item | {"epoch": positions[source].turn // 2, "skipped": skipped, "state": (number, state)}
 
 
 def make_item(

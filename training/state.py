@@ -155,8 +155,7 @@ class SavedRun:
         for name, value in self.state["progress"].items():
             setattr(progress, name, value)
         progress.skipped = Counter(self.state["progress"]["skipped"] if accelerator.is_main_process else {})
-        if accelerator.num_processes == len(self.state["log"]):
-            log.load_state_dict(self.state["log"][accelerator.process_index])
+        log.load_state_dict(self.state["log"])
         if accelerator.process_index < len(self.state["random_states"]):
             states = self.state["random_states"][accelerator.process_index]
             torch.set_rng_state(states["cpu"])

@@ -4,8 +4,8 @@
 
 (`python -m training.train` is the same with one process.) Writes to `output_dir`:
 `log.jsonl` (one row of metrics per `log_every_steps`), `checkpoint-*/`, `config.yaml`, and at the end `final/`, a model
-folder with tokenizer and processor. The number to watch is the information gain per token, the unconditional minus the
-captioning loss in nats: a run where it stays near 0 learns nothing from its images.
+folder with tokenizer and processor, and with matplotlib `curves.png`. The number to watch is the information gain per
+token, the unconditional minus the captioning loss in nats: a run where it stays near 0 learns nothing from its images.
 """
 
 import logging
@@ -28,6 +28,7 @@ from .augmentation import ImageSettings
 from .build import build_model, build_processor
 from .checkpoint import list_checkpoints, save_checkpoint, step_of
 from .config import TrainConfig, load_config
+from .curves import draw_curves
 from .data import load_training_data, split_by_length
 from .evaluation import evaluate
 from .metrics import MetricsLog, summary, weight_in_mean
@@ -45,7 +46,12 @@ class NonFiniteError(RuntimeError):
 def train(config: TrainConfig) -> Path:
     """Runs the training that `config` describes; returns the folder of the final model."""
     # Without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other.
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        cpu=not torch.accelerator.is_available(),
+        log_with=config.trackers or None,
+        project_dir=config.output_dir,
+    )
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise RuntimeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but Accelerate has {accelerator.num_processes}")
     if config.batch_size % accelerator.num_processes:
@@ -189,23 +195,27 @@ def train(config: TrainConfig) -> Path:
     save(seconds)
     if stop:
         accelerator.print(f"SIGTERM: saved step {progress.step}, continue with --resume")
-        return output_dir
-    if config.evaluation.every_steps:
+    elif config.evaluation.every_steps:
         log.append(
             {
                 "step": progress.step,
                 "evaluation": evaluate(model, average, data.held_out, settings, accelerator),
             }
         )
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not stop:
         if average:
             average.copy_to(model)
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         model.to(getattr(torch, config.save_dtype))
         save_model(output_dir / "final")
+        draw_curves(log.path, output_dir / "curves.png")
         accelerator.print(f"saved {output_dir / 'final'}")
+    accelerator.wait_for_everyone()
+    # DDP's reducer must not be the last to hold gloo's process group: it would delete it with Python's lock held, while
+    # gloo's thread may wait for that lock to free a tensor (a process hung so at its end once in 60 runs, torch 2.13).
+    (wrapped,) = accelerator.free_memory(wrapped)
     accelerator.end_training()
-    return output_dir / "final"
+    return output_dir if stop else output_dir / "final"
 
 
 # Progress

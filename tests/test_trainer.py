@@ -1,0 +1,206 @@
+"""Fine-tuning with transformers' Trainer: `examples/finetune_trainer.py` on a random model and coloured squares."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerImageProcessor, IGCaptionerProcessor
+from tests.tiny import padded, random_images, random_texts, tiny_config, tiny_model
+from training.train_tokenizer import train_tokenizer
+
+
+datasets = pytest.importorskip("datasets")
+evaluate = pytest.importorskip("evaluate")
+pytest.importorskip("accelerate")
+
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+EXAMPLE = Path(__file__).parent.parent / "examples" / "finetune_trainer.py"
+
+
+def load_example():
+    spec = importlib.util.spec_from_file_location("finetune_trainer", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+example = load_example()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model with dropout, its tokenizer and image processor."""
+    tokenizer = train_tokenizer([f"a photo of a {name} square." for name in COLORS], 300)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 3}
+    torch.manual_seed(0)
+    config = tiny_config({"vocab_size": len(tokenizer), "num_text_only_layers": 1, "dropout": 0.1, **special})
+    folder = tmp_path_factory.mktemp("checkpoint")
+    IGCaptionerForConditionalGeneration(config).save_pretrained(folder)
+    image_processor = IGCaptionerImageProcessor(size={"height": 16, "width": 16})
+    IGCaptionerProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("by_folder")
+    for name, color in COLORS.items():
+        (root / f"{name}_square").mkdir()
+        for index in range(8):
+            Image.new("RGB", (10, 8), color).save(root / f"{name}_square" / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def by_metadata(tmp_path_factory):
+    root = tmp_path_factory.mktemp("by_metadata")
+    rows = []
+    for index in range(20):
+        name = list(COLORS)[index % 3]
+        Image.new("RGB", (8, 8), COLORS[name]).save(root / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "text": f"a {name} square."})
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path_factory.mktemp("metrics"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def finetune(checkpoint, data, output_dir, **options):
+    values = {"model": checkpoint, "data": data, "output_dir": output_dir, "batch_size": 4, "max_steps": 6, **options}
+    values |= {"max_length": 16, "learning_rate": 0.01, "save_steps": 3}
+    arguments = [part for name, value in values.items() if value is not True for part in (f"--{name}", str(value))]
+    flags = ["--cpu", *(f"--{name}" for name, value in values.items() if value is True)]
+    return example.finetune(example.build_parser().parse_args(arguments + flags))
+
+
+# Data
+
+
+def test_folder_names_become_captions(by_folder):
+    data = example.add_captions(example.load_data(str(by_folder), 0.25, 0), None, "a photo of a {}.")
+    assert len(data["train"]) == 18 and len(data["test"]) == 6
+    captions = {row["captions"][0] for split in data.values() for row in split}
+    assert captions == {f"a photo of a {name} square." for name in COLORS}
+
+
+def test_metadata_and_saved_data_sets(by_metadata, tmp_path):
+    data = example.load_data(str(by_metadata), 0.25, 0)
+    assert example.add_captions(data, None, "")["train"][0]["captions"][0].startswith("a ")
+    rows = {"image": [Image.new("RGB", (4, 4))] * 4, "captions": [["one", "two"]] * 4}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    data = example.add_captions(example.load_data(str(tmp_path / "saved"), 0.5, 0), None, "")
+    assert data["train"][0]["captions"] == ["one", "two"]
+    with pytest.raises(ValueError, match="no column title in the data, which has image, captions"):
+        example.add_captions(data, "title", "")
+
+
+def test_collator_gives_pixels_and_labels_in_scored_form(checkpoint):
+    processor = IGCaptionerProcessor.from_pretrained(checkpoint)
+    rows = [{"image": Image.new("RGB", (9, 9)), "captions": [text]} for text in ("a red square.", "a", "blue " * 30)]
+    batch = example.Collator(processor, 8)(rows)
+    assert set(batch) == {"pixel_values", "labels"} and batch["pixel_values"].shape == (3, 3, 16, 16)
+    assert batch["labels"].shape == (3, 8) and batch["labels"][2, -1] == 2
+    assert batch["labels"][1].tolist() == [*processor.tokenizer("a")["input_ids"], *[-100] * 6]
+
+
+# Loss
+
+
+def test_smoothing_matches_torch_and_ignores_padding():
+    model = tiny_model("prefix")
+    ids, mask = padded(random_texts())
+    labels = ids.masked_fill(mask == 0, -100)
+    logits = model(pixel_values=random_images(len(ids)), labels=labels).logits
+    plain, smooth = (F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=e) for e in (0.0, 0.2))
+    term = example.smoothing_term(logits, labels, "token", None)
+    assert torch.allclose(plain + 0.2 * term, smooth, atol=1e-5)
+    by_items = example.smoothing_term(logits, labels, "token", 10)
+    assert torch.allclose(by_items * 10, term * (labels != -100).sum(), atol=1e-4)
+
+
+def test_trainer_smooths_the_conditional_part_with_aligned_labels(checkpoint, tmp_path):
+    model = IGCaptionerForConditionalGeneration.from_pretrained(checkpoint)
+    model.config.text_config.dropout = 0.0
+    arguments = example.Seq2SeqTrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    ids, mask = padded(random_texts())
+    inputs = {"pixel_values": random_images(len(ids)), "labels": ids.masked_fill(mask == 0, -100)}
+    trainer = example.CaptionTrainer(model, arguments, label_smoothing=0.1)
+    for module in model.modules():
+        module.training = isinstance(module, type(model))  # no dropout, but the trainer sees a model in training
+    outputs = model(**inputs)
+    flat = outputs.logits.flatten(0, 1), inputs["labels"].flatten()
+    conditional = F.cross_entropy(*flat, label_smoothing=0.1)
+    expected = 1.5 * conditional + 0.5 * outputs.unconditional_loss
+    assert torch.allclose(trainer.compute_loss(model, inputs), expected, atol=1e-5)
+    model.eval()
+    assert torch.allclose(trainer.compute_loss(model, inputs), model(**inputs).loss)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        arguments.label_smoothing_factor = 0.1
+        example.CaptionTrainer(model, arguments)
+
+
+def test_metric():
+    scores = example.CaptionMatch(keep_in_memory=True).compute(
+        predictions=["A red square.", "a blue"], references=["a red square.", "a green circle"]
+    )
+    assert scores == {"exact_match": 0.5, "word_f1": pytest.approx((1 + 2 / 5) / 2)}
+
+
+# Runs
+
+
+def test_resumed_run_has_the_same_weights(checkpoint, by_folder, tmp_path, monkeypatch):
+    options = {"label_smoothing": 0.1, "gradient_accumulation_steps": 2, "eval_steps": 4}
+    metrics = finetune(checkpoint, by_folder, tmp_path / "run", **options)
+    assert {"eval_loss", "eval_exact_match", "eval_word_f1"} <= set(metrics)
+    whole = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "last")
+    micro_steps = []
+    step = example.CaptionTrainer.training_step
+    monkeypatch.setattr(
+        example.CaptionTrainer, "training_step", lambda *args, **kwargs: micro_steps.append(1) or step(*args, **kwargs)
+    )
+    finetune(checkpoint, by_folder, tmp_path / "run", **options, resume=True)
+    assert len(micro_steps) == 6, "steps 4 to 6, in two parts each"
+    resumed = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert max((whole[name] - resumed[name]).abs().max().item() for name in whole) == 0.0
+
+
+def test_learns_and_generates_captions(checkpoint, by_metadata, tmp_path):
+    metrics = finetune(checkpoint, by_metadata, tmp_path, max_steps=60, eval_fraction=0.3)
+    assert metrics["eval_word_f1"] > 0.6
+    model = IGCaptionerForConditionalGeneration.from_pretrained(tmp_path / "final")
+    processor = IGCaptionerProcessor.from_pretrained(tmp_path / "final")
+    pixels = processor(images=Image.new("RGB", (8, 8), COLORS["red"]), return_tensors="pt")["pixel_values"]
+    text = processor.tokenizer.decode(model.generate(pixel_values=pixels, max_new_tokens=8)[0], True)
+    assert text.startswith("a ")
+
+
+def test_lora_trains_saves_loads_and_merges(checkpoint, by_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    finetune(checkpoint, by_folder, tmp_path, lora_rank=2)
+    base, merged = (
+        IGCaptionerForConditionalGeneration.from_pretrained(folder).eval()
+        for folder in (checkpoint, tmp_path / "final")
+    )
+    before = base.state_dict()
+    changed = {name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all("_proj" in name for name in changed)
+    ids, mask = padded(random_texts())
+    inputs = {"pixel_values": random_images(len(ids)), "labels": ids.masked_fill(mask == 0, -100)}
+    expected, plain = merged(**inputs).logits, base(**inputs).logits
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.allclose(adapted(**inputs).logits, expected, atol=1e-4)
+    assert not torch.allclose(plain, expected, atol=1e-3)
+    assert torch.allclose(adapted.merge_and_unload()(**inputs).logits, expected, atol=1e-4)

@@ -1,0 +1,213 @@
+"""Streams: every sample once per epoch whatever the numbers, exact positions, and what is broken counted by kind."""
+
+import itertools
+import json
+import logging
+import zlib
+from collections import Counter
+
+import pytest
+import torch
+
+from ig_captioner.shards import EmptySourceError
+from tests.test_training import run_config, workspace  # noqa: F401
+from tests.test_training_data import CAPTIONS, good_members, image_bytes, load, tokenizer, write_shard  # noqa: F401
+from training.config import AugmentationConfig, DataConfig, SourceConfig
+from training.metrics import read_rows
+from training.train import train
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+def streamed(**fields):
+    fields = {"sources": {"x": SourceConfig(["*.tar*"])}, "shuffle_buffer": 5, **fields}
+    return DataConfig(cache_in_memory=False, **fields)
+
+
+def epochs_of(batches):
+    """{epoch: keys} of batches."""
+    keys = {}
+    for batch in batches:
+        for key, epoch in zip(batch["keys"], batch["epochs"], strict=True):
+            keys.setdefault(epoch, []).append(key)
+    return keys
+
+
+# Numbers that do not fit
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3, 4])
+@pytest.mark.parametrize("sizes", [(20,), (1, 12), (2, 0, 9, 5)])
+def test_every_sample_once_per_epoch(tmp_path, tokenizer, workers, sizes):  # noqa: F811
+    """One shard and many workers, shards of uneven size, an empty one, batches that do not divide the epoch."""
+    for shard, size in enumerate(sizes):
+        write_shard(tmp_path / f"{shard}.tar", good_members(100 * shard, size))
+    loader = load(streamed(num_workers=workers), tokenizer, tmp_path, batch_size=3).loader
+    epochs = epochs_of(itertools.islice(loader, 40))
+    own = {key for keys in list(epochs.values())[:2] for key in keys}
+    assert len(own) == sum(sizes)
+    streams_pass_alone = workers in (0, 1)
+    if streams_pass_alone or len(sizes) == 1:
+        for epoch in range(3):
+            assert sorted(epochs[epoch]) == sorted(own)
+    for keys in epochs.values():  # a stream that has nothing of its own repeats what others have
+        assert len(keys) - len(set(keys)) == 0 or sizes == (2, 0, 9, 5)
+
+
+def test_fewer_samples_than_a_batch_and_than_workers(tmp_path, tokenizer):  # noqa: F811
+    write_shard(tmp_path / "s.tar", good_members(0, 2))
+    for config in (streamed(num_workers=3), DataConfig(sources={"x": SourceConfig(["s.tar"])}, num_workers=3)):
+        for process in range(2):
+            data = load(config, tokenizer, tmp_path, batch_size=8, process=process, processes=2)
+            for batch in itertools.islice(data.loader, 5):
+                assert set(batch["keys"]) <= {"0000", "0001"} and len(batch["keys"]) == 8
+
+
+def test_processes_and_workers_share_out_every_sample(tmp_path, tokenizer):  # noqa: F811
+    for shard, size in enumerate((11, 3, 6, 4)):
+        write_shard(tmp_path / f"{shard}.tar", good_members(100 * shard, size))
+    first = []
+    for process in range(2):
+        data = load(streamed(num_workers=2), tokenizer, tmp_path, batch_size=1, process=process, processes=2)
+        first += epochs_of(itertools.islice(data.loader, 30))[0]
+    assert len(first) == len(set(first)) == 24
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cached", [True, False])
+def test_set_that_yields_nothing_fails_fast_with_counts(tmp_path, tokenizer, cached, workers):  # noqa: F811
+    members = [("a.png", b""), ("a.txt", b"t"), ("b.jpg", b"<html>"), ("b.txt", b"t"), ("c.png", image_bytes())]
+    write_shard(tmp_path / "0.tar", members)
+    write_shard(tmp_path / "1.tar", [])
+    config = streamed(num_workers=workers)
+    config.cache_in_memory = cached
+    with pytest.raises(EmptySourceError, match="'x' has no usable sample in 2 shard") as caught:
+        next(iter(load(config, tokenizer, tmp_path).loader))
+    for count in ("1 x empty image file", "1 x not an image", "1 x missing caption"):
+        assert count in str(caught.value)
+
+
+def test_more_readers_than_streams_is_an_error(tmp_path, tokenizer):  # noqa: F811
+    write_shard(tmp_path / "s.tar", good_members(0, 2))
+    with pytest.raises(ValueError, match="4 readers .* for 3 streams"):
+        load(streamed(num_workers=2, streams=3), tokenizer, tmp_path, process=1, processes=2)
+
+
+# Positions
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stream_goes_on_exactly_where_it_stopped(tmp_path, tokenizer, workers):  # noqa: F811
+    for shard, size in enumerate((11, 3, 6, 4)):
+        members = [*good_members(100 * shard, size), (f"bad{shard}.png", b""), (f"bad{shard}.txt", b"t")]
+        write_shard(tmp_path / f"{shard}.tar.gz", members)
+    write_shard(tmp_path / "other.tar", good_members(900, 5))
+    augmentation = AugmentationConfig(flip_probability=0.5, shift=0.2, color_jitter=0.2)
+    sources = {
+        "x": SourceConfig(["?.tar.gz"], weight=2, augmentation=augmentation, holdout_fraction=0.1),
+        "y": SourceConfig(["other.tar"]),
+    }
+    config = streamed(sources=sources, num_workers=workers, streams=4)
+    whole = list(itertools.islice(load(config, tokenizer, tmp_path).loader, 16))
+    states = {}
+    for taken, batch in enumerate(whole[:12], start=1):
+        states = json.loads(json.dumps(states | batch["states"]))
+        states = {int(number): state for number, state in states.items()}
+        if taken % 3:
+            continue
+        from training.mixtures import StreamState
+
+        restored = {number: StreamState(*state) for number, state in states.items()}
+        data = load(config, tokenizer, tmp_path, first_draw=taken * 4, streams=4, states=restored)
+        for expected, batch_again in zip(whole[taken:], data.loader, strict=False):
+            assert expected["keys"] == batch_again["keys"] and expected["skipped"] == batch_again["skipped"]
+            assert torch.equal(expected["pixel_values"], batch_again["pixel_values"])
+            assert torch.equal(expected["labels"], batch_again["labels"])
+
+
+# Broken samples
+
+
+def bomb() -> bytes:
+    """A PNG of 300 bytes that claims 30,000 x 30,000 pixels."""
+    content = bytearray(image_bytes())
+    content[16:24] = (30_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+def noise() -> bytes:
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+BROKEN = {  # reason in the log: how often, and the files
+    "undecodable image": (4, [("jpg", noise()[:2000]), ("txt", b"t")]),
+    "empty image file": (3, [("jpg", b""), ("txt", b"t")]),
+    "not an image": (3, [("jpg", b"<!DOCTYPE html><html><body>404</body></html>"), ("txt", b"t")]),
+    "too many pixels": (2, [("png", bomb()), ("txt", b"t")]),
+    "missing caption": (3, [("png", image_bytes())]),
+    "caption is not UTF-8": (2, [("png", image_bytes()), ("txt", b"caf\xe9 \xff")]),
+    "bad JSON": (2, [("png", image_bytes()), ("txt", b"t"), ("json", b'{"captions": [')]),
+    "broken shard": (1, []),
+}
+EXPECTED = {reason: count for reason, (count, _) in BROKEN.items()}
+GOOD = 380
+
+
+@pytest.fixture(scope="module")
+def dirty_shards(tmp_path_factory):
+    """400 samples of which 20 are broken, in 4 shards, one of which breaks off inside its last sample."""
+    root = tmp_path_factory.mktemp("dirty")
+    broken = [(reason, files) for reason, (count, files) in BROKEN.items() for _ in range(count) if files]
+    for shard in range(4):
+        members = []
+        for index in range(95):
+            members += good_members(1000 * shard + index, 1, ["a red square."])
+            if index % 20 == 10:
+                number = shard * 5 + index // 20
+                if number < len(broken):
+                    members += [(f"bad{number}.{suffix}", content) for suffix, content in broken[number][1]]
+        if shard == 3:
+            members += [("cut.png", image_bytes(size=(60, 60))), ("cut.txt", b"t")]
+        path = write_shard(root / f"{shard}.tar", members)
+        if shard == 3:
+            path.write_bytes(path.read_bytes().partition(b"cut.png")[0] + b"cut.png" + bytes(300))
+    return root
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_stream_with_broken_samples_trains_through_with_counts_by_kind(
+    workspace,  # noqa: F811
+    dirty_shards,
+    tmp_path,
+    caplog,
+    cached,
+):
+    data = {"data.cache_in_memory": cached, "data.sources.colors.shards": "*.tar", "data.shuffle_buffer": 50}
+    config = run_config(
+        workspace, tmp_path, data_root=str(dirty_shards), max_steps=GOOD // 10, batch_size=10, **data, seed=1
+    )
+    with caplog.at_level(logging.WARNING):
+        train(config)
+    row = read_rows(tmp_path / "log.jsonl")[-1]
+    assert row["samples"] == GOOD and row["skipped_samples"] == 20
+    assert row["skipped"] == EXPECTED
+    messages = [record.getMessage() for record in caplog.records if record.getMessage().startswith("skipped ")]
+    assert Counter(message.rpartition(": ")[2] for message in messages) == EXPECTED
+    assert sum("3.tar:" in message for message in messages) == 1 and sum("bad" in message for message in messages) == 19
+
+
+def test_endless_brackets_and_half_characters_in_json_are_no_error(tmp_path, tokenizer):  # noqa: F811
+    nested, surrogate = b"[" * 100_000, b'{"captions": ["\\ud800"]}'
+    members = [*good_members(0, 2), ("a.png", image_bytes()), ("a.json", nested)]
+    write_shard(tmp_path / "s.tar", [*members, ("b.png", image_bytes()), ("b.json", surrogate)])
+    data = load(DataConfig(sources={"x": SourceConfig(["s.tar"])}), tokenizer, tmp_path)
+    assert [tuple(skipped) for skipped in data.skipped] == [("a", "bad JSON"), ("b", "caption is not UTF-8")]
