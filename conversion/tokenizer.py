@@ -114,14 +114,17 @@ def from_sentencepiece(model: SentencePieceModel) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: str | Path, max_length: int) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    path: str | Path, max_length: int, pad_token_id: int = 0, bos_token_id: int | None = None
+) -> PreTrainedTokenizerFast:
     """A tokenizer in scored form (EOS behind every text, nothing in front) for texts of `max_length` tokens.
 
     Args:
         path: a SentencePiece `.model`, a `tokenizer.json`, or a folder with either.
+        pad_token_id, bos_token_id: what the model pads with and, if that is a token of its own, starts with.
 
     Raises:
-        ConversionError: no such file, another format, no EOS token, or padding that is not 0.
+        ConversionError: no such file, another format, no EOS token, or other padding.
     """
     file = _find_file(Path(path).expanduser())
     names: dict[str, str] = {}
@@ -134,17 +137,21 @@ def load_tokenizer(path: str | Path, max_length: int) -> PreTrainedTokenizerFast
     else:
         tokenizer = from_sentencepiece(read_sentencepiece(file))
     eos, unknown = names.get("eos_token", "</s>"), names.get("unk_token", "<unk>")
-    pad = tokenizer.id_to_token(0)
+    pad = tokenizer.id_to_token(pad_token_id)
     eos_id = tokenizer.token_to_id(eos)
     if eos_id is None:
         raise ConversionError(f"{file} has no token {eos!r} for the end of a text")
     stated = names.get("pad_token", "<pad>" if tokenizer.token_to_id("<pad>") is not None else pad)
-    if stated != pad or eos_id == 0:
-        raise ConversionError(f"{file} pads with {stated!r}, but token 0 is {pad!r}: big_vision pads with 0")
+    if stated != pad or pad is None or eos_id == pad_token_id:
+        raise ConversionError(
+            f"{file} pads with {stated!r}, but token {pad_token_id} is {pad!r}, which the model pads with"
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, eos_id)])
     known = {} if tokenizer.token_to_id(unknown) is None else {"unk_token": unknown}
+    if bos_token_id is not None:
+        known["bos_token"] = tokenizer.id_to_token(bos_token_id)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, model_max_length=max_length, **known
     )
