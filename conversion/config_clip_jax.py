@@ -135,27 +135,27 @@ def find_grid(config: dict, sizes: dict[str, int], image_size: tuple[int, int]) 
     if any(side % vision["patch_size"] for side in image_size):
         raise ConversionError(f"an image of {image_size} pixels is not made of patches of {vision['patch_size']}")
     of_image = (image_size[0] // vision["patch_size"], image_size[1] // vision["patch_size"])
-    if "Y" in sizes:
-        found = (sizes["Y"], sizes["X"])
-    elif "P" not in sizes:
-        return of_image
+    if "P" not in sizes:
+        grid = (sizes["Y"], sizes["X"]) if "Y" in sizes else of_image
     else:
         side = math.isqrt(sizes["P"])
-        found = of_image if math.prod(of_image) == sizes["P"] else (side, side)
+        grid = of_image if math.prod(of_image) == sizes["P"] else (side, side)
     stated = vision["position_embedding_shape"]
-    if stated is not None:
-        if ("Y" in sizes and tuple(stated) != found) or math.prod(stated) != math.prod(found):
+    if stated is not None and vision["position_embedding_type"] == "learnt":
+        expected = (math.prod(stated),) if "P" in sizes else tuple(stated)
+        found = (sizes["P"],) if "P" in sizes else grid
+        if expected != found:
             raise ConversionError(
                 f"vision_config.position_embedding_shape is {stated} in the config, but the checkpoint has "
-                f"{sizes.get('P', found)} positions"
+                f"{' and '.join(map(str, found))} positions"
             )
-        return tuple(stated)
-    if "P" in sizes and math.prod(found) != sizes["P"]:
+        return stated[0], stated[1]
+    if math.prod(grid) != sizes.get("P", math.prod(grid)):
         raise ConversionError(
             f"the checkpoint has {sizes['P']} positions, which are neither a square nor those of an image of "
             f"{image_size[0]} x {image_size[1]} pixels: state vision_config.position_embedding_shape"
         )
-    return found
+    return grid
 
 
 def build_config(config: dict, structure: Structure, sizes: dict[str, int], grid: tuple[int, int]) -> IGCaptionerConfig:
