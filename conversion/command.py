@@ -89,9 +89,7 @@ def convert_with(
 ) -> Report:
     """Converts, saves, reloads and checks; arguments as on the command line.
 
-    Raises:
-        ConversionError: whatever does not fit; nothing is left behind then.
-        OSError: reading or writing failed.
+    Raises ConversionError for whatever does not fit and OSError; nothing is left behind then.
     """
     directory = Path(output_dir).expanduser().resolve()
     check_target(directory, overwrite)

@@ -41,7 +41,8 @@ def read_tokenizer(path: str | Path, text: dict) -> PreTrainedTokenizerBase:
     """Raises ConversionError if the tokenizer is not the one that the configuration describes."""
     # upstream counts its first token, which is no part of a text here
     length = text["max_length"] - 1
-    tokenizer = load_tokenizer(path, length, text["pad_token_id"], text["bos_token_id"])
+    ids = {name: text[name] for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    tokenizer = load_tokenizer(path, length, **ids)
     if Path(path).suffix == ".model":
         raise ConversionError(f"{path} is a SentencePiece model: clip-jax's tokenizers are tokenizer.json files")
     if tokenizer.eos_token_id != text["eos_token_id"]:

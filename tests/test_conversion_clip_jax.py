@@ -268,6 +268,16 @@ def write_tokenizer(folder, words=("<unk>", "<bos>", "<eos>", "<pad>", "<mask>",
     return folder
 
 
+def test_special_tokens_without_names_are_those_of_the_configuration(tmp_path):
+    source, file = save(tmp_path / "c.npz", random_leaves(make_config())), write_config(tmp_path, make_config())
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    (folder / "tokenizer_config.json").unlink()
+    convert(source, tmp_path / "out", config=file, tokenizer=folder)
+    tokenizer = load_processor(tmp_path / "out").tokenizer
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("<eos>", "<pad>", "<bos>")
+    assert tokenizer("a cat")["input_ids"] == [5, 7, EOS]
+
+
 def test_the_command_with_a_tokenizer(tmp_path, capsys):
     config, leaves = make_config(), random_leaves(make_config())
     source, file = save(tmp_path / "c.npz", leaves), write_config(tmp_path, config)
