@@ -27,8 +27,8 @@ PHOTOS = {
     "rocket": data.rocket,
     "motorcycle": lambda: data.stereo_motorcycle()[0],
 }
-LABELS = ["cat", "dog", "smiling woman", "cup of coffee", "rocket", "motorcycle"]
-TEMPLATE = "a photo of a {}."
+LABELS = ["cat", "dog", "woman", "cup of coffee", "rocket", "motorcycle"]
+TEMPLATE = "a {}"
 COLUMNS = {
     "caption_log_likelihood": "log P(T|I)\nlikelihood",
     "prior_log_likelihood": "log P(T)\nprior",

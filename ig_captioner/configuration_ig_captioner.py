@@ -1,15 +1,18 @@
 """Configuration of IG Captioner: a ViT encoder, a text decoder, and how the two are trained and scored.
 
-The defaults are the architecture of big_vision's CapPa at B/16 (arXiv 2306.07915) with prefix fusion; every place
-where public captioners differ from it (norms, activations, biases, positions, fusion, special tokens) is a field.
+The default sizes are those of big_vision's CapPa at B/16 (arXiv 2306.07915), with prefix fusion, biases and a tied
+head; every place where public captioners differ (norms, activations, positions, fusion, special tokens) is a field.
 """
 
+import copy
+import math
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 # Every checkpoint carries its code: these files, and `file.Class` of what stands in them, as transformers resolves it.
@@ -56,7 +59,19 @@ def as_height_width(size: int | list[int] | tuple[int, int], name: str) -> tuple
     return pair
 
 
-def _check_block(config: "IGCaptionerVisionConfig | IGCaptionerTextConfig") -> None:
+def _check_blocks(config: "IGCaptionerVisionConfig | IGCaptionerTextConfig") -> None:
+    """What encoder and decoder have in common. Raises ValueError naming field and value."""
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
+    for name in (*sizes, "vocab_size", "max_position_embeddings"):
+        if getattr(config, name, 1) < 1:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+    for name in ("dropout", "attention_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
+    if not config.norm_eps > 0:
+        raise ValueError(f"norm_eps must be positive, got {config.norm_eps}")
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act {config.hidden_act!r} is no activation of transformers")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}"
@@ -126,7 +141,7 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`: called when the object is built and when it is saved."""
-        _check_block(self)
+        _check_blocks(self)
         image, patch = as_height_width(self.image_size, "image_size"), as_height_width(self.patch_size, "patch_size")
         if image[0] % patch[0] or image[1] % patch[1]:
             raise ValueError(f"image_size {self.image_size!r} is not a multiple of patch_size {self.patch_size!r}")
@@ -209,7 +224,7 @@ class IGCaptionerTextConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`: called when the object is built and when it is saved."""
-        _check_block(self)
+        _check_blocks(self)
         if not 0 <= self.num_text_only_layers < self.num_hidden_layers:
             raise ValueError(
                 f"num_text_only_layers must leave at least one of the {self.num_hidden_layers} layers for the image, "
@@ -279,7 +294,10 @@ class IGCaptionerConfig(PreTrainedConfig):
                 setattr(self, name, config_class(**(value or {})))
             elif not isinstance(value, PreTrainedConfig):
                 raise TypeError(f"{name} must be a dict or a config, got {value!r}")
+            elif value.model_type != config_class.model_type:  # type: ignore[attr-defined]
+                raise TypeError(f"{name} must be a {config_class.__name__}, got a {type(value).__name__}")
         if self.text_config.encoder_hidden_size is None:
+            self.text_config = copy.deepcopy(self.text_config)
             self.text_config.encoder_hidden_size = self.vision_config.hidden_size
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         kwargs.setdefault("custom_pipelines", {task: dict(impl) for task, impl in CUSTOM_PIPELINES.items()})
@@ -296,9 +314,9 @@ class IGCaptionerConfig(PreTrainedConfig):
             raise ValueError(f"parallel_prediction_prob must lie in [0, 1], got {self.parallel_prediction_prob}")
         if self.parallel_prediction_prob > 0 and self.text_config.mask_token_id is None:
             raise ValueError("parallel prediction needs text_config.mask_token_id, got None")
-        for name in ("conditional_weight", "unconditional_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("conditional_weight", "unconditional_weight", "prior_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
         if self.tie_word_embeddings and self.text_config.num_embeddings != self.text_config.vocab_size:
             raise ValueError(
                 "tie_word_embeddings=True needs the mask token inside the vocabulary, got mask_token_id = vocab_size = "

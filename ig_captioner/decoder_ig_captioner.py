@@ -51,14 +51,11 @@ class TextStates:
     rotary: tuple[Tensor, Tensor] | None
     is_causal: bool
 
-    def rows(self, index: Tensor, length: int) -> "TextStates":
-        """The first `length` tokens of the texts chosen by `index` [M]."""
-        mask, rotary = self.mask, self.rotary
-        if mask is not None:
-            mask = mask[index][..., :length] if mask.ndim == 2 else mask[index][..., :length, :length]
-        if rotary is not None:
-            rotary = (rotary[0][index, :, :length], rotary[1][index, :, :length])
-        return TextStates(self.hidden_states[index, :length], mask, rotary, self.is_causal)
+    def rows(self, index: Tensor) -> "TextStates":
+        """The texts chosen by `index` [M]."""
+        mask = None if self.mask is None else self.mask[index]
+        rotary = None if self.rotary is None else (self.rotary[0][index], self.rotary[1][index])
+        return TextStates(self.hidden_states[index], mask, rotary, self.is_causal)
 
 
 def with_visible_prefix(mask: Tensor | None, length: int) -> Tensor | None:
@@ -232,12 +229,19 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         text: TextStates,
         image_key_values: list[KeyValues] | None = None,
         past_key_values: Cache | None = None,
+        image_rows: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """Runs the fusion layers and the final norm: [N, L, D]. Without `image_key_values` no image is involved."""
+        """Runs the fusion layers and the final norm: [N, L, D]. Without `image_key_values` no image is involved.
+
+        Args:
+            image_rows: [N], which of the images each text sees; the n-th if not given.
+        """
         hidden_states = text.hidden_states
         nothing = [(None, None)] * len(self.fusion_layers)
         for layer, key_value in zip(self.fusion_layers, image_key_values or nothing, strict=True):
+            if image_rows is not None:  # gathered layer by layer: it is a copy per text
+                key_value = (key_value[0][image_rows], key_value[1][image_rows])
             hidden_states = layer(hidden_states, *key_value, text=text, past_key_values=past_key_values, **kwargs)
         return self.norm(hidden_states)
 

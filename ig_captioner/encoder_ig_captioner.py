@@ -10,6 +10,7 @@ V vocabulary.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -199,9 +200,14 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the code that `trust_remote_code=True` needs is saved along with the weights."""
+        push, main = kwargs.pop("push_to_hub", False), kwargs.get("is_main_process", True)
         super().save_pretrained(save_directory, *args, **kwargs)
-        if isinstance(self.config, IGCaptionerConfig):
+        if main and isinstance(self.config, IGCaptionerConfig):
             copy_remote_code(save_directory)
+        if push:  # after the code is there; it saves to a folder of its own
+            hub = ("commit_message", "private", "token", "create_pr", "revision")
+            name = kwargs.get("repo_id") or Path(save_directory).name
+            self.push_to_hub(name, **{key: kwargs[key] for key in hub if key in kwargs})
 
 
 def sincos_position_embedding(grid: tuple[int, int], size: int, device: torch.device) -> Tensor:

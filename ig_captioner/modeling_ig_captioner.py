@@ -15,7 +15,6 @@ Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E e
 V vocabulary. Log-likelihoods are in nats.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -43,14 +42,15 @@ from .pipeline_ig_captioner import IGZeroShotImageClassificationPipeline  # noqa
 from .processing_ig_captioner import IGCaptionerProcessor  # noqa: F401
 
 
-# log P needs [texts, L, V] logits; a chunk of (image, text) pairs holds at most this many of them: 256 MiB in float32,
-# and on a CPU what its caches can hold (the shipped checkpoint scores 815 captions 1.5 times as fast as with 2**26).
-MAX_LOGITS_PER_CHUNK = {"cpu": 2**23, "other": 2**26}
+# What a chunk of (image, text) pairs may hold, in numbers: logits [pairs, L, V], and one layer's keys and values. That
+# is 1 GiB in float32; on a CPU less, so that it stays in the caches.
+MAX_NUMBERS_PER_CHUNK = {"cpu": 2**23, "other": 2**28}
+MAX_KEPT_PRIORS = 8
 
 
 @dataclass
 class IGCaptionerModelOutput(ModelOutput):
-    """last_hidden_state [N, L, D]; image_key_values [N, fusion layers, 2, H, P, head] is what the decoder read."""
+    """last_hidden_state [N, L, D]; encoder_last_hidden_state [N, P, E] if pixels were given."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
@@ -65,9 +65,9 @@ class IGCaptionerCausalLMOutput(ModelOutput):
     """Output of [`IGCaptionerForConditionalGeneration`]. Losses are scalars in nats per token.
 
     loss: `conditional_weight * (captioning or parallel) + unconditional_weight * unconditional`.
-    captioning_loss: CE(T|I) over the texts that were predicted causally.
+    captioning_loss: CE(T|I) over the texts that were predicted causally; nan if the draw left none.
     unconditional_loss: CE(T), without the image. Their difference is the information gain per token.
-    parallel_loss: CE(T|I) over the texts that were predicted in parallel, if any.
+    parallel_loss: CE(T|I) over the texts that were predicted in parallel; nan if the draw left none.
     logits: [N, L, V]; position i predicts token i of `labels`, or the token after `input_ids[:, i]`.
     """
 
@@ -177,27 +177,17 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
         return IGCaptionerModelOutput(**without(outputs, "text_states"), encoder_last_hidden_state=image_tokens)
 
 
-@dataclass
-class CandidateTexts:
-    """C texts as `score` keeps them: labels [C, L], padded on the right by -100, their states, and log P(T) [C]."""
-
-    labels: Tensor
-    states: TextStates
-    prior_log_likelihood: Tensor | None = None
-
-
 class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
     """Base of the two heads: `log P(token)` and the scoring of candidate texts. Both save the same weights."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
-    _keep_label_sets = 8
 
     def __init__(self, config: IGCaptionerConfig):
         super().__init__(config)
         text: IGCaptionerTextConfig = config.text_config
         self.model = IGCaptionerModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=text.head_bias)
-        self._label_sets: OrderedDict[tuple, CandidateTexts] = OrderedDict()
+        self._priors: dict[tuple, Tensor] = {}  # log P(T) [C] of the sets of texts scored last
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -213,9 +203,13 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         self.lm_head = value
 
     def train(self, mode: bool = True):
-        """As in torch; weights may change between calls, so what `score` has kept is dropped."""
-        self._label_sets.clear()
+        """As in torch; weights may change between calls, so the priors that `score` has kept are dropped."""
+        self.forget_priors()
         return super().train(mode)
+
+    def forget_priors(self) -> None:
+        """Drops the log P(T) that `score` keeps. Needed only after writes to `parameter.data`, which it cannot see."""
+        self._priors.clear()
 
     def score(
         self,
@@ -229,8 +223,9 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
     ) -> IGCaptionerScoreOutput:
         """Scores every candidate text under every image.
 
-        Images are encoded once; log P(T) and the states of the text-only layers are computed once per set of texts and
-        kept for later calls with the same texts (unless gradients are asked for).
+        Images are encoded once. log P(T) is computed once per set of texts and kept for later calls with the same texts
+        and weights; see `forget_priors`. It is not kept where gradients are asked for, or where hooks or adapters stand
+        between the weights and the result.
 
         Args:
             pixel_values: [B, channels, height, width].
@@ -238,8 +233,8 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
             attention_mask: [C, L] of 0 and 1, padding on either side; found from the padding id if not given.
             prior_weight: weight of log P(T); `config.prior_weight` if not given. 0 ranks by likelihood.
             reduction: "sum" for nats per text, "mean" for nats per token.
-            chunk_size: (image, text) pairs per forward pass; by default as many as keep the logits under 256 MiB (on a
-                CPU 32 MiB). It changes memory and speed, not scores.
+            chunk_size: (image, text) pairs per forward pass; by default as many as `MAX_NUMBERS_PER_CHUNK` allows. It
+                changes memory and speed, not scores.
 
         Returns:
             [`IGCaptionerScoreOutput`], float32.
@@ -251,42 +246,46 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         if not len(pixel_values):
             raise ValueError(f"pixel_values holds no image, got shape {tuple(pixel_values.shape)}")
-        texts = self._candidate_texts(input_ids, attention_mask, reduction)
+        input_ids, attention_mask = self._padded_on_the_right(input_ids, attention_mask)
         image_key_values, _ = self.model.encode_image(pixel_values)
-        num_images, num_texts = len(pixel_values), len(texts.labels)
-        by_length = (texts.labels != IGNORE_INDEX).sum(dim=-1).argsort()  # so that a chunk holds little padding
-        pairs = torch.arange(num_texts * num_images, device=texts.labels.device)
-        scores = []
-        for chunk in pairs.split(chunk_size or self._default_chunk_size(texts.labels.shape[1])):
-            text, image = by_length[chunk // num_images], chunk % num_images
-            key_values = [(key[image], value[image]) for key, value in image_key_values]
-            scores.append(self._log_likelihood(texts, text, key_values, reduction))
-        caption_log_likelihood = torch.cat(scores).view(num_texts, num_images)[by_length.argsort()].T
+        key = self._prior_key(input_ids, attention_mask, reduction)
+        kept_prior = self._priors.get(key)
+
+        chunk_size = chunk_size or self._default_chunk_size(input_ids.shape[1], image_key_values[0][0])
+        by_length = attention_mask.sum(dim=-1).argsort()  # so that a chunk holds little padding
+        images = torch.arange(len(pixel_values), device=input_ids.device)
+        caption, prior = [], []
+        for texts in by_length.split(chunk_size):
+            labels, states = self._read_texts(input_ids[texts], attention_mask[texts])
+            if kept_prior is None:
+                prior.append(self._log_likelihood(states, labels, reduction))
+            rows = []
+            for image in images.split(max(1, chunk_size // len(texts))):
+                text, image = (
+                    torch.arange(len(texts), device=image.device).repeat(len(image)),
+                    image.repeat_interleave(len(texts)),
+                )
+                pairs = self._log_likelihood(states.rows(text), labels[text], reduction, image_key_values, image)
+                rows.append(pairs.view(-1, len(texts)))
+            caption.append(torch.cat(rows))
+        order = by_length.argsort()
+        caption_log_likelihood = torch.cat(caption, dim=1)[:, order]
+        prior_log_likelihood = torch.cat(prior)[order] if kept_prior is None else kept_prior.clone()
+        if kept_prior is None and key is not None:
+            self._keep_prior(key, prior_log_likelihood)
         prior_weight = self.config.prior_weight if prior_weight is None else prior_weight
         return IGCaptionerScoreOutput(
             caption_log_likelihood=caption_log_likelihood,
-            prior_log_likelihood=texts.prior_log_likelihood,
-            information_gain=information_gain(caption_log_likelihood, texts.prior_log_likelihood, prior_weight),
+            prior_log_likelihood=prior_log_likelihood,
+            information_gain=information_gain(caption_log_likelihood, prior_log_likelihood, prior_weight),
         )
 
-    def _default_chunk_size(self, length: int) -> int:
-        limit = MAX_LOGITS_PER_CHUNK.get(self.device.type, MAX_LOGITS_PER_CHUNK["other"])
-        return max(1, limit // (length * self.config.text_config.vocab_size))
-
-    def _log_likelihood(
-        self, texts: CandidateTexts, rows: Tensor, key_values: list[KeyValues] | None, reduction: str
-    ) -> Tensor:
-        """log P [M] of the texts chosen by `rows` [M], under one image each or without images."""
-        labels = texts.labels[rows]
-        length = int((labels != IGNORE_INDEX).sum(dim=-1).max())
-        logits = self.lm_head(self.model.decoder.fuse(texts.states.rows(rows, length), key_values))
-        return sequence_log_likelihood(logits, labels[:, :length], reduction)
-
-    def _candidate_texts(self, input_ids: Tensor, attention_mask: Tensor | None, reduction: str) -> CandidateTexts:
-        """The texts with their prior, from what is kept where texts, weights and reduction are the same."""
+    def _padded_on_the_right(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Texts [C, L] and their mask as short as they can be, padding last. Raises ValueError for what is no text."""
         text = self.config.text_config
         if input_ids.ndim != 2 or not input_ids.numel():
             raise ValueError(f"input_ids must be [C, L] with at least one text, got shape {tuple(input_ids.shape)}")
+        input_ids = input_ids.long()
         if attention_mask is None:
             attention_mask = text_mask(input_ids, text.pad_token_id, text.eos_token_id)
         if attention_mask.shape != input_ids.shape:
@@ -297,39 +296,73 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
             raise ValueError(f"text {int(attention_mask.any(dim=-1).long().argmin())} of input_ids has no tokens")
         padding_last = attention_mask.argsort(dim=-1, descending=True, stable=True)
         padding_last = padding_last[:, : int(attention_mask.sum(dim=-1).max())]
-        input_ids, attention_mask = input_ids.gather(-1, padding_last), attention_mask.gather(-1, padding_last)
+        return input_ids.gather(-1, padding_last), attention_mask.gather(-1, padding_last)
 
-        keep = not (self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())))
-        if not keep:
-            return self._read_candidate_texts(input_ids, attention_mask, reduction)
-        weights = [(id(p), p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.parameters()]
-        texts = (input_ids.cpu().numpy().tobytes(), attention_mask.cpu().numpy().tobytes(), input_ids.shape)
-        key = (*texts, reduction, *weights)
-        if key not in self._label_sets:
-            self._label_sets[key] = self._read_candidate_texts(input_ids, attention_mask, reduction)
-        self._label_sets.move_to_end(key)
-        while len(self._label_sets) > self._keep_label_sets:
-            self._label_sets.popitem(last=False)
-        return self._label_sets[key]
+    def _default_chunk_size(self, length: int, image_keys: Tensor) -> int:
+        limit = MAX_NUMBERS_PER_CHUNK.get(image_keys.device.type, MAX_NUMBERS_PER_CHUNK["other"])
+        per_pair = length * self.config.text_config.vocab_size + 4 * image_keys[0].numel()
+        return max(1, limit // per_pair)
 
-    def _read_candidate_texts(self, input_ids: Tensor, attention_mask: Tensor, reduction: str) -> CandidateTexts:
-        start = self.config.text_config.decoder_start_token_id
-        labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
-        inputs = shift_right(input_ids, start, attention_mask)
-        texts = CandidateTexts(labels, self.model.decoder.read_text(inputs, attention_mask=attention_mask))
-        rows = torch.arange(len(labels), device=labels.device)
-        prior = [
-            self._log_likelihood(texts, chunk, None, reduction)
-            for chunk in rows.split(self._default_chunk_size(labels.shape[1]))
-        ]
-        texts.prior_log_likelihood = torch.cat(prior)
-        return texts
+    def _read_texts(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, TextStates]:
+        """Labels [N, L], -100 off the text, and the states of the text-only layers, which all images share."""
+        length = int(attention_mask.sum(dim=-1).max())
+        input_ids, attention_mask = input_ids[:, :length], attention_mask[:, :length]
+        inputs = shift_right(input_ids, self.config.decoder_start_token_id, attention_mask)
+        states = self.model.decoder.read_text(inputs, attention_mask=attention_mask)
+        return input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX), states
+
+    def _log_likelihood(
+        self,
+        states: TextStates,
+        labels: Tensor,
+        reduction: str,
+        image_key_values: list[KeyValues] | None = None,
+        images: Tensor | None = None,
+    ) -> Tensor:
+        """log P [N] of texts, the n-th under image `images[n]`, or all without an image."""
+        logits = self.lm_head(self.model.decoder.fuse(states, image_key_values, image_rows=images))
+        return sequence_log_likelihood(logits, labels, reduction)
+
+    def _prior_key(self, input_ids: Tensor, attention_mask: Tensor, reduction: str) -> tuple | None:
+        """Everything that log P(T) depends on, or None if that cannot be told or gradients are wanted."""
+        parameters, device = list(self.parameters()), input_ids.device.type
+        if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
+            return None
+        if any(p.is_inference() for p in parameters) or any(map(is_intercepted, self.modules())):
+            return None
+        return (
+            input_ids.cpu().numpy().tobytes(),
+            attention_mask.cpu().numpy().tobytes(),
+            input_ids.shape,
+            reduction,
+            self.config.decoder_start_token_id,
+            self.config.text_config._attn_implementation,
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            *((id(p), p.data_ptr(), p.dtype, p._version) for p in parameters),
+        )
+
+    def _keep_prior(self, key: tuple, prior_log_likelihood: Tensor) -> None:
+        self._priors[key] = prior_log_likelihood.clone()
+        while len(self._priors) > MAX_KEPT_PRIORS:
+            self._priors.pop(next(iter(self._priors)), None)
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether hooks, adapters (peft) or offloading (accelerate) may change what a module makes of its weights."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # transformers' own, which record hidden states, change nothing
+    foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers.")]
+    has_adapter = hasattr(module, "disable_adapters") and not isinstance(module, IGCaptionerPreTrainedModel)
+    return bool(foreign) or has_adapter or hasattr(module, "_hf_hook")
 
 
 class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMixin):
     """The captioner: training on images and texts, and generation of captions."""
 
-    accepts_loss_kwargs = True
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether Trainer may leave the division over accumulated batches to the loss: only if that counts tokens."""
+        return self.config.loss_reduction == "token"
 
     @can_return_tuple
     def forward(
@@ -356,10 +389,20 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             pixel_values: [N, channels, height, width]; left out, the text alone is modelled.
             labels: [N, L], the tokens to be predicted, end-of-sequence included; -100 is ignored. The decoder's input
                 is made from them: `logits[:, i]` predicts `labels[:, i]`.
+            past_key_values: holds the text only. With it, give `pixel_values` or `image_key_values` (see `read_image`)
+                in every call; `generate` does.
             parallel_prediction: CapPa's mode for the whole batch. In training with labels,
                 `config.parallel_prediction_prob` chooses texts at random instead.
+
+        Raises:
+            ValueError: for shapes that do not fit, or arguments that `labels` leaves no meaning.
         """
         if labels is not None:
+            unused = {"inputs_embeds": inputs_embeds, "image_key_values": image_key_values}
+            unused |= {"position_ids": position_ids, "past_key_values": past_key_values}
+            for name, value in unused.items():
+                if value is not None:
+                    raise ValueError(f"{name} cannot be combined with labels, which the decoder's input is made from")
             return self._training_forward(
                 labels, input_ids, pixel_values, attention_mask, parallel_prediction, num_items_in_batch, **kwargs
             )
@@ -402,7 +445,12 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             key_values, image_tokens = self.model.encode_image(pixel_values)
         parallel_rows = self._draw_parallel_rows(labels, parallel_prediction)
         outputs = decoder(
-            inputs, attention_mask=attention_mask, image_key_values=key_values, parallel_rows=parallel_rows, **kwargs
+            inputs,
+            attention_mask=attention_mask,
+            image_key_values=key_values,
+            parallel_rows=parallel_rows,
+            use_cache=False,
+            **kwargs,
         )
         # where mask tokens were read, the unconditional path has to read the texts themselves
         text = outputs.text_states if parallel_rows is None else None
@@ -458,6 +506,11 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             return None
         return torch.rand(len(labels), device=labels.device) < probability
 
+    def read_image(self, pixel_values: Tensor) -> Tensor:
+        """What the decoder reads of images, to be used as `image_key_values`: [B, fusion layers, 2, H, P, head]."""
+        key_values, _ = self.model.encode_image(pixel_values)
+        return torch.stack([torch.stack(pair, dim=1) for pair in key_values], dim=1)
+
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args, **kwargs) -> ModelOutput | Tensor:
         """As in transformers. The image is read once, before decoding, whatever the number of beams or samples.
@@ -469,11 +522,13 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             attention_mask: [N, L], for prompts padded on the left (on either side if they end with end-of-sequence).
         """
         prompt = kwargs.pop("input_ids", inputs)
+        if prompt is not None and prompt.is_floating_point():
+            raise ValueError(f"prompts are token ids, got {prompt.dtype}, shape {tuple(prompt.shape)}")
         if (pixel_values := kwargs.pop("pixel_values", None)) is not None:
-            key_values, _ = self.model.encode_image(pixel_values)
-            kwargs["image_key_values"] = torch.stack([torch.stack(pair, dim=1) for pair in key_values], dim=1)
+            kwargs["image_key_values"] = self.read_image(pixel_values)
             if prompt is None and kwargs.get("inputs_embeds") is None:
-                prompt = torch.full((len(pixel_values), 1), self.config.decoder_start_token_id, device=self.device)
+                start = self.config.decoder_start_token_id
+                prompt = torch.full((len(pixel_values), 1), start, device=pixel_values.device)
         if prompt is not None and prompt.numel():
             prompt, kwargs["attention_mask"] = self._as_prompt(prompt, kwargs.get("attention_mask"))
         return super().generate(prompt, *args, **kwargs)
@@ -498,6 +553,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
 
 class IGCaptionerForZeroShotImageClassification(IGCaptionerModelWithHead):
     """The captioner as a classifier of images among candidate texts, with the interface of CLIP and SigLIP."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over images, which Trainer divides when it accumulates
 
     @can_return_tuple
     def forward(

@@ -62,7 +62,7 @@ def _check_parameters(parameters: dict[str, Any]) -> None:
 class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
     r"""Ranks candidate labels for an image by `IG(T, I) = log P(T|I) - prior_weight * log P(T)`, in nats.
 
-    At `prior_weight=1` this is the pointwise mutual information of text and image, `log P(I|T) / P(I)`: with
+    At `prior_weight=1` this is the pointwise mutual information of text and image, `log (P(I|T) / P(I))`: with
     a uniform prior over the labels, exp(IG) is proportional to P(I|T), and so the score, the softmax of IG
     over the candidate labels, is Bayes' posterior P(label|image). At weight w it is the posterior under a
     label prior proportional to P(T)^(1 - w); w = 0 ranks by the captioner's likelihood alone, which favours

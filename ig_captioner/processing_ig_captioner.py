@@ -14,6 +14,7 @@ text to its `model_max_length`. Padding is on the right; truncation takes tokens
 import base64
 import io
 import os
+import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ import PIL.ImageOps
 import torch
 from transformers import PilBackend, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import PILImageResampling, load_image
+from transformers.image_utils import PILImageResampling
 from transformers.utils import is_torchvision_available
 
 from .configuration_ig_captioner import AUTO_MAP
@@ -105,7 +106,9 @@ def _open(source: Any, timeout: float | None) -> PIL.Image.Image:
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return to_rgb(array_to_pil(source))
     if source.startswith(("http://", "https://")):
-        return load_image(source, timeout=timeout)
+        request = urllib.request.Request(source, headers={"User-Agent": "ig_captioner"})
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return to_rgb(PIL.Image.open(io.BytesIO(answer.read())))
     if os.path.isfile(source):
         with PIL.Image.open(source) as image:
             return to_rgb(image)

@@ -40,8 +40,7 @@ def test_cached_logits_equal_full_logits(model):
     ids, images = torch.tensor([[BOS, 11, 22, 33, 44]]), random_images(1)
     with torch.no_grad():
         full = model(input_ids=ids, pixel_values=images).logits
-        key_values, _ = model.model.encode_image(images)
-        read = torch.stack([torch.stack(pair, dim=1) for pair in key_values], dim=1)
+        read = model.read_image(images)
         cache, steps = None, []
         for token in ids[0]:
             output = model(input_ids=token.view(1, 1), image_key_values=read, past_key_values=cache, use_cache=True)
@@ -57,8 +56,7 @@ def test_static_cache_equals_full_logits(model):
     with torch.no_grad():
         full = model(input_ids=ids, pixel_values=images).logits
         first = model(input_ids=ids[:, :3], pixel_values=images, past_key_values=cache, use_cache=True).logits
-        key_values, _ = model.model.encode_image(images)
-        read = torch.stack([torch.stack(pair, dim=1) for pair in key_values], dim=1)
+        read = model.read_image(images)
         last = model(
             input_ids=ids[:, 3:],
             image_key_values=read,
@@ -166,3 +164,8 @@ def test_the_start_token_may_be_the_padding_token():
 def test_too_long_a_text_is_refused():
     with pytest.raises(ValueError, match="21 tokens, but the model knows 20"):
         tiny_model()(input_ids=torch.full((1, 21), 5))
+
+
+def test_pixels_are_no_prompt():
+    with pytest.raises(ValueError, match=r"token ids, got torch.float32, shape \(1, 3, 16, 16\)"):
+        tiny_model().generate(random_images(1))

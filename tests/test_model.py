@@ -32,7 +32,7 @@ def influence(model, images: torch.Tensor | None = None, **kwargs) -> torch.Tens
     return torch.stack(changed, dim=1) > 1e-6
 
 
-def image_influence(model, number: int = LENGTH) -> torch.Tensor:
+def image_influence(model) -> torch.Tensor:
     """[patches, L] bool: whether a patch of the image changes the logits at position i."""
     images = random_images(1)
     with torch.no_grad():
@@ -77,7 +77,6 @@ def attention_maps(model, **kwargs) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("text_only_layers", [0, 1])
 def test_masks_cell_by_cell(text_only_layers):
     """Which keys a query may see, read off the prefix decoder's attention weights: [queries, patches + text]."""
-    model = tiny_model("prefix", attn="eager")
     model = IGCaptionerForConditionalGeneration._from_config(
         tiny_config({"num_text_only_layers": text_only_layers}), attn_implementation="eager"
     ).eval()
@@ -211,6 +210,19 @@ def test_input_ids_with_labels_are_the_text_itself():
         model(pixel_values=images, input_ids=ids, labels=prompt[:, 1:])
 
 
+@pytest.mark.parametrize("name", ["inputs_embeds", "image_key_values", "position_ids", "past_key_values"])
+def test_arguments_without_a_meaning_beside_labels_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} cannot be combined with labels"):
+        tiny_model()(labels=torch.tensor([[11, EOS]]), **{name: torch.zeros(1)})
+
+
+def test_losses_say_whether_trainer_may_leave_the_division_to_them():
+    """Trainer multiplies the gradient by the accumulation steps where this is wrong."""
+    assert tiny_model().accepts_loss_kwargs
+    assert not tiny_model(loss_reduction="sequence").accepts_loss_kwargs
+    assert not IGCaptionerForZeroShotImageClassification(tiny_config()).accepts_loss_kwargs
+
+
 def test_without_an_image_the_loss_is_unconditional():
     model, labels = tiny_model(), torch.tensor([[11, 12, EOS]])
     with torch.no_grad():
@@ -232,7 +244,6 @@ def test_tying():
 
 
 def test_a_mask_token_outside_the_vocabulary_has_an_embedding_and_no_logit():
-    model = tiny_model("cross", tie_word_embeddings=False)
     config = tiny_config({**VARIANTS["cross"], "mask_token_id": VOCAB}, tie_word_embeddings=False)
     model = IGCaptionerForConditionalGeneration(config).eval()
     assert model.model.decoder.embed_tokens.num_embeddings == VOCAB + 1
@@ -353,11 +364,28 @@ def test_registers_are_read_but_not_pooled():
         ({"parallel_prediction_prob": 1.5}, "1.5"),
         ({"unconditional_weight": -1.0}, "-1.0"),
         ({"loss_reduction": "max"}, "max"),
+        ({"prior_weight": float("nan")}, "prior_weight.*nan"),
+        ({"text": {"hidden_act": "swish2"}}, "swish2"),
+        ({"text": {"dropout": 1.5}}, "dropout.*1.5"),
+        ({"text": {"max_position_embeddings": 0}}, "max_position_embeddings.*0"),
+        ({"vision": {"num_attention_heads": 0}}, "num_attention_heads.*0"),
+        ({"vision": {"norm_eps": -1.0}}, "norm_eps.*-1"),
     ],
 )
 def test_wrong_configurations_are_named(arguments, message):
     with pytest.raises(StrictDataclassError, match=message):
         tiny_config(**arguments)
+
+
+def test_sub_configurations_are_of_their_kind_and_not_changed():
+    config = tiny_config()
+    text = type(config.text_config)(hidden_size=24, num_attention_heads=2)
+    assert IGCaptionerConfig(text_config=text).text_config.encoder_hidden_size == 768
+    assert text.encoder_hidden_size is None
+    with pytest.raises(TypeError, match="vision_config must be a IGCaptionerVisionConfig, got a IGCaptionerTextConfig"):
+        IGCaptionerConfig(vision_config=text)
+    with pytest.raises(TypeError, match="'large'"):
+        IGCaptionerConfig(vision_config="large")
 
 
 def test_special_tokens_have_one_source_of_truth(tmp_path):

@@ -270,16 +270,18 @@ def test_texts_are_cut_to_the_models_positions_and_keep_eos(model, photos):
     assert classifier._encode([long], {})["input_ids"].tolist() == [[WORDS.index("a")] * 11 + [WORDS.index("</s>")]]
 
 
-def test_timeout_reaches_the_download(classifier, photos, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        processing_ig_captioner,
-        "load_image",
-        lambda url, timeout=None: seen.append((url, timeout)) or photos[0],
-    )
-    classifier("http://localhost/cat.png", LABELS, timeout=3)
-    classifier("http://localhost/cat.png", LABELS)
-    assert seen == [("http://localhost/cat.png", 3), ("http://localhost/cat.png", None)]
+def test_images_from_the_web_follow_the_same_rules(classifier, tmp_path, monkeypatch):
+    path, seen = tmp_path / "transparent.png", []
+    PIL.Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(path)
+
+    def urlopen(request, timeout):
+        seen.append((request.full_url, timeout))
+        return path.open("rb")
+
+    monkeypatch.setattr(processing_ig_captioner.urllib.request, "urlopen", urlopen)
+    url = "http://localhost/cat.png"
+    assert classifier(url, LABELS, timeout=3) == classifier(url, LABELS) == classifier(str(path), LABELS)
+    assert seen == [(url, 3), (url, None)]
 
 
 def test_half_precision(photos):

@@ -226,17 +226,18 @@ def test_what_is_no_image_is_named(image, message):
 
 
 def test_urls_get_the_timeout_and_their_errors_are_named(monkeypatch, photo):
-    seen = {}
+    seen, data = {}, io.BytesIO()
+    photo.save(data, "png")
 
-    def fake_load_image(url, timeout=None):
-        seen.update(url=url, timeout=timeout)
-        if "refused" in url:
+    def urlopen(request, timeout):
+        seen.update(url=request.full_url, timeout=timeout)
+        if "refused" in request.full_url:
             raise ConnectionError("nobody home")
-        return photo
+        return io.BytesIO(data.getvalue())
 
-    monkeypatch.setattr(processing_ig_captioner, "load_image", fake_load_image)
-    load_rgb_image("http://localhost/cat.jpg", timeout=2.5)
-    assert seen == {"url": "http://localhost/cat.jpg", "timeout": 2.5}
+    monkeypatch.setattr(processing_ig_captioner.urllib.request, "urlopen", urlopen)
+    assert load_rgb_image("http://localhost/cat.png", timeout=2.5).tobytes() == photo.tobytes()
+    assert seen == {"url": "http://localhost/cat.png", "timeout": 2.5}
     with pytest.raises(ValueError, match="http://localhost/refused.*nobody home"):
         load_rgb_image("http://localhost/refused")
 
@@ -385,6 +386,7 @@ def test_the_file_can_be_remote_code():
         "io",
         "os",
         "typing",
+        "urllib",
         "numpy",
         "PIL",
         "torch",

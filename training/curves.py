@@ -50,5 +50,7 @@ def draw(axis: Any, curves: dict[str, list[tuple[int, float | None]]], **style: 
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python -m training.curves LOG.jsonl PICTURE.png")
     if not draw_curves(Path(sys.argv[1]), Path(sys.argv[2])):
         raise SystemExit(f"no rows in {sys.argv[1]}, or no matplotlib")
