@@ -266,7 +266,10 @@ def _check_exportable(config: IGCaptionerConfig) -> None:
     }
     for name, part in (("vision_config", vision), ("text_config", text)):
         fixed = {"norm": "layernorm", "norm_eps": NORM_EPS, "hidden_act": "gelu_pytorch_tanh", "gated_mlp": False}
+        fixed |= {"norm_scale": True, "post_attention_norm": False, "mid_mlp_norm": False, "qk_norm": False}
         required |= {f"{name}.{key}": (getattr(part, key), value) for key, value in fixed.items()}
+    if vision.position_embedding == "factorized":
+        required["vision_config.position_embedding"] = ("factorized", "learned")
     for key in ("norm_bias", "patch_bias", "attention_bias", "mlp_bias"):
         required[f"vision_config.{key}"] = (getattr(vision, key), True)
     wrong = [f"{name} is {value!r}, not {wanted!r}" for name, (value, wanted) in required.items() if value != wanted]

@@ -1,8 +1,9 @@
 """Checkpoints of JAX code on disk: names, shapes and arrays of their leaves, without JAX and without pickle.
 
-Two stores hold the same tree. `.npz` needs numpy alone. A tensorstore folder (what big_vision's HEAD writes) has one
-zarr sub-folder per leaf, with `~` for `/` in its name; listing it needs nothing, reading it the package tensorstore.
-Shapes are known before any array is read, so that a conversion can be planned, and refused, at no cost.
+Three stores hold the same tree. `.npz` needs numpy alone. A tensorstore folder (what big_vision's HEAD writes) has one
+zarr sub-folder per leaf, with `~` for `/` in its name; listing it needs nothing, reading it the package tensorstore,
+which an Orbax folder (clip-jax) needs for both. Shapes are known before any array is read, so that a conversion can be
+planned, and refused, at no cost.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -106,33 +108,90 @@ class TensorstoreStore:
         files = [folder / name for name in (".zarray", "zarr.json") if (folder / name).is_file()]
         if not files:
             orbax = any(self.path.rglob("_METADATA")) or any(self.path.rglob("_CHECKPOINT_METADATA"))
-            hint = "; it looks like an Orbax checkpoint, as clip-jax writes" if orbax else ""
+            hint = "; it looks like an Orbax checkpoint, as clip-jax writes, without its arrays" if orbax else ""
             raise ConversionError(f"{folder} is no zarr array (neither .zarray nor zarr.json){hint}")
-        try:
-            metadata = json.loads(files[0].read_text(encoding="utf-8"))
-            dtype = metadata["dtype"] if "dtype" in metadata else metadata["data_type"]
-            name = dtype if dtype == "bfloat16" else np.dtype(dtype).name
-            return Leaf(tuple(metadata["shape"]), name)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConversionError(f"{files[0]} is damaged: {error!r}") from error
+        return _zarr_leaf(files[0].read_bytes(), str(files[0]))
 
     def read(self, name: str) -> np.ndarray:
-        try:
-            import tensorstore
-        except ImportError as error:
-            raise ConversionError(
-                f"{self.path} is a tensorstore folder, which only the package tensorstore reads: "
-                "pip install tensorstore"
-            ) from error
+        tensorstore = _import_tensorstore(self.path)
         folder = self.path / name.replace("/", "~")
         driver = "zarr" if (folder / ".zarray").is_file() else "zarr3"
-        spec: dict[str, object] = {"driver": driver, "kvstore": {"driver": "file", "path": str(folder.resolve())}}
-        # A missing chunk would read as zeros: a folder that was not copied completely must not pass.
-        spec["fill_missing_data_reads"] = False
+        kvstore = {"driver": "file", "path": str(folder.resolve())}
+        return _read_zarr(tensorstore, driver, kvstore, f"{name!r} in {self.path}")
+
+
+def _import_tensorstore(path: Path) -> Any:
+    try:
+        import tensorstore
+    except ImportError as error:
+        raise ConversionError(
+            f"{path} is a tensorstore folder, which only the package tensorstore reads: pip install tensorstore"
+        ) from error
+    return tensorstore
+
+
+def _zarr_leaf(metadata: bytes, name: str) -> Leaf:
+    """What the metadata of a zarr array (version 2 or 3) tells."""
+    try:
+        content = json.loads(metadata)
+        dtype = content["dtype"] if "dtype" in content else content["data_type"]
+        return Leaf(tuple(content["shape"]), dtype if dtype == "bfloat16" else np.dtype(dtype).name)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"{name} is damaged: {error!r}") from error
+
+
+def _read_zarr(tensorstore: Any, driver: str, kvstore: dict, name: str) -> np.ndarray:
+    # A missing chunk would read as zeros: a folder that was not copied completely must not pass.
+    spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
+    try:
+        return np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())
+    except (ValueError, OSError) as error:
+        raise ConversionError(f"{name} is truncated or damaged: {error}") from error
+
+
+class OrbaxStore:
+    """The arrays of an Orbax checkpoint: zarr arrays in one OCDBT database, or in a folder each.
+
+    Their names are the levels of the tree joined by `.`, for which `/` stands here.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files = sorted(file for file in path.rglob("*") if file.is_file())
+        self._tensorstore = _import_tensorstore(path)
+        self._kvstore: dict[str, Any] = {"driver": "file", "path": f"{path.resolve()}/"}
+        if (path / "manifest.ocdbt").is_file():
+            self._kvstore = {"driver": "ocdbt", "base": self._kvstore}
+        self.leaves: dict[str, Leaf] = {}
+        self._stored: dict[str, tuple[str, str]] = {}
         try:
-            return np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())
+            entries = self._tensorstore.KvStore.open(self._kvstore).result()
+            for key in entries.list().result():
+                folder, _, file = key.decode().rpartition("/")
+                if driver := {".zarray": "zarr", "zarr.json": "zarr3"}.get(file):
+                    name = folder.replace(".", "/")
+                    self._stored[name] = (driver, folder)
+                    self.leaves[name] = _zarr_leaf(entries.read(key).result().value, f"{folder!r} in {path}")
         except (ValueError, OSError) as error:
-            raise ConversionError(f"{name!r} in {self.path} is truncated or damaged: {error}") from error
+            raise ConversionError(f"{path} is truncated or damaged: {error}") from error
+        if not self.leaves:
+            raise ConversionError(f"{path} is an Orbax checkpoint that holds no arrays")
+
+    def read(self, name: str) -> np.ndarray:
+        driver, folder = self._stored[name]
+        prefix = "" if self._kvstore["driver"] == "ocdbt" else self._kvstore["path"]
+        kvstore = {**self._kvstore, "path": f"{prefix}{folder}/"}
+        return _read_zarr(self._tensorstore, driver, kvstore, f"{name!r} in {self.path}")
+
+
+def find_orbax(path: Path) -> Path | None:
+    """The folder with the arrays of an Orbax checkpoint: `path`, its item, or that of the last step in it."""
+    steps = sorted((entry for entry in path.iterdir() if entry.name.isdigit()), key=lambda entry: int(entry.name))
+    for folder in (path, *steps[-1:]):
+        for item in (folder, folder / "default"):
+            if (item / "manifest.ocdbt").is_file() or (item / "_METADATA").is_file():
+                return item
+    return None
 
 
 @dataclass
@@ -140,18 +199,17 @@ class Checkpoint:
     """The parameters in a store, by their names in the model.
 
     leaves: name -> shape and dtype. skipped: names in the store that are deliberately not converted (training state,
-    and what lies outside a requested subtree).
+    and what lies outside a requested subtree). stored: name -> name in the store.
     """
 
-    store: NpzStore | TensorstoreStore
+    store: NpzStore | TensorstoreStore | OrbaxStore
     leaves: dict[str, Leaf]
     skipped: list[str]
-    prefix: str = ""
+    stored: dict[str, str]
 
     def read(self, name: str) -> np.ndarray:
         """One parameter as float32. Raises ConversionError if it is no finite floating-point array."""
-        stored = self.prefix + name if self.prefix + name in self.store.leaves else name
-        array = self.store.read(stored)
+        array = self.store.read(self.stored[name])
         if array.dtype == BFLOAT16 or array.dtype.name == "bfloat16":
             array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         if array.dtype.kind != "f":
@@ -175,10 +233,11 @@ def _sha256(path: Path) -> str:
 
 
 def open_checkpoint(argument: str | Path) -> Checkpoint:
-    """Opens `FILE_OR_DIR[:subtree]` in any form that big_vision writes; no array is read.
+    """Opens `FILE_OR_DIR[:subtree]` in any form that big_vision or clip-jax writes; no array is read.
 
     A tensorstore checkpoint may also be named without its step (`.../checkpoint.bv`), as upstream does, or by the
-    folder it stands in: the file `checkpoint.bv-LAST` then says which step is meant.
+    folder it stands in: the file `checkpoint.bv-LAST` then says which step is meant. Of the steps in an Orbax folder
+    the last is taken. Where boxed parameters were stored, the ending `/value` of their names is left out.
 
     Raises:
         ConversionError: no such file, another format, or no such subtree.
@@ -187,17 +246,26 @@ def open_checkpoint(argument: str | Path) -> Checkpoint:
     path = _last_step(path)
     if not path.exists():
         raise ConversionError(f"no such checkpoint: {path}")
-    store = TensorstoreStore(path) if path.is_dir() else NpzStore(path)
-    prefix, skipped = _find_parameters(list(store.leaves))
+    store = _open_store(path)
+    prefix, skipped = _find_parameters(list(store.leaves), others=isinstance(store, OrbaxStore))
     if subtree:
         outside = [name for name in store.leaves if name not in skipped and not name.startswith(f"{prefix}{subtree}/")]
         skipped += outside
         prefix = f"{prefix}{subtree}/"
-    leaves = {name.removeprefix(prefix): leaf for name, leaf in store.leaves.items() if name not in set(skipped)}
-    if not leaves:
+    kept = store.leaves.keys() - set(skipped)
+    boxed = "/value" if all(name.endswith("/value") for name in kept) else ""
+    stored = {name.removeprefix(prefix).removesuffix(boxed): name for name in store.leaves if name in kept}
+    if not stored:
         tops = sorted({name.split("/")[0] for name in store.leaves})
         raise ConversionError(f"{path} has no parameters under {prefix!r}; at its top are {', '.join(tops)}")
-    return Checkpoint(store, leaves, skipped, prefix)
+    return Checkpoint(store, {name: store.leaves[stored[name]] for name in stored}, skipped, stored)
+
+
+def _open_store(path: Path) -> NpzStore | TensorstoreStore | OrbaxStore:
+    if not path.is_dir():
+        return NpzStore(path)
+    orbax = find_orbax(path)
+    return TensorstoreStore(path) if orbax is None else OrbaxStore(orbax)
 
 
 def _split_subtree(argument: str) -> tuple[Path, str]:
@@ -216,8 +284,8 @@ def _last_step(path: Path) -> Path:
     return path
 
 
-def _find_parameters(names: list[str]) -> tuple[str, list[str]]:
-    """The prefix of the parameters, and the names that are training state.
+def _find_parameters(names: list[str], others: bool) -> tuple[str, list[str]]:
+    """The prefix of the parameters, and the names that are training state: with `others`, all that are not under it.
 
     What is under neither is left to the caller, whose key map will not know it.
     """
@@ -227,5 +295,7 @@ def _find_parameters(names: list[str]) -> tuple[str, list[str]]:
         prefix = "opt/target/"
     else:
         return "", []
-    state = [name for name in names if name.split("/")[0] in TRAINING_STATE and not name.startswith(prefix)]
+    state = [name for name in names if not name.startswith(prefix)]
+    if not others:
+        state = [name for name in state if name.split("/")[0] in TRAINING_STATE]
     return prefix, state

@@ -114,40 +114,58 @@ def from_sentencepiece(model: SentencePieceModel) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: str | Path, max_length: int) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    path: str | Path,
+    max_length: int,
+    *,
+    pad_token_id: int = 0,
+    eos_token_id: int | None = None,
+    bos_token_id: int | None = None,
+) -> PreTrainedTokenizerFast:
     """A tokenizer in scored form (EOS behind every text, nothing in front) for texts of `max_length` tokens.
 
     Args:
         path: a SentencePiece `.model`, a `tokenizer.json`, or a folder with either.
+        pad_token_id: what the model pads with.
+        eos_token_id: what ends a text if the folder does not name it; left out, `</s>`.
+        bos_token_id: what the model starts with, if that is a token of its own.
 
     Raises:
-        ConversionError: no such file, another format, no EOS token, or padding that is not 0.
+        ConversionError: no such file, another format, no EOS token, or other padding.
     """
     file = _find_file(Path(path).expanduser())
-    names: dict[str, str] = {}
-    if file.suffix == ".json":
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the tokenizers library raises nothing more specific
-            raise ConversionError(f"{file} is no tokenizer: {error}") from error
-        names = _special_tokens(file.with_name("tokenizer_config.json"))
-    else:
-        tokenizer = from_sentencepiece(read_sentencepiece(file))
-    eos, unknown = names.get("eos_token", "</s>"), names.get("unk_token", "<unk>")
-    pad = tokenizer.id_to_token(0)
-    eos_id = tokenizer.token_to_id(eos)
+    tokenizer, names = _open_tokenizer(file)
+    expected_eos = "</s>" if eos_token_id is None else tokenizer.id_to_token(eos_token_id)
+    eos, unknown = names.get("eos_token", expected_eos), names.get("unk_token", "<unk>")
+    pad = tokenizer.id_to_token(pad_token_id)
+    eos_id = None if eos is None else tokenizer.token_to_id(eos)
     if eos_id is None:
         raise ConversionError(f"{file} has no token {eos!r} for the end of a text")
     stated = names.get("pad_token", "<pad>" if tokenizer.token_to_id("<pad>") is not None else pad)
-    if stated != pad or eos_id == 0:
-        raise ConversionError(f"{file} pads with {stated!r}, but token 0 is {pad!r}: big_vision pads with 0")
+    if stated != pad or pad is None or eos_id == pad_token_id:
+        raise ConversionError(
+            f"{file} pads with {stated!r}, but token {pad_token_id} is {pad!r}, which the model pads with"
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, eos_id)])
     known = {} if tokenizer.token_to_id(unknown) is None else {"unk_token": unknown}
+    if bos_token_id is not None:
+        known["bos_token"] = tokenizer.id_to_token(bos_token_id)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, model_max_length=max_length, **known
     )
+
+
+def _open_tokenizer(file: Path) -> tuple[Tokenizer, dict[str, str]]:
+    """A tokenizer, and its special tokens as far as they are named."""
+    if file.suffix != ".json":
+        return from_sentencepiece(read_sentencepiece(file)), {}
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise ConversionError(f"{file} is no tokenizer: {error}") from error
+    return tokenizer, _special_tokens(file.with_name("tokenizer_config.json"))
 
 
 def _find_file(path: Path) -> Path:

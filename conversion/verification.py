@@ -2,6 +2,10 @@
 
 Names as in the reference sets described in CONVERSION.md: `images` [B, height, width, 3] in [-1, 1] (or `images_u8`),
 `labels` [B, L] in scored form, and what upstream makes of them (`encoded`, `logits_causal`, `class_scores`, ...).
+
+Where there is an `attention_mask` [B, L] of the decoder's inputs, padding is masked (clip-jax), and the positions of
+padding, which nobody reads, are not compared. `class_input_ids` and `class_attention_mask` are classes that begin with
+the start token.
 """
 
 from collections.abc import Callable
@@ -26,6 +30,7 @@ class _Run:
         pixels = inputs["images"] if "images" in inputs else inputs["images_u8"].float() / 255 * 2 - 1
         self.pixel_values = pixels.permute(0, 3, 1, 2).contiguous()
         self.start = model.config.decoder_start_token_id
+        self.mask = inputs.get("attention_mask")
 
     def encoded(self) -> Tensor:
         return self.model.model.vision_model(pixel_values=self.pixel_values).last_hidden_state
@@ -35,7 +40,8 @@ class _Run:
 
     def causal(self, labels: str) -> Tensor:
         decoder_input = shift_right(self.inputs[labels].long(), self.start)
-        return self.model(input_ids=decoder_input, pixel_values=self.pixel_values, use_cache=False).logits
+        arguments = {"pixel_values": self.pixel_values, "attention_mask": self.mask, "use_cache": False}
+        return self.model(input_ids=decoder_input, **arguments).logits
 
     def parallel(self, labels: str) -> Tensor:
         tokens = self.inputs[labels].long()  # all replaced by the mask token
@@ -49,7 +55,7 @@ class _Run:
         return logits.float().log_softmax(dim=-1).gather(-1, tokens)[..., 0]
 
     def sequence_log_likelihoods(self, labels: str) -> Tensor:
-        scored = self.inputs[labels] != self.model.config.pad_token_id
+        scored = self.inputs.get("label_mask", self.inputs[labels] != self.model.config.pad_token_id)
         return (self.token_log_likelihoods(self.causal(labels), labels) * scored).sum(dim=-1)
 
     def loss(self, labels: str) -> Tensor:
@@ -58,8 +64,10 @@ class _Run:
         return self.model(pixel_values=self.pixel_values, labels=tokens).captioning_loss
 
     def class_scores(self) -> Tensor:
-        classes = self.inputs["class_labels"].long()
-        return self.model.score(self.pixel_values, classes, prior_weight=0.0).caption_log_likelihood
+        classes, mask = self.inputs.get("class_labels"), None
+        if classes is None:
+            classes, mask = self.inputs["class_input_ids"][:, 1:], self.inputs["class_attention_mask"][:, 1:]
+        return self.model.score(self.pixel_values, classes.long(), mask, prior_weight=0.0).caption_log_likelihood
 
 
 # reference output: the inputs it needs beside the images, and how to compute it
@@ -92,7 +100,10 @@ def read_reference(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _comparable(name: str, reference: dict) -> bool:
-    return name in reference and all(needed in reference for needed in OUTPUTS[name][0])
+    needed = OUTPUTS[name][0]
+    if name == "class_scores" and "class_input_ids" in reference:
+        needed = ("class_input_ids", "class_attention_mask")
+    return name in reference and all(name in reference for name in needed)
 
 
 @torch.no_grad()
@@ -113,6 +124,8 @@ def measure(model: IGCaptionerForConditionalGeneration, reference: dict[str, np.
         ours, theirs = compute(run).float().numpy(), reference[name].astype(np.float32)
         if ours.shape != theirs.shape:
             raise ConversionError(f"{name} is {theirs.shape} in the reference, but {ours.shape} here")
+        if run.mask is not None and name in ("logits_causal", "token_loglik_causal"):
+            ours, theirs = ours[run.mask.bool().numpy()], theirs[run.mask.bool().numpy()]
         differences[name] = float(np.nan_to_num(np.abs(ours - theirs), nan=np.inf).max(initial=0.0))
     return differences
 

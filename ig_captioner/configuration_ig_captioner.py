@@ -76,6 +76,8 @@ def _check_blocks(config: "IGCaptionerVisionConfig | IGCaptionerTextConfig") -> 
         raise ValueError(
             f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}"
         )
+    if config.norm == "layernorm" and config.norm_bias and not config.norm_scale:
+        raise ValueError("norm_scale=False needs norm_bias=False: a LayerNorm has no bias without a scale")
 
 
 @strict
@@ -86,12 +88,18 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
         image_size (`int` or `(height, width)`): pixels the learned positions are laid out for. Images of another size
             are accepted as long as the patch size divides them; positions are resampled.
         patch_size (`int` or `(height, width)`): pixels per patch.
-        position_embedding (`"learned"` or `"sincos2d"`): the second is fixed and holds no weights.
+        position_embedding (`"learned"`, `"factorized"` or `"sincos2d"`): a table of all patches; the sum of one of rows
+            and one of columns; or fixed, without weights.
         num_register_tokens (`int`): learned tokens appended after the patches, without positions; the decoder reads
             them, mean pooling does not.
         hidden_act, gated_mlp: activation by its transformers name (`gelu_pytorch_tanh`, `gelu`, ...); with
             `gated_mlp` the MLP is `act(x W_gate) * (x W_up) W_down` (GEGLU for a GELU).
-        norm (`"layernorm"` or `"rmsnorm"`), norm_eps, norm_bias: the norms of the blocks; RMSNorm has no bias.
+        norm (`"layernorm"` or `"rmsnorm"`), norm_eps, norm_bias, norm_scale: the norms of the blocks and the final one;
+            RMSNorm has no bias. Without scale and bias norms have no parameters.
+        post_attention_norm: normalises what attention returns, too, before it is added; always with a scale.
+        mid_mlp_norm: normalises between the projections of the MLP, behind the gate (with `post_attention_norm`:
+            NormFormer, arXiv 2110.09456).
+        qk_norm: RMSNorm of the queries and the keys of each head, with a scale, before rotary positions.
         patch_bias, attention_bias, mlp_bias: whether those projections have biases.
         dropout, attention_dropout: after each sub-layer, and on the attention weights.
     """
@@ -106,13 +114,17 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
     num_channels: int = 3
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
-    position_embedding: Literal["learned", "sincos2d"] = "learned"
+    position_embedding: Literal["learned", "factorized", "sincos2d"] = "learned"
     num_register_tokens: int = 0
     hidden_act: str = "gelu_pytorch_tanh"
     gated_mlp: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-6
     norm_bias: bool = True
+    norm_scale: bool = True
+    post_attention_norm: bool = False
+    mid_mlp_norm: bool = False
+    qk_norm: bool = False
     patch_bias: bool = True
     attention_bias: bool = True
     mlp_bias: bool = True
@@ -154,7 +166,8 @@ class IGCaptionerTextConfig(PreTrainedConfig):
             share them.
         encoder_hidden_size (`int`, *optional*): width of the image tokens; taken from the vision config.
         head_bias (`bool`): whether the output projection has a bias.
-        norm_bias (`bool`): biases of the LayerNorms inside the blocks; the final LayerNorm always has one.
+        norm_bias (`bool`): biases of the LayerNorms inside the blocks; the final LayerNorm always has one, unless
+            `norm_scale` is off.
         pad_token_id, bos_token_id, eos_token_id: as everywhere in transformers.
         decoder_start_token_id (`int`, *optional*): what the model puts in front of a text; `bos_token_id` if not given.
         mask_token_id (`int`, *optional*): the input of parallel prediction. If it equals `vocab_size`, the embedding
@@ -182,6 +195,10 @@ class IGCaptionerTextConfig(PreTrainedConfig):
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-6
     norm_bias: bool = True
+    norm_scale: bool = True
+    post_attention_norm: bool = False
+    mid_mlp_norm: bool = False
+    qk_norm: bool = False
     attention_bias: bool = True
     mlp_bias: bool = True
     head_bias: bool = False

@@ -84,10 +84,12 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
         self.is_last = layer_idx == config.num_hidden_layers - 1
         self.self_attn_norm = make_norm(config, size)
         self.self_attn = IGCaptionerAttention(config, layer_idx=layer_idx)
+        self.self_attn_post_norm = make_norm(config, size, "attention")
         self.cross_attn = None
         if fuses and config.fusion == "cross_attention":
             self.cross_attn_norm = make_norm(config, size)
             self.cross_attn = IGCaptionerAttention(config, config.encoder_hidden_size, layer_idx)
+            self.cross_attn_post_norm = make_norm(config, size, "attention")
         self.mlp_norm = make_norm(config, size)
         self.mlp = IGCaptionerMLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -122,10 +124,10 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
             key, value = torch.cat([image_key, key], dim=2), torch.cat([image_value, value], dim=2)
             mask = with_visible_prefix(mask, image_key.shape[2])
         attended, _ = self.self_attn(normed, (key, value), mask, text.rotary, is_causal=causal, **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = hidden_states + self.dropout(self.self_attn_post_norm(attended))
         if image_key is not None and self.cross_attn is not None:
             attended, _ = self.cross_attn(self.cross_attn_norm(hidden_states), (image_key, image_value), **kwargs)
-            hidden_states = hidden_states + self.dropout(attended)
+            hidden_states = hidden_states + self.dropout(self.cross_attn_post_norm(attended))
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
     def _read_image(self, image_states: Tensor, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +137,7 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
         key_values = self.self_attn.key_values(normed)
         if not self.is_last:  # nothing reads the image tokens after the last layer
             attended, _ = self.self_attn(normed, key_values, **kwargs)
-            image_states = image_states + self.dropout(attended)
+            image_states = image_states + self.dropout(self.self_attn_post_norm(attended))
             image_states = image_states + self.dropout(self.mlp(self.mlp_norm(image_states)))
         return image_states, *key_values
 
@@ -160,7 +162,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         self.embed_positions = nn.Embedding(config.max_position_embeddings, size) if learned else None
         self.image_projection = nn.Linear(config.encoder_hidden_size, size) if config.fusion == "prefix" else None
         self.layers = nn.ModuleList([IGCaptionerDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = make_norm(config, size, bias=True)
+        self.norm = make_norm(config, size, "text_output")
         self.gradient_checkpointing = False
         self.post_init()
 

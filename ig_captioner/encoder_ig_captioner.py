@@ -2,7 +2,8 @@
 
 Attention projects keys and values apart from queries, because the decoder keeps those of an image (computed once) and
 of the text (a cache) while its queries change. Positions are learned, and resampled linearly with aligned corners when
-the image size changes (as in big_vision), or fixed 2-D sine-cosine tables.
+the image size changes (as in big_vision), or fixed 2-D sine-cosine tables. Which norms a block has, and which of them
+have parameters, `make_norm` alone decides: where one is absent stands `nn.Identity`.
 
 Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E encoder width, D decoder width, H heads,
 V vocabulary.
@@ -10,6 +11,7 @@ V vocabulary.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from .configuration_ig_captioner import (
 
 
 KeyValues = tuple[Tensor, Tensor]  # keys and values, [B, H, P, head] each
+NormRole = Literal["input", "text_output", "attention", "mid_mlp", "query_key"]
 
 
 def rotary_embedding(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -50,11 +53,22 @@ def rotate(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def make_norm(
-    config: IGCaptionerVisionConfig | IGCaptionerTextConfig, size: int, bias: bool | None = None
+    config: IGCaptionerVisionConfig | IGCaptionerTextConfig, size: int, role: NormRole = "input"
 ) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(size, eps=config.norm_eps)
-    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias if bias is None else bias)
+    """The norm that stands in a place, or `nn.Identity` if the configuration has none there.
+
+    Args:
+        role: "input" of a sub-layer and the encoder's final norm; "text_output", the decoder's final norm; "attention"
+            output, before it is added; "mid_mlp", between the projections of an MLP; "query_key", of each head.
+    """
+    wanted = {"attention": config.post_attention_norm, "mid_mlp": config.mid_mlp_norm, "query_key": config.qk_norm}
+    if not wanted.get(role, True):
+        return nn.Identity()
+    scale = config.norm_scale or role in ("attention", "query_key")
+    if config.norm == "rmsnorm" or role == "query_key":
+        return nn.RMSNorm(size, eps=config.norm_eps, elementwise_affine=scale)
+    bias = config.norm_bias or (role == "text_output" and config.norm_scale)  # big_vision's final norm has a bias
+    return nn.LayerNorm(size, eps=config.norm_eps, elementwise_affine=scale, bias=bias)
 
 
 def eager_attention_forward(
@@ -100,13 +114,15 @@ class IGCaptionerAttention(nn.Module):
         self.k_proj = nn.Linear(key_value_size or size, size, bias=bias)
         self.v_proj = nn.Linear(key_value_size or size, size, bias=bias)
         self.o_proj = nn.Linear(size, size, bias=bias)
+        self.q_norm = make_norm(config, self.head_dim, "query_key")
+        self.k_norm = make_norm(config, self.head_dim, "query_key")
 
     def _split_heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def key_values(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> KeyValues:
         """Keys and values [N, H, S, head] of `hidden_states` [N, S, *]."""
-        key = self._split_heads(self.k_proj(hidden_states))
+        key = self.k_norm(self._split_heads(self.k_proj(hidden_states)))
         value = self._split_heads(self.v_proj(hidden_states))
         return (key if rotary is None else rotate(key, rotary)), value
 
@@ -120,7 +136,7 @@ class IGCaptionerAttention(nn.Module):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Queries from `hidden_states` [N, L, D] read `key_values`. Returns [N, L, D] and, if eager, the weights."""
-        query = self._split_heads(self.q_proj(hidden_states))
+        query = self.q_norm(self._split_heads(self.q_proj(hidden_states)))
         query = query if rotary is None else rotate(query, rotary)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -148,12 +164,13 @@ class IGCaptionerMLP(nn.Module):
         self.act = ACT2FN[config.hidden_act]
         self.gate_proj = nn.Linear(size, inner, bias=bias) if config.gated_mlp else None
         self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.mid_norm = make_norm(config, inner, "mid_mlp")
         self.down_proj = nn.Linear(inner, size, bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         inner = self.up_proj(hidden_states)
         inner = self.act(inner) if self.gate_proj is None else self.act(self.gate_proj(hidden_states)) * inner
-        return self.down_proj(inner)
+        return self.down_proj(self.mid_norm(inner))
 
 
 class IGCaptionerPreTrainedModel(PreTrainedModel):
@@ -173,12 +190,11 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
         std = getattr(self.config.get_text_config(), "initializer_range", 0.02)
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
             init.ones_(module.weight)
         elif isinstance(module, IGCaptionerPatchEmbeddings):
-            for parameter in (module.position_embedding, module.register_tokens):
-                if parameter is not None:
-                    init.normal_(parameter, std=std)
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, std=std)
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
 
@@ -203,8 +219,19 @@ def sincos_position_embedding(grid: tuple[int, int], size: int, device: torch.de
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1)
 
 
+def resampled_table(table: Tensor, length: int) -> Tensor:
+    """A table [rows, E] as [length, E], linearly between its first and its last row."""
+    if len(table) == length:
+        return table
+    return F.interpolate(table.float().T[None], size=length, mode="linear", align_corners=True)[0].T
+
+
 class IGCaptionerPatchEmbeddings(nn.Module):
     """Pixels [B, channels, height, width] to image tokens [B, P, E]: patches row by row, then register tokens."""
+
+    position_embedding: Tensor
+    position_embedding_height: Tensor
+    position_embedding_width: Tensor
 
     def __init__(self, config: IGCaptionerVisionConfig):
         super().__init__()
@@ -214,15 +241,21 @@ class IGCaptionerPatchEmbeddings(nn.Module):
             config.num_channels, config.hidden_size, self.patch_size, self.patch_size, bias=config.patch_bias
         )
         rows, columns = config.grid_size
-        learned = config.position_embedding == "learned"
+        tables = {"learned": {"": rows * columns}, "factorized": {"_height": rows, "_width": columns}, "sincos2d": {}}
+        for name, length in tables[config.position_embedding].items():
+            table = nn.Parameter(torch.empty(length, config.hidden_size))
+            self.register_parameter(f"position_embedding{name}", table)
         registers = config.num_register_tokens
-        self.position_embedding = nn.Parameter(torch.empty(rows * columns, config.hidden_size)) if learned else None
         self.register_tokens = nn.Parameter(torch.empty(registers, config.hidden_size)) if registers else None
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """[P, E] for a grid of `(rows, columns)`; learned positions are resampled linearly with aligned corners."""
-        if self.position_embedding is None:
+        if self.config.position_embedding == "sincos2d":
             return sincos_position_embedding(grid, self.config.hidden_size, self.projection.weight.device)
+        if self.config.position_embedding == "factorized":
+            height = resampled_table(self.position_embedding_height, grid[0])
+            width = resampled_table(self.position_embedding_width, grid[1])
+            return (height[:, None] + width).flatten(0, 1)
         if grid == self.config.grid_size:
             return self.position_embedding
         learned = self.position_embedding.float().view(1, *self.config.grid_size, -1).permute(0, 3, 1, 2)
@@ -252,6 +285,7 @@ class IGCaptionerVisionLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn_norm = make_norm(config, config.hidden_size)
         self.self_attn = IGCaptionerAttention(config)
+        self.self_attn_post_norm = make_norm(config, config.hidden_size, "attention")
         self.mlp_norm = make_norm(config, config.hidden_size)
         self.mlp = IGCaptionerMLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -259,7 +293,7 @@ class IGCaptionerVisionLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         normed = self.self_attn_norm(hidden_states)
         attended, _ = self.self_attn(normed, self.self_attn.key_values(normed), **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = hidden_states + self.dropout(self.self_attn_post_norm(attended))
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
 

@@ -19,7 +19,7 @@ from test_conversion_reference import (
     to_bfloat16,
 )
 
-from conversion import convert_big_vision, export_big_vision, writing
+from conversion import command, convert_big_vision, export_big_vision, writing
 from conversion.config_big_vision import Given, build_config, infer_model
 from conversion.convert_big_vision import convert
 from conversion.export_big_vision import export
@@ -271,7 +271,7 @@ def test_the_command_writes_and_replaces_only_what_it_may(tmp_path, leaves, chec
     with pytest.raises(SystemExit, match="not overwritten"):
         convert_big_vision.main([*arguments[:3], str(tmp_path / "mine"), "--overwrite"])
     pushed = []
-    monkeypatch.setattr(convert_big_vision, "push", lambda folder, name: pushed.append((folder.name, name)))
+    monkeypatch.setattr(command, "push", lambda folder, name: pushed.append((folder.name, name)))
     convert_big_vision.main([*arguments[:3], str(tmp_path / "pushed"), "--push_to_hub", "me/it"])
     assert pushed == [("pushed", "me/it")]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -284,7 +284,7 @@ def test_an_interrupted_conversion_leaves_the_old_folder(tmp_path, checkpoint, m
     def fail(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert_big_vision, "write_card", fail)
+    monkeypatch.setattr(command, "write_card", fail)
     other = save(tmp_path / "other.npz", random_leaves(seed=5))
     with pytest.raises(KeyboardInterrupt):
         convert(other, tmp_path / "out", overwrite=True)

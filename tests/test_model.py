@@ -319,6 +319,17 @@ def test_sincos_positions_by_hand():
     assert model(random_images(1, 8, 24)).last_hidden_state.shape == (1, 3, 16)
 
 
+def test_factorized_positions_are_a_row_and_a_column():
+    config = tiny_config(vision={"position_embedding": "factorized", "image_size": [16, 24]}).vision_config
+    embeddings = IGCaptionerVisionModel(config).embeddings
+    height, width = embeddings.position_embedding_height, embeddings.position_embedding_width
+    assert (height.shape, width.shape) == ((2, 16), (3, 16)) and "position_embedding" not in embeddings._parameters
+    torch.testing.assert_close(embeddings.positions((2, 3))[5], height[1] + width[2])
+    resampled = embeddings.positions((3, 5)).view(3, 5, 16)
+    torch.testing.assert_close(resampled[2, 4], height[1] + width[2])
+    torch.testing.assert_close(resampled[1, 1], height.mean(0) + (width[0] + width[1]) / 2)
+
+
 def test_registers_are_read_but_not_pooled():
     config = tiny_config(vision={"num_register_tokens": 3}).vision_config
     output = IGCaptionerVisionModel(config).eval()(random_images(2))
@@ -347,6 +358,9 @@ def test_registers_are_read_but_not_pooled():
         ({"vision": {"patch_size": 0}}, "patch_size"),
         ({"vision": {"num_register_tokens": -2}}, "-2"),
         ({"vision": {"position_embedding": "sincos2d", "hidden_size": 6}}, "6"),
+        ({"vision": {"norm_scale": False}}, "norm_scale=False needs norm_bias=False"),
+        ({"text": {"norm_scale": False}}, "norm_scale=False needs norm_bias=False"),
+        ({"text": {"position_embedding": "factorized"}}, "factorized"),
         ({"parallel_prediction_prob": 1.5}, "1.5"),
         ({"unconditional_weight": -1.0}, "-1.0"),
         ({"loss_reduction": "max"}, "max"),
