@@ -71,7 +71,7 @@ def draw(results: dict[str, list[dict]], images: dict[str, Image.Image], path: P
             if name == next(iter(results)):
                 axis.set_title(title, fontsize=10)
     figure.supxlabel("nats; red: the text that this column would choose", fontsize=9)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
