@@ -3,7 +3,9 @@
 Shapes: B images, H x W pixels, L text tokens.
 """
 
+import atexit
 import hashlib
+import multiprocessing
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -172,6 +174,9 @@ def load_training_data(
             processes=processes,
         )
         options = {"batch_size": batch_size}
+    if config.num_workers:
+        atexit.unregister(kill_workers)
+        atexit.register(kill_workers)
     loader: DataLoader = DataLoader(
         mixture,
         num_workers=config.num_workers,
@@ -188,6 +193,13 @@ def load_training_data(
 def ignore_sigterm(worker_id: int) -> None:
     """A cluster sends SIGTERM to every process; loader workers go on until their training process has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def kill_workers() -> None:
+    """Called at exit, where Python would ask the workers to end by SIGTERM, which they ignore, and wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def read_cache(
