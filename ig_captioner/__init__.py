@@ -19,6 +19,7 @@ from transformers import (
 
 from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig, IGCaptionerVisionConfig
 from .information_gain import information_gain
+from .label_trie import CompiledLabels, compile_labels
 from .modeling_ig_captioner import (
     IGCaptionerForConditionalGeneration,
     IGCaptionerForZeroShotImageClassification,
@@ -55,6 +56,7 @@ AutoImageProcessor.register(
 
 __all__ = [
     "TINY_CHECKPOINT",
+    "CompiledLabels",
     "IGCaptionerConfig",
     "IGCaptionerForConditionalGeneration",
     "IGCaptionerForZeroShotImageClassification",
@@ -66,5 +68,6 @@ __all__ = [
     "IGCaptionerVisionConfig",
     "IGCaptionerVisionModel",
     "IGZeroShotImageClassificationPipeline",
+    "compile_labels",
     "information_gain",
 ]

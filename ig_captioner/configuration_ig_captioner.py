@@ -21,9 +21,10 @@ REMOTE_CODE_FILES = (
     "information_gain.py",
     "encoder_ig_captioner.py",
     "decoder_ig_captioner.py",
-    "modeling_ig_captioner.py",
-    "pipeline_ig_captioner.py",
     "processing_ig_captioner.py",
+    "label_trie.py",
+    "pipeline_ig_captioner.py",
+    "modeling_ig_captioner.py",
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_ig_captioner.IGCaptionerConfig",

@@ -43,7 +43,7 @@ class TextStates:
     """Texts after embedding and the text-only layers: all that the fusion layers need to know of them.
 
     hidden_states [N, L, D]; mask as the attention implementation takes it (None, [N, S] or [N, 1, L, S]); rotary
-    cosines and sines [N, 1, L, head]; is_causal is False for parallel prediction.
+    cosines and sines [N, 1, L, head]; is_causal is False for parallel prediction and for tries.
     """
 
     hidden_states: Tensor
@@ -51,11 +51,25 @@ class TextStates:
     rotary: tuple[Tensor, Tensor] | None
     is_causal: bool
 
-    def rows(self, index: Tensor) -> "TextStates":
-        """The texts chosen by `index` [M]."""
-        mask = None if self.mask is None else self.mask[index]
-        rotary = None if self.rotary is None else (self.rotary[0][index], self.rotary[1][index])
-        return TextStates(self.hidden_states[index], mask, rotary, self.is_causal)
+    def repeat(self, images: int) -> "TextStates":
+        """The N texts once for each image: the first image's texts, then the second's."""
+        if images == 1:
+            return self
+        mask = None if self.mask is None else self.mask.repeat(images, 1, 1, 1)
+        rotary = self.rotary
+        if rotary is not None:
+            rotary = rotary[0].repeat(images, 1, 1, 1), rotary[1].repeat(images, 1, 1, 1)
+        return TextStates(self.hidden_states.repeat(images, 1, 1), mask, rotary, self.is_causal)
+
+
+def tree_mask(ends: Tensor) -> Tensor:
+    """Who sees whom in blocks of a trie, bool [G, 1, Q, Q]: every position its ancestors and itself.
+
+    Args:
+        ends: [G, Q], one past the last descendant of each position (see `TextTrie`).
+    """
+    position = torch.arange(ends.shape[1], device=ends.device)
+    return ((position <= position[:, None]) & (position[:, None] < ends[:, None, :]))[:, None]
 
 
 def with_visible_prefix(mask: Tensor | None, length: int) -> Tensor | None:
@@ -107,6 +121,8 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Text [N, L, D], or with `reads_image` image tokens [B, P, *], through the block.
 
+        Where there are fewer images than texts, the first N / B texts see the first image, and so on.
+
         Both go through `forward`, so that wrappers around a layer (checkpointing, sharding) see every use of it; what
         needs a gradient is positional for the same reason.
 
@@ -121,13 +137,17 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
             key, value = past_key_values.update(key, value, self.self_attn.layer_idx)
         mask, causal = text.mask, text.is_causal
         if image_key is not None and self.has_prefix:
-            key, value = torch.cat([image_key, key], dim=2), torch.cat([image_value, value], dim=2)
+            texts = len(key) // len(image_key)
+            key = torch.cat([image_key.repeat_interleave(texts, dim=0), key], dim=2)
+            value = torch.cat([image_value.repeat_interleave(texts, dim=0), value], dim=2)
             mask = with_visible_prefix(mask, image_key.shape[2])
         attended, _ = self.self_attn(normed, (key, value), mask, text.rotary, is_causal=causal, **kwargs)
         hidden_states = hidden_states + self.dropout(self.self_attn_post_norm(attended))
         if image_key is not None and self.cross_attn is not None:
-            attended, _ = self.cross_attn(self.cross_attn_norm(hidden_states), (image_key, image_value), **kwargs)
-            hidden_states = hidden_states + self.dropout(self.cross_attn_post_norm(attended))
+            normed = self.cross_attn_norm(hidden_states)
+            by_image = normed.reshape(len(image_key), -1, normed.shape[-1])  # nobody's texts see another's here
+            attended, _ = self.cross_attn(by_image, (image_key, image_value), **kwargs)
+            hidden_states = hidden_states + self.dropout(self.cross_attn_post_norm(attended.view_as(normed)))
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
     def _read_image(self, image_states: Tensor, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,13 +221,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
             position_ids = self._position_ids(inputs_embeds, attention_mask, past, parallel_rows)
-        hidden_states, rotary = inputs_embeds, None
-        if self.embed_positions is not None:
-            self._check_length(inputs_embeds.shape[1], past)
-            hidden_states = hidden_states + self.embed_positions(position_ids)
-        else:
-            head_dim = self.config.hidden_size // self.config.num_attention_heads
-            rotary = rotary_embedding(position_ids, head_dim, self.config.rope_theta)
+        self.check_length(inputs_embeds.shape[1], past)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -217,11 +231,37 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
             # a prefix is put in front of the mask, and parallel texts open it: both need it spelled out
             allow_is_causal_skip=self.config.fusion == "cross_attention" and parallel_rows is None,
         )
-        text = TextStates(hidden_states, mask, rotary, is_causal=True)
+        text = self._with_positions(inputs_embeds, position_ids, mask, is_causal=True)
         if parallel_rows is not None:
             text.mask, text.is_causal = self._open_mask(mask, parallel_rows)
+        return self._run_text_only_layers(text, past_key_values=past_key_values, **kwargs)
+
+    def read_trie(
+        self, tokens: Tensor, depths: Tensor, ends: Tensor, hidden_states: Tensor | None = None
+    ) -> TextStates:
+        """As `read_text` for blocks of a trie, [G, Q] each (see `TextTrie`).
+
+        Args:
+            hidden_states: [G, Q, D], what an earlier call returned for the same blocks; saves the text-only layers.
+        """
+        text = self._with_positions(self.embed_tokens(tokens), depths, tree_mask(ends), is_causal=False)
+        if hidden_states is None:
+            return self._run_text_only_layers(text)
+        text.hidden_states = hidden_states
+        return text
+
+    def _with_positions(
+        self, inputs_embeds: Tensor, position_ids: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> TextStates:
+        if self.embed_positions is not None:
+            return TextStates(inputs_embeds + self.embed_positions(position_ids), mask, None, is_causal)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        rotary = rotary_embedding(position_ids, head_dim, self.config.rope_theta)
+        return TextStates(inputs_embeds, mask, rotary, is_causal)
+
+    def _run_text_only_layers(self, text: TextStates, **kwargs) -> TextStates:
         for layer in self.layers[: self.config.num_text_only_layers]:
-            text.hidden_states = layer(text.hidden_states, text=text, past_key_values=past_key_values, **kwargs)
+            text.hidden_states = layer(text.hidden_states, text=text, **kwargs)
         return text
 
     def fuse(
@@ -229,19 +269,15 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         text: TextStates,
         image_key_values: list[KeyValues] | None = None,
         past_key_values: Cache | None = None,
-        image_rows: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
         """Runs the fusion layers and the final norm: [N, L, D]. Without `image_key_values` no image is involved.
 
-        Args:
-            image_rows: [N], which of the images each text sees; the n-th if not given.
+        Of B images the first N / B texts see the first, and so on.
         """
         hidden_states = text.hidden_states
         nothing = [(None, None)] * len(self.fusion_layers)
         for layer, key_value in zip(self.fusion_layers, image_key_values or nothing, strict=True):
-            if image_rows is not None:  # gathered layer by layer: it is a copy per text
-                key_value = (key_value[0][image_rows], key_value[1][image_rows])
             hidden_states = layer(hidden_states, *key_value, text=text, past_key_values=past_key_values, **kwargs)
         return self.norm(hidden_states)
 
@@ -301,8 +337,10 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         counted = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
         return counted if parallel_rows is None else counted.where(~parallel_rows[:, None], positions)
 
-    def _check_length(self, length: int, past: int) -> None:
-        if isinstance(past, int) and past + length > self.config.max_position_embeddings:
+    def check_length(self, length: int, past: int = 0) -> None:
+        """Raises ValueError for a text that is longer than the table of positions."""
+        learned = self.embed_positions is not None
+        if learned and isinstance(past, int) and past + length > self.config.max_position_embeddings:
             raise ValueError(
                 f"the text has {past + length} tokens, but the model knows {self.config.max_position_embeddings} "
                 "positions (text_config.max_position_embeddings)"

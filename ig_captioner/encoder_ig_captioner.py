@@ -83,7 +83,9 @@ def eager_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention spelled out. Returns [N, L, H, head] and the weights [N, H, L, S]."""
     scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
@@ -139,7 +141,7 @@ class IGCaptionerAttention(nn.Module):
         query = self.q_norm(self._split_heads(self.q_proj(hidden_states)))
         query = query if rotary is None else rotate(query, rotary)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self._implementation(attention_mask), eager_attention_forward
         )
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
@@ -153,6 +155,12 @@ class IGCaptionerAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.flatten(2)), weights
+
+    def _implementation(self, attention_mask: Tensor | None) -> str:
+        """The configured one, but for the mask of a trie, which flash attention has no place for."""
+        chosen = self.config._attn_implementation
+        is_tree = isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool and attention_mask.ndim == 4
+        return "sdpa" if is_tree and chosen != "eager" else chosen
 
 
 class IGCaptionerMLP(nn.Module):

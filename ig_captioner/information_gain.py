@@ -54,24 +54,6 @@ def token_log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
     return -nll.view(labels.shape)
 
 
-def sequence_log_likelihood(logits: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
-    """log P(text) in nats, [N]: the sum over the tokens of each text, or with `reduction="mean"` nats per token.
-
-    Args:
-        logits: [N, L, V]; position i predicts token i of `labels`.
-        labels: [N, L]; -100 marks what is not scored.
-
-    Raises:
-        ValueError: if `reduction` is neither "sum" nor "mean".
-    """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    log_likelihood = token_log_likelihoods(logits, labels).sum(dim=-1)
-    if reduction == "mean":
-        log_likelihood = log_likelihood / (labels != IGNORE_INDEX).sum(dim=-1).clamp(min=1)
-    return log_likelihood
-
-
 def information_gain(caption_log_likelihood: Tensor, prior_log_likelihood: Tensor, prior_weight: float = 1.0) -> Tensor:
     """log P(T|I) - prior_weight * log P(T) in nats, [B, C] (pointwise mutual information at weight 1).
 

@@ -15,6 +15,9 @@ Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E e
 V vocabulary. Log-likelihoods are in nats.
 """
 
+import dataclasses
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +33,11 @@ from .information_gain import (
     IGNORE_INDEX,
     information_gain,
     mean_negative_log_likelihood,
-    sequence_log_likelihood,
     shift_right,
     text_mask,
     token_log_likelihoods,
 )
+from .label_trie import CompiledTexts, TextTrie, build_trie
 
 # Not used here: code is fetched entry file by entry file with what that file imports, and a model so fetched must find
 # all of its files beside this one when it is saved again.
@@ -42,10 +45,10 @@ from .pipeline_ig_captioner import IGZeroShotImageClassificationPipeline  # noqa
 from .processing_ig_captioner import IGCaptionerProcessor  # noqa: F401
 
 
-# What a chunk of (image, text) pairs may hold, in numbers: logits [pairs, L, V], and one layer's keys and values. That
-# is 1 GiB in float32; on a CPU less, so that it stays in the caches.
+# How many numbers `score` holds at once of what grows with texts and images: logits, and the inner states of an MLP.
+# 2**28 is 1 GiB in float32; on a CPU less, so that it stays in the caches.
 MAX_NUMBERS_PER_CHUNK = {"cpu": 2**23, "other": 2**28}
-MAX_KEPT_PRIORS = 8
+MAX_KEPT_TEXTS = 4
 
 
 @dataclass
@@ -187,7 +190,8 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         text: IGCaptionerTextConfig = config.text_config
         self.model = IGCaptionerModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=text.head_bias)
-        self._priors: dict[tuple, Tensor] = {}  # log P(T) [C] of the sets of texts scored last
+        self._kept_texts: dict[tuple, CompiledTexts] = {}  # of the sets of texts scored last
+        self._kept_fingerprint: tuple[tuple, str] | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -203,18 +207,19 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         self.lm_head = value
 
     def train(self, mode: bool = True):
-        """As in torch; weights may change between calls, so the priors that `score` has kept are dropped."""
-        self.forget_priors()
+        """As in torch; weights may change between calls, so what `score` has kept is dropped."""
+        self.forget_texts()
         return super().train(mode)
 
-    def forget_priors(self) -> None:
-        """Drops the log P(T) that `score` keeps. Needed only after writes to `parameter.data`, which it cannot see."""
-        self._priors.clear()
+    def forget_texts(self) -> None:
+        """Drops what `score` keeps of texts. Needed only after writes to `parameter.data`, which it cannot see."""
+        self._kept_texts.clear()
+        self._kept_fingerprint = None
 
     def score(
         self,
         pixel_values: Tensor,
-        input_ids: Tensor,
+        input_ids: Tensor | CompiledTexts,
         attention_mask: Tensor | None = None,
         *,
         prior_weight: float | None = None,
@@ -223,62 +228,78 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
     ) -> IGCaptionerScoreOutput:
         """Scores every candidate text under every image.
 
-        Images are encoded once. log P(T) is computed once per set of texts and kept for later calls with the same texts
-        and weights; see `forget_priors`. It is not kept where gradients are asked for, or where hooks or adapters stand
-        between the weights and the result.
+        Images are encoded once. Texts are compiled to a trie, which reads what they have in common once; all that does
+        not depend on the image (the trie, log P(T), the states of the text-only layers) is kept for later calls with
+        the same texts and weights, see `forget_texts`. It is not kept where gradients are asked for, or where hooks or
+        adapters stand between the weights and the result.
 
         Args:
             pixel_values: [B, channels, height, width].
-            input_ids: [C, L], exactly the tokens that are scored: end-of-sequence included, start token excluded.
+            input_ids: [C, L], exactly the tokens that are scored: end-of-sequence included, start token excluded; or
+                what `compile_texts` returned.
             attention_mask: [C, L] of 0 and 1, padding on either side; found from the padding id if not given.
             prior_weight: weight of log P(T); `config.prior_weight` if not given. 0 ranks by likelihood.
             reduction: "sum" for nats per text, "mean" for nats per token.
-            chunk_size: (image, text) pairs per forward pass; by default as many as `MAX_NUMBERS_PER_CHUNK` allows. It
-                changes memory and speed, not scores.
+            chunk_size: how many nodes of the trie, times images, the decoder reads at once, but at least one block of
+                about `label_trie.BLOCK_SIZE`; by default what `MAX_NUMBERS_PER_CHUNK` allows. It changes memory and
+                speed, not scores.
 
         Returns:
             [`IGCaptionerScoreOutput`], float32.
 
         Raises:
-            ValueError: for an empty text, a shape or a chunk size that does not fit, or an unknown reduction.
+            ValueError: for an empty text, a shape or a chunk size that does not fit, an unknown reduction, or texts
+                that were compiled with other weights.
         """
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         if not len(pixel_values):
             raise ValueError(f"pixel_values holds no image, got shape {tuple(pixel_values.shape)}")
-        input_ids, attention_mask = self._padded_on_the_right(input_ids, attention_mask)
-        image_key_values, _ = self.model.encode_image(pixel_values)
-        key = self._prior_key(input_ids, attention_mask, reduction)
-        kept_prior = self._priors.get(key)
-
-        chunk_size = chunk_size or self._default_chunk_size(input_ids.shape[1], image_key_values[0][0])
-        by_length = attention_mask.sum(dim=-1).argsort()  # so that a chunk holds little padding
-        images = torch.arange(len(pixel_values), device=input_ids.device)
-        caption, prior = [], []
-        for texts in by_length.split(chunk_size):
-            labels, states = self._read_texts(input_ids[texts], attention_mask[texts])
-            if kept_prior is None:
-                prior.append(self._log_likelihood(states, labels, reduction))
-            rows = []
-            for image in images.split(max(1, chunk_size // len(texts))):
-                text, image = (
-                    torch.arange(len(texts), device=image.device).repeat(len(image)),
-                    image.repeat_interleave(len(texts)),
-                )
-                pairs = self._log_likelihood(states.rows(text), labels[text], reduction, image_key_values, image)
-                rows.append(pairs.view(-1, len(texts)))
-            caption.append(torch.cat(rows))
-        order = by_length.argsort()
-        caption_log_likelihood = torch.cat(caption, dim=1)[:, order]
-        prior_log_likelihood = torch.cat(prior)[order] if kept_prior is None else kept_prior.clone()
-        if kept_prior is None and key is not None:
-            self._keep_prior(key, prior_log_likelihood)
+        if isinstance(input_ids, CompiledTexts):
+            texts = self._check_compiled(input_ids)
+        else:
+            texts = self._compile_or_recall(input_ids, attention_mask, chunk_size)
+        image_tokens = self.model.vision_model(pixel_values=pixel_values).last_hidden_state
+        rows = []
+        for tokens in image_tokens.split(self._images_per_pass(texts.trie, chunk_size)):
+            image_key_values = self.model.decoder.read_image(tokens)
+            rows.append(texts.trie.sum_over_texts(self._edges(texts, image_key_values, chunk_size)))
+        caption_log_likelihood, prior_log_likelihood = torch.cat(rows), texts.prior_log_likelihood.clone()
+        if reduction == "mean":
+            caption_log_likelihood = caption_log_likelihood / texts.trie.lengths
+            prior_log_likelihood = prior_log_likelihood / texts.trie.lengths
         prior_weight = self.config.prior_weight if prior_weight is None else prior_weight
         return IGCaptionerScoreOutput(
             caption_log_likelihood=caption_log_likelihood,
             prior_log_likelihood=prior_log_likelihood,
             information_gain=information_gain(caption_log_likelihood, prior_log_likelihood, prior_weight),
         )
+
+    def compile_texts(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, chunk_size: int | None = None
+    ) -> CompiledTexts:
+        """All of `score` that needs no image, to be passed to it in place of `input_ids`.
+
+        Args, Raises: as for `score`.
+        """
+        compiled = self._compile(*self._padded_on_the_right(input_ids, attention_mask), chunk_size)
+        return dataclasses.replace(compiled, fingerprint=self.text_fingerprint())
+
+    def text_fingerprint(self) -> str:
+        """SHA-256 of all that log P(T) depends on: weights, their dtype, and the configuration of the decoder."""
+        parameters = [*self.model.decoder.state_dict().items(), *self.lm_head.state_dict().items()]
+        version = None
+        if not any(parameter.is_inference() for _, parameter in parameters):
+            version = tuple((parameter.data_ptr(), parameter._version) for _, parameter in parameters)
+        if version is None or self._kept_fingerprint is None or self._kept_fingerprint[0] != version:
+            digest = hashlib.sha256(f"{self.config.text_config.to_json_string()}".encode())
+            for name, parameter in parameters:
+                digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+                digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy())
+            self._kept_fingerprint = version, digest.hexdigest()
+        return self._kept_fingerprint[1]
 
     def _padded_on_the_right(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Texts [C, L] and their mask as short as they can be, padding last. Raises ValueError for what is no text."""
@@ -298,32 +319,77 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         padding_last = padding_last[:, : int(attention_mask.sum(dim=-1).max())]
         return input_ids.gather(-1, padding_last), attention_mask.gather(-1, padding_last)
 
-    def _default_chunk_size(self, length: int, image_keys: Tensor) -> int:
-        limit = MAX_NUMBERS_PER_CHUNK.get(image_keys.device.type, MAX_NUMBERS_PER_CHUNK["other"])
-        per_pair = length * self.config.text_config.vocab_size + 4 * image_keys[0].numel()
-        return max(1, limit // per_pair)
+    def _compile_or_recall(
+        self, input_ids: Tensor, attention_mask: Tensor | None, chunk_size: int | None
+    ) -> CompiledTexts:
+        input_ids, attention_mask = self._padded_on_the_right(input_ids, attention_mask)
+        key = self._key_of_texts(input_ids, attention_mask)
+        texts = self._kept_texts.get(key) or self._compile(input_ids, attention_mask, chunk_size)
+        if key is not None:
+            self._kept_texts[key] = texts
+            while len(self._kept_texts) > MAX_KEPT_TEXTS:
+                self._kept_texts.pop(next(iter(self._kept_texts)), None)
+        return texts
 
-    def _read_texts(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, TextStates]:
-        """Labels [N, L], -100 off the text, and the states of the text-only layers, which all images share."""
-        length = int(attention_mask.sum(dim=-1).max())
-        input_ids, attention_mask = input_ids[:, :length], attention_mask[:, :length]
-        inputs = shift_right(input_ids, self.config.decoder_start_token_id, attention_mask)
-        states = self.model.decoder.read_text(inputs, attention_mask=attention_mask)
-        return input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX), states
+    def _compile(self, input_ids: Tensor, attention_mask: Tensor, chunk_size: int | None) -> CompiledTexts:
+        self.model.decoder.check_length(input_ids.shape[1])
+        trie = build_trie(input_ids, attention_mask, self.config.decoder_start_token_id).to(input_ids.device)
+        states = None
+        if self.config.text_config.num_text_only_layers:
+            passes = self._passes(trie, 1, chunk_size)
+            states = torch.cat([self._read_blocks(trie, *blocks).hidden_states for blocks in passes])
+        texts = CompiledTexts(trie, torch.zeros(0), states)
+        prior = trie.sum_over_texts(self._edges(texts, None, chunk_size))[0]
+        return dataclasses.replace(texts, prior_log_likelihood=prior)
 
-    def _log_likelihood(
-        self,
-        states: TextStates,
-        labels: Tensor,
-        reduction: str,
-        image_key_values: list[KeyValues] | None = None,
-        images: Tensor | None = None,
-    ) -> Tensor:
-        """log P [N] of texts, the n-th under image `images[n]`, or all without an image."""
-        logits = self.lm_head(self.model.decoder.fuse(states, image_key_values, image_rows=images))
-        return sequence_log_likelihood(logits, labels, reduction)
+    def _check_compiled(self, texts: CompiledTexts) -> CompiledTexts:
+        if texts.fingerprint != self.text_fingerprint():
+            raise ValueError(
+                "these texts were compiled with other weights, or in another dtype: compile them again (fingerprint "
+                f"{texts.fingerprint[:12]}..., the model's is {self.text_fingerprint()[:12]}...)"
+            )
+        return texts.to(self.lm_head.weight.device)
 
-    def _prior_key(self, input_ids: Tensor, attention_mask: Tensor, reduction: str) -> tuple | None:
+    def _edges(self, texts: CompiledTexts, image_key_values: list[KeyValues] | None, chunk_size: int | None) -> Tensor:
+        """log P of every edge of a trie: [B, E] under B images, [1, E] without."""
+        trie, parts = texts.trie, []
+        images = 1 if image_key_values is None else len(image_key_values[0][0])
+        for start, end in self._passes(trie, images, chunk_size):
+            blocks = self._read_blocks(trie, start, end, texts.text_states)
+            states = self.model.decoder.fuse(blocks.repeat(images), image_key_values)
+            states = states.view(images, -1, states.shape[-1])
+            first, last = trie.first_nodes[start], trie.first_nodes[end]
+            while first < last:
+                next_ = min(last, first + max(1, self._max_numbers() // (images * self.lm_head.out_features)))
+                nodes = trie.nodes[first:next_] - start * trie.tokens.shape[1]
+                edges = slice(trie.first_edges[first], trie.first_edges[next_])
+                from_node = trie.edge_nodes[edges] - first
+                log_p = self.lm_head(states[:, nodes]).float().log_softmax(dim=-1)
+                parts.append(log_p[:, from_node, trie.edge_tokens[edges]])
+                first = next_
+        return torch.cat(parts, dim=1)
+
+    def _read_blocks(self, trie: TextTrie, start: int, end: int, states: Tensor | None = None) -> TextStates:
+        blocks = slice(start, end)
+        states = None if states is None else states[blocks]
+        return self.model.decoder.read_trie(trie.tokens[blocks], trie.depths[blocks], trie.ends[blocks], states)
+
+    def _max_numbers(self) -> int:
+        return MAX_NUMBERS_PER_CHUNK.get(self.lm_head.weight.device.type, MAX_NUMBERS_PER_CHUNK["other"])
+
+    def _positions_per_pass(self, chunk_size: int | None) -> int:
+        return chunk_size or self._max_numbers() // (2 * self.config.text_config.intermediate_size)
+
+    def _images_per_pass(self, trie: TextTrie, chunk_size: int | None) -> int:
+        return max(1, self._positions_per_pass(chunk_size) // trie.tokens.numel())
+
+    def _passes(self, trie: TextTrie, images: int, chunk_size: int | None) -> Iterator[tuple[int, int]]:
+        """First and last block of each pass over a trie."""
+        blocks = max(1, self._positions_per_pass(chunk_size) // (images * trie.tokens.shape[1]))
+        for start in range(0, len(trie.tokens), blocks):
+            yield start, min(start + blocks, len(trie.tokens))
+
+    def _key_of_texts(self, input_ids: Tensor, attention_mask: Tensor) -> tuple | None:
         """Everything that log P(T) depends on, or None if that cannot be told or gradients are wanted."""
         parameters, device = list(self.parameters()), input_ids.device.type
         if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
@@ -334,17 +400,11 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
             input_ids.cpu().numpy().tobytes(),
             attention_mask.cpu().numpy().tobytes(),
             input_ids.shape,
-            reduction,
             self.config.decoder_start_token_id,
             self.config.text_config._attn_implementation,
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
             *((id(p), p.data_ptr(), p.dtype, p._version) for p in parameters),
         )
-
-    def _keep_prior(self, key: tuple, prior_log_likelihood: Tensor) -> None:
-        self._priors[key] = prior_log_likelihood.clone()
-        while len(self._priors) > MAX_KEPT_PRIORS:
-            self._priors.pop(next(iter(self._priors)), None)
 
 
 def is_intercepted(module: nn.Module) -> bool:

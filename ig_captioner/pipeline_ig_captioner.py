@@ -18,12 +18,17 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForZeroShotImageClassification, ZeroShotImageClassificationPipeline
 from transformers.utils import logging
 
-from .processing_ig_captioner import encode_texts, format_labels, gives_scored_form, load_rgb_image
+from .label_trie import CompiledLabels, encode_for
+from .processing_ig_captioner import (
+    DEFAULT_TEMPLATE,
+    format_labels,
+    gives_scored_form,
+    load_rgb_image,
+)
 
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_TEMPLATE = "a photo of a {}."
 PARAMETERS = (
     "candidate_labels",
     "hypothesis_template",
@@ -72,7 +77,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
     score being linear in them, of IG.
 
     Args (of a call, or of the constructor as defaults for calls):
-        candidate_labels (`list[str]`): may repeat.
+        candidate_labels (`list[str]` or [`CompiledLabels`]): may repeat. Compiled ones bring their templates.
         hypothesis_template (`str` or `list[str]`, defaults to `"a photo of a {}."`): `{}` is where the label
             goes. Several templates are ensembled.
         prior_weight (`float`, *optional*): weight of log P(T); the model's config says it if this does not.
@@ -125,7 +130,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         Args:
             image (`str`, `Path`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list, generator or
                 `Dataset` of them): a path, URL, base64 string or image; arrays as uint8 or floats in [0, 1].
-            candidate_labels (`list[str]`): may repeat.
+            candidate_labels (`list[str]` or [`CompiledLabels`]): may repeat.
             kwargs: see the class; `batch_size` and `num_workers`, as in every pipeline, change no result.
 
         Returns:
@@ -159,23 +164,27 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
             {name: parameters[name] for name in names if name in parameters} for names in steps
         )
         # Without labels this is the constructor; its template is checked all the same.
-        labels = parameters.get("candidate_labels", ["no label yet"])
-        texts = format_labels(labels, parameters.get("hypothesis_template", DEFAULT_TEMPLATE))
+        given = parameters.get("candidate_labels", ["no label yet"])
+        labels, templates = given, parameters.get("hypothesis_template", DEFAULT_TEMPLATE)
+        if isinstance(given, CompiledLabels):
+            labels, templates = list(given.labels), list(given.templates)
+            asked = parameters.get("hypothesis_template", templates)
+            if templates != ([asked] if isinstance(asked, str) else asked):
+                raise ValueError(f"hypothesis_template {asked!r}, but the labels were compiled with {templates!r}")
+        texts = format_labels(labels, templates)
         if "candidate_labels" in parameters:
             postprocess["candidate_labels"] = list(labels)
             if self.tokenizer is not None:  # a pipeline built from a processor gets it after its first check
-                forward["text_inputs"] = self._encode(texts, parameters.get("tokenizer_kwargs") or {})
+                forward["text_inputs"] = self._encode(given, texts, parameters.get("tokenizer_kwargs") or {})
                 forward["num_templates"] = len(texts) // len(labels)
         return preprocess, forward, postprocess
 
-    def _encode(self, texts: list[str], tokenizer_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Tokens of N texts on the model's device, no longer than the model has positions for."""
-        text_config = self.model.config.get_text_config(decoder=True)
-        max_positions = getattr(text_config, "max_position_embeddings", None)
-        if max_positions is not None:
-            limit = min(self.tokenizer.model_max_length, max_positions)
-            tokenizer_kwargs = {"max_length": limit, **tokenizer_kwargs}
-        return self.ensure_tensor_on_device(**encode_texts(self.tokenizer, texts, **tokenizer_kwargs))
+    def _encode(self, labels: Any, texts: list[str], tokenizer_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What `model.score` takes for N texts: their tokens, on the model's device, or what was compiled before."""
+        if isinstance(labels, CompiledLabels):
+            labels.check_tokenizer(self.model, self.tokenizer, **tokenizer_kwargs)
+            return {"input_ids": labels.texts}
+        return encode_for(self.model, self.tokenizer, texts, **tokenizer_kwargs)
 
     def preprocess(self, image, timeout: float | None = None) -> dict[str, torch.Tensor]:
         """`pixel_values` [1, 3, H, W] of one image, in the model's dtype."""

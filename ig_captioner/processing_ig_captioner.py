@@ -35,6 +35,7 @@ if is_torchvision_available():
 else:
     _Backend = PilBackend
 
+DEFAULT_TEMPLATE = "a photo of a {}."
 TEXT_RULES = {"padding": True, "padding_side": "right", "truncation": True}
 IMAGE_CHANNELS = (1, 3, 4)
 
@@ -201,12 +202,19 @@ def format_labels(labels: Sequence[str], templates: str | Sequence[str]) -> list
     return [template.replace("{}", label) for template in listed for label in labels]
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], **kwargs) -> dict[str, torch.Tensor]:
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_positions: int | None = None, **kwargs
+) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` [N, L] of N texts, by the text rules; `kwargs` override the rules.
+
+    Args:
+        max_positions: how many tokens the model has positions for; a text is cut there, or where the tokenizer says.
 
     Raises:
         ValueError: if the arguments make the tokenizer return another number of rows than texts.
     """
+    if max_positions is not None:
+        kwargs = {"max_length": min(tokenizer.model_max_length, max_positions), **kwargs}
     fixed = {"return_tensors": "pt", "return_attention_mask": True}
     encoded = tokenizer(texts, **{**TEXT_RULES, **kwargs, **fixed})
     rows = len(encoded["input_ids"])

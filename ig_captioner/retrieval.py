@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .information_gain import information_gain
-from .processing_ig_captioner import encode_texts
+from .label_trie import CompiledLabels, encode_for
 
 
 PRIOR_WEIGHTS = tuple(round(0.05 * step, 2) for step in range(31))  # w = 0 ... 1.5
@@ -44,24 +44,11 @@ class ScoreMatrix(NamedTuple):
 # From images and texts to scores
 
 
-def distinct_texts(model: Any, processor: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and mask [D, L] of the distinct texts, and which of them each text is, [N].
-
-    Texts of the same tokens are one text, and so have exactly the same score.
-    """
-    longest = model.config.get_text_config(decoder=True).max_position_embeddings
-    longest = min(processor.tokenizer.model_max_length, longest)
-    encoded = encode_texts(processor.tokenizer, list(texts), max_length=longest)
-    tokens = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -1)
-    tokens, distinct_of_text = tokens.unique(dim=0, return_inverse=True)
-    return tokens.clamp(min=0), (tokens >= 0).long(), distinct_of_text  # what stands under the padding is never read
-
-
 def iterate_scores(
     model: Any,
     processor: Any,
     images: Iterable[Image.Image],
-    texts: Sequence[str],
+    texts: Sequence[str] | CompiledLabels,
     *,
     batch_size: int = 16,
     chunk_size: int | None = None,
@@ -73,7 +60,8 @@ def iterate_scores(
         model: a model with `score`, in evaluation mode, on any device and of any dtype.
         processor: has an `image_processor` and a `tokenizer`.
         images: read once, `batch_size` at a time.
-        chunk_size: (image, text) pairs per forward pass; see `model.score`.
+        texts: may repeat; compiled once, unless they are.
+        chunk_size: see `model.score`.
         progress: title of a progress bar over the images; no bar without it.
 
     Raises:
@@ -81,11 +69,15 @@ def iterate_scores(
     """
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
-    if not len(texts) or batch_size < 1:
+    if batch_size < 1 or not len(texts):
         raise ValueError(f"at least one text and one image per batch, got {len(texts)} texts, batch_size {batch_size}")
-    input_ids, attention_mask, distinct_of_text = distinct_texts(model, processor, texts)
-    text_inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
-    lengths = attention_mask.sum(dim=1).float()
+    if isinstance(texts, CompiledLabels):
+        texts.check_tokenizer(model, processor.tokenizer)
+        compiled = texts.texts
+    else:
+        with torch.no_grad():
+            encoded = encode_for(model, processor.tokenizer, list(texts))
+            compiled = model.compile_texts(**encoded, chunk_size=chunk_size)
     bar = None
     if progress is not None:
         bar = logging.tqdm(total=len(images) if isinstance(images, Sized) else None, desc=progress, unit="image")
@@ -94,11 +86,9 @@ def iterate_scores(
         pixel_values = processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
         pixel_values = pixel_values.to(model.device, model.dtype)
         with torch.no_grad():
-            scores = model.score(pixel_values, **text_inputs, chunk_size=chunk_size)
+            scores = model.score(pixel_values, compiled, chunk_size=chunk_size)
         yield ScoreMatrix(
-            scores.caption_log_likelihood.cpu()[:, distinct_of_text],
-            scores.prior_log_likelihood.cpu()[distinct_of_text],
-            lengths[distinct_of_text],
+            scores.caption_log_likelihood.cpu(), scores.prior_log_likelihood.cpu(), compiled.trie.lengths.float().cpu()
         )
         if bar is not None:
             bar.update(len(batch))

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .processing_ig_captioner import format_labels
+from .label_trie import CompiledLabels
+from .processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 from .retrieval import PRIOR_WEIGHTS, ScoreMatrix, best_of_grid, concatenate, iterate_scores, ranks, true_pairs
 from .shards import Skipped, read_captions, read_decoded, read_image, read_metadata
 
@@ -79,14 +80,15 @@ def classify_images(
     model: Any,
     processor: Any,
     samples: Iterable[tuple[Image.Image, int]],
-    class_names: Sequence[str],
-    templates: str | Sequence[str] = "a photo of a {}.",
+    class_names: Sequence[str] | CompiledLabels,
+    templates: str | Sequence[str] = DEFAULT_TEMPLATE,
     **options: Any,
 ) -> tuple[ScoreMatrix, Tensor]:
     """Scores of C classes under B labelled images.
 
     Args:
         samples: (image, class index) pairs, read once.
+        class_names: compiled ones bring their templates.
         templates: one or more, with `{}` in each.
         options: see [`iterate_scores`].
 
@@ -96,7 +98,11 @@ def classify_images(
     Raises:
         ValueError: for no images, a label that is no class index, and wrong class names or templates.
     """
-    texts = format_labels(list(class_names), templates)
+    texts: list[str] | CompiledLabels
+    if isinstance(class_names, CompiledLabels):
+        texts, class_names = class_names, class_names.labels
+    else:
+        texts = format_labels(list(class_names), templates)
     labels: list[int] = []
 
     def images() -> Iterator[Image.Image]:

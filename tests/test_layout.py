@@ -19,10 +19,19 @@ READING_ORDER = [
     "encoder_ig_captioner",
     "decoder_ig_captioner",
     "processing_ig_captioner",
+    "label_trie",
     "pipeline_ig_captioner",
     "modeling_ig_captioner",
 ]
-REMOTE_CODE_IMPORTS = {"torch", "transformers", "huggingface_hub", "PIL", "numpy", *sys.stdlib_module_names}
+REMOTE_CODE_IMPORTS = {
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "safetensors",
+    "PIL",
+    "numpy",
+    *sys.stdlib_module_names,
+}
 
 
 def imports(path: Path) -> list[tuple[int, str]]:

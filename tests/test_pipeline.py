@@ -24,9 +24,11 @@ from ig_captioner import (
     IGCaptionerProcessor,
     IGCaptionerVisionModel,
     IGZeroShotImageClassificationPipeline,
+    label_trie,
     pipeline_ig_captioner,
     processing_ig_captioner,
 )
+from ig_captioner.label_trie import encode_for
 from ig_captioner.processing_ig_captioner import encode_texts
 
 
@@ -141,12 +143,12 @@ def test_batches_change_nothing_but_the_number_of_passes(classifier, photos, tem
         passes.append(len(pixel_values))
         return score(pixel_values, *args, **kwargs)
 
-    def counted_encode(tokenizer, texts, **kwargs):
+    def counted_encode(tokenizer, texts, *args, **kwargs):
         texts_read.append(len(texts))
-        return encode(tokenizer, texts, **kwargs)
+        return encode(tokenizer, texts, *args, **kwargs)
 
     monkeypatch.setattr(classifier.model, "score", counted_score)
-    monkeypatch.setattr(pipeline_ig_captioner, "encode_texts", counted_encode)
+    monkeypatch.setattr(label_trie, "encode_texts", counted_encode)
     arguments = {"candidate_labels": LABELS, "hypothesis_template": template, "return_log_likelihoods": True}
     singly = classifier(photos, batch_size=1, **arguments)
     assert passes == [1] * len(photos) and len(texts_read) == 1
@@ -242,9 +244,9 @@ def test_braces_in_labels_survive(classifier, photos, monkeypatch):
     texts_read = []
     encode = encode_texts
     monkeypatch.setattr(
-        pipeline_ig_captioner,
+        label_trie,
         "encode_texts",
-        lambda tokenizer, texts, **kw: texts_read.extend(texts) or encode(tokenizer, texts, **kw),
+        lambda tok, texts, *args, **kw: texts_read.extend(texts) or encode(tok, texts, *args),
     )
     labels = ["{}", "{0}", "{cat"]
     assert set(by_label(classifier(photos[0], labels, hypothesis_template="{x} {}"))) == set(labels)
@@ -267,7 +269,9 @@ def test_texts_are_cut_to_the_models_positions_and_keep_eos(model, photos):
     long, longer = "a " * 20, "a " * 30
     entries = classifier(photos[0], [long, longer], hypothesis_template="{}")
     assert [entry["score"] for entry in entries] == pytest.approx([0.5, 0.5])
-    assert classifier._encode([long], {})["input_ids"].tolist() == [[WORDS.index("a")] * 11 + [WORDS.index("</s>")]]
+    assert encode_for(model, classifier.tokenizer, [long])["input_ids"].tolist() == [
+        [WORDS.index("a")] * 11 + [WORDS.index("</s>")]
+    ]
 
 
 def test_images_from_the_web_follow_the_same_rules(classifier, tmp_path, monkeypatch):
@@ -480,5 +484,5 @@ def test_a_saved_pipeline_loads_in_a_clean_process_as_remote_code(classifier, ph
 
 def test_the_file_can_be_remote_code():
     path = pipeline_ig_captioner.__file__
-    assert get_relative_imports(path) == ["processing_ig_captioner"]
+    assert sorted(get_relative_imports(path)) == ["label_trie", "processing_ig_captioner"]
     assert set(get_imports(path)) <= {"collections", "math", "numbers", "typing", "torch", "transformers"}

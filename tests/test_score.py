@@ -90,7 +90,7 @@ def test_padding_order_batch_and_chunks_change_nothing(variant):
 def test_the_prior_never_sees_the_pixels(head):
     model, texts = tiny_model(model_class=head), padded(random_texts())
     for images in (random_images(), torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), float("nan"))):
-        model.forget_priors()
+        model.forget_texts()
         prior = model.score(images, *texts).prior_log_likelihood
         assert torch.equal(prior, model.score(random_images(1), *texts).prior_log_likelihood)
 
@@ -108,25 +108,25 @@ def test_heads_agree_and_logits_are_the_information_gain():
 
 
 def count_calls(monkeypatch, model) -> list[str]:
-    """Names of the decoder's methods as they are called, with the mark of an image."""
+    """What the decoder does, in order: the text-only layers, and the fusion layers with and without an image."""
     calls, decoder = [], model.model.decoder
-    read_text, fuse = decoder.read_text, decoder.fuse
-    monkeypatch.setattr(decoder, "read_text", lambda *a, **k: (calls.append("read_text"), read_text(*a, **k))[1])
+    run, fuse = decoder._run_text_only_layers, decoder.fuse
 
-    def counted_fuse(states, key_values=None, *args, **kwargs):
+    def counted_fuse(states, key_values=None, **kwargs):
         calls.append("prior" if key_values is None else "caption")
-        return fuse(states, key_values, *args, **kwargs)
+        return fuse(states, key_values, **kwargs)
 
+    monkeypatch.setattr(decoder, "_run_text_only_layers", lambda text: (calls.append("text only"), run(text))[1])
     monkeypatch.setattr(decoder, "fuse", counted_fuse)
     return calls
 
 
-def test_the_prior_is_computed_once_per_set_of_texts(monkeypatch):
-    model, images, texts = tiny_model(), random_images(), padded(random_texts())
+def test_what_needs_no_image_is_computed_once_per_set_of_texts(monkeypatch):
+    model, images, texts = tiny_model("prefix"), random_images(), padded(random_texts())
     calls = count_calls(monkeypatch, model)
     first = model.score(images, *texts)
     again = model.score(images, *texts)
-    assert calls == ["read_text", "prior", "caption", "read_text", "caption"]
+    assert calls == ["text only", "prior", "caption", "caption"]
     assert torch.equal(first.information_gain, again.information_gain)
     model.score(images, *padded(random_texts((3, 4))))
     assert calls.count("prior") == 2

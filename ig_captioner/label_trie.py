@@ -1,0 +1,312 @@
+"""Many texts as one tree: what labels and templates have in common is read once.
+
+A trie has one node per distinct beginning of a text (the decoder input that has read it) and one edge per distinct next
+token, so that log P(text) is a sum over edges:
+
+    [BOS] - a - photo - of - a -+- cat - . - [EOS]        9 nodes and 11 edges for 2 texts of 7 tokens
+                                +- car - . - [EOS]
+
+The last token of a text is an edge without a node: nothing is predicted after it. Nodes are numbered depth first, where
+the descendants of a node are the interval behind it. They are cut into blocks, which the decoder reads as the rows of a
+batch; a block begins with copies of the ancestors of its first node, so that it needs no other block. The attention
+mask within a block is two comparisons, `key <= query < ends[key]`.
+
+`TextTrie` is that structure, `CompiledTexts` adds what a model makes of it without an image, and `CompiledLabels` says
+which labels and templates the texts are: an object to build once, save, and pass wherever labels are accepted.
+
+Legend: C texts, L tokens of a text, N nodes, E edges, G blocks of Q positions. Log-likelihoods are in nats.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from .processing_ig_captioner import DEFAULT_TEMPLATE, encode_texts, format_labels
+
+
+# Positions per block, at most: longer blocks spend more on attention, shorter ones on copies of ancestors.
+BLOCK_SIZE = 256
+TEXTS_PER_SUM = 4096
+JSON_FILE, TENSOR_FILE, FORMAT = "labels.json", "labels.safetensors", 1
+
+
+@dataclass(frozen=True)
+class TextTrie:
+    """C texts as blocks of nodes; all fields are integer tensors.
+
+    Args:
+        tokens, depths: decoder inputs [G, Q] and their positions in a text.
+        ends: [G, Q], one past the last descendant of each position, within the block.
+        nodes: [N], where each node stands among the G * Q positions, ascending.
+        edge_nodes, edge_tokens: [E], the node that an edge leaves, ascending, and the token that it adds.
+        text_edges: [C, L], the edges of each text; E behind its end.
+    """
+
+    tokens: Tensor
+    depths: Tensor
+    ends: Tensor
+    nodes: Tensor
+    edge_nodes: Tensor
+    edge_tokens: Tensor
+    text_edges: Tensor
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens of each text, [C]."""
+        return (self.text_edges < len(self.edge_nodes)).sum(dim=-1)
+
+    @cached_property
+    def first_nodes(self) -> list[int]:
+        """Block g holds the nodes `first_nodes[g]` to `first_nodes[g + 1]`."""
+        blocks = torch.arange(len(self.tokens) + 1, device=self.nodes.device)
+        return torch.searchsorted(self.nodes, blocks * self.tokens.shape[1]).tolist()
+
+    @cached_property
+    def first_edges(self) -> list[int]:
+        """Node n is left by the edges `first_edges[n]` to `first_edges[n + 1]`."""
+        nodes = torch.arange(len(self.nodes) + 1, device=self.nodes.device)
+        return torch.searchsorted(self.edge_nodes, nodes).tolist()
+
+    def to(self, device: torch.device | str) -> "TextTrie":
+        return TextTrie(**{item.name: getattr(self, item.name).to(device) for item in dataclasses.fields(self)})
+
+    def sum_over_texts(self, edge_log_likelihoods: Tensor) -> Tensor:
+        """log P of the edges [*, E] to log P of the texts [*, C]."""
+        padded = F.pad(edge_log_likelihoods, (0, 1))
+        sums = [padded[..., edges].sum(dim=-1) for edges in self.text_edges.split(TEXTS_PER_SUM)]
+        return torch.cat(sums, dim=-1)
+
+
+@dataclass(frozen=True)
+class CompiledTexts:
+    """A trie, and what a model makes of it without an image.
+
+    Args:
+        prior_log_likelihood: log P(T), [C], float32.
+        text_states: what the text-only layers make of the blocks, [G, Q, D]; None if there are no such layers.
+        fingerprint: of the weights, see `text_fingerprint` of the model.
+    """
+
+    trie: TextTrie
+    prior_log_likelihood: Tensor
+    text_states: Tensor | None = None
+    fingerprint: str = ""
+
+    def to(self, device: torch.device | str) -> "CompiledTexts":
+        if self.prior_log_likelihood.device == torch.device(device):
+            return self
+        states = None if self.text_states is None else self.text_states.to(device)
+        return CompiledTexts(self.trie.to(device), self.prior_log_likelihood.to(device), states, self.fingerprint)
+
+
+def build_trie(
+    input_ids: Tensor, attention_mask: Tensor, start_token_id: int, block_size: int = BLOCK_SIZE
+) -> TextTrie:
+    """The trie of texts [C, L], padded on the right; texts may repeat. Indices are computed on the CPU.
+
+    Raises:
+        ValueError: for a text without tokens.
+    """
+    lengths = attention_mask.sum(dim=-1).cpu().numpy()
+    if not lengths.all():
+        raise ValueError(f"text {int(lengths.argmin())} has no tokens")
+    texts = input_ids.masked_fill(attention_mask == 0, -1).cpu().numpy()
+    order = np.lexsort(texts.T[::-1])
+    texts, lengths = texts[order], lengths[order]
+    depth = np.arange(texts.shape[1])
+
+    # In sorted order a text adds to the trie what lies behind the beginning that it shares with the text before it.
+    shared = (texts[1:] == texts[:-1]) & (texts[1:] >= 0)
+    shared = np.concatenate([[0], shared.cumprod(axis=1).sum(axis=1)])
+    known_nodes = np.concatenate([[-1], np.minimum(shared[1:], lengths[:-1] - 1)])
+    is_text = depth < lengths[:, None]
+    is_new_edge = is_text & (depth >= shared[:, None])
+    is_new_node = is_text & (depth > known_nodes[:, None])
+    node_of, edge_of = _number(is_new_node), _number(is_new_edge)
+
+    node_row, node_depth = np.nonzero(is_new_node)
+    before = texts[node_row, node_depth - 1]
+    node_token = np.where(node_depth == 0, start_token_id, before)
+    parent = np.where(node_depth == 0, -1, node_of[node_row, node_depth - 1])
+    edge_node, edge_token = node_of[is_new_edge], texts[is_new_edge]
+    by_node = edge_node.argsort(kind="stable")
+    rank = np.append(by_node.argsort(), len(by_node))  # the last one stands for "behind the end"
+    text_edges = np.empty_like(edge_of)
+    text_edges[order] = rank[np.where(is_text, edge_of, len(by_node))]
+
+    positions, is_copy = _pack(parent, node_depth, max(block_size, 2 * texts.shape[1]))
+    holds_node = positions >= 0
+    depths = np.where(holds_node, node_depth[positions], 0)
+    arrays = {
+        "tokens": np.where(holds_node, node_token[positions], start_token_id),
+        "depths": depths,
+        "ends": _ends_of_subtrees(np.where(holds_node, depths, -1)),
+        "nodes": np.flatnonzero(holds_node & ~is_copy),
+        "edge_nodes": edge_node[by_node],
+        "edge_tokens": edge_token[by_node],
+        "text_edges": text_edges,
+    }
+    return TextTrie(**{name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()})
+
+
+def _number(is_new: np.ndarray) -> np.ndarray:
+    """Numbers the true entries row by row; a false one has the number of the last true one above it. Both [C, L]."""
+    numbers = np.where(is_new, is_new.cumsum().reshape(is_new.shape) - 1, 0)
+    return np.maximum.accumulate(numbers, axis=0)
+
+
+def _pack(parent: np.ndarray, depth: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts N nodes into as few blocks as `block_size` allows, all of the smallest size that needs no more of them.
+
+    Returns:
+        The node at each position [G, Q], -1 behind the last one, and whether it is a copy of an ancestor [G, Q].
+    """
+
+    def first_nodes(size: int) -> list[int]:
+        starts = [0]
+        while (end := starts[-1] + size - int(depth[starts[-1]])) < len(depth):
+            starts.append(end)
+        return starts
+
+    blocks, smallest, size = len(first_nodes(block_size)), int(depth.max()) + 1, block_size
+    while smallest < size:  # bisection: the number of blocks falls as their size grows
+        middle = (smallest + size) // 2
+        smallest, size = (smallest, middle) if len(first_nodes(middle)) <= blocks else (middle + 1, size)
+    starts = first_nodes(size)
+    positions = np.full((len(starts), size), -1)
+    is_copy = np.zeros((len(starts), size), dtype=bool)
+    for block, (start, end) in enumerate(zip(starts, [*starts[1:], len(depth)], strict=True)):
+        ancestor = start
+        for place in reversed(range(depth[start])):
+            ancestor = parent[ancestor]
+            positions[block, place] = ancestor
+        is_copy[block, : depth[start]] = True
+        positions[block, depth[start] : depth[start] + end - start] = np.arange(start, end)
+    return positions, is_copy
+
+
+def _ends_of_subtrees(depths: np.ndarray) -> np.ndarray:
+    """One past the last descendant of each position [G, Q]: up to the next that is no deeper. Depth -1 is padding."""
+    ends = np.full_like(depths, depths.shape[1])
+    for position in range(depths.shape[1]):
+        for_before = depths[:, position, None] <= depths[:, :position]
+        ends[:, :position] = np.where(for_before, np.minimum(ends[:, :position], position), ends[:, :position])
+    return ends
+
+
+@dataclass(frozen=True)
+class CompiledLabels:
+    """Labels in templates, compiled for one model and one tokenizer; `compile_labels` makes one.
+
+    The texts are all labels in the first template, then in the second, and so on, in one trie.
+    """
+
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
+    texts: CompiledTexts
+    tokens_sha256: str
+
+    def __len__(self) -> int:
+        """How many texts there are, C."""
+        return len(self.texts.trie.text_edges)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `labels.json` and `labels.safetensors` into a folder, which is made if it is missing."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {item.name: getattr(self.texts.trie, item.name) for item in dataclasses.fields(TextTrie)}
+        tensors["prior_log_likelihood"] = self.texts.prior_log_likelihood
+        if self.texts.text_states is not None:
+            tensors["text_states"] = self.texts.text_states
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, directory / TENSOR_FILE)
+        described = {"format": FORMAT, "labels": self.labels, "templates": self.templates}
+        described |= {"fingerprint": self.texts.fingerprint, "tokens_sha256": self.tokens_sha256}
+        text = json.dumps(described, indent=2, ensure_ascii=False)
+        (directory / JSON_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "CompiledLabels":
+        """Reads what `save` wrote. Whether it fits a model and a tokenizer is checked where it is used.
+
+        Raises:
+            ValueError: naming the folder, if the files are missing, damaged or of another format.
+        """
+        directory = Path(directory)
+        try:
+            described = json.loads((directory / JSON_FILE).read_text(encoding="utf-8"))
+            if described.get("format") != FORMAT:
+                raise ValueError(f"format {described.get('format')!r}, this version reads {FORMAT}")
+            tensors = load_file(directory / TENSOR_FILE)
+            trie = TextTrie(**{item.name: tensors.pop(item.name) for item in dataclasses.fields(TextTrie)})
+            texts = CompiledTexts(trie, **tensors, fingerprint=described["fingerprint"])
+            labels, templates = tuple(described["labels"]), tuple(described["templates"])
+            if len(trie.text_edges) != len(labels) * len(templates):
+                raise ValueError(f"{len(trie.text_edges)} texts for {len(labels)} labels in {len(templates)} templates")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"cannot read compiled labels from {str(directory)!r}: {error}") from error
+        return cls(labels, templates, texts, described["tokens_sha256"])
+
+    def check_tokenizer(self, model: Any, tokenizer: PreTrainedTokenizerBase, **kwargs) -> None:
+        """Raises ValueError if a tokenizer makes other tokens of the texts than these were compiled from."""
+        encoded = encode_for(model, tokenizer, format_labels(self.labels, self.templates), **kwargs)
+        if _digest(encoded) != self.tokens_sha256:
+            raise ValueError(
+                f"these {len(self.labels)} labels ({self.labels[0]!r}, ...) were compiled with another tokenizer, or "
+                "other settings of it: compile them again"
+            )
+
+
+def compile_labels(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+    *,
+    chunk_size: int | None = None,
+) -> CompiledLabels:
+    """Does all of the scoring of labels that needs no image.
+
+    Args:
+        model: has `compile_texts`, in evaluation mode.
+        templates: one or more, with `{}` where the label goes.
+        chunk_size: see `score` of the model.
+
+    Raises:
+        ValueError: naming the value, for labels or templates that are none.
+    """
+    listed = (templates,) if isinstance(templates, str) else tuple(templates)
+    encoded = encode_for(model, tokenizer, format_labels(labels, listed))
+    with torch.no_grad():
+        texts = model.compile_texts(**encoded, chunk_size=chunk_size)
+    return CompiledLabels(tuple(labels), listed, texts, _digest(encoded))
+
+
+def encode_for(model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], **kwargs) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [C, L] on the model's device, no longer than it has positions for.
+
+    `kwargs` go to the tokenizer.
+    """
+    max_positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    encoded = encode_texts(tokenizer, texts, max_positions, **kwargs)
+    return {name: values.to(model.device) for name, values in encoded.items()}
+
+
+def _digest(encoded: dict[str, Tensor]) -> str:
+    """SHA-256 of tokens and mask [N, L]."""
+    digest = hashlib.sha256(str(tuple(encoded["input_ids"].shape)).encode())
+    for name in ("input_ids", "attention_mask"):
+        digest.update(encoded[name].long().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,178 @@
+"""Tries against the obvious: sets of beginnings of texts, and `score` one text at a time."""
+
+import dataclasses
+import json
+import random
+
+import PIL.Image
+import pytest
+import torch
+from test_pipeline import LABELS, make_config, make_pipeline
+from test_processing import make_tokenizer
+
+from ig_captioner import (
+    CompiledLabels,
+    IGCaptionerForZeroShotImageClassification,
+    IGCaptionerProcessor,
+    compile_labels,
+    modeling_ig_captioner,
+)
+from ig_captioner.label_trie import build_trie
+from ig_captioner.retrieval import score_pairs
+from ig_captioner.zero_shot import classify_images
+from tiny import BOS, EOS, VARIANTS, naive_scores, padded, random_images, random_texts, tiny_model
+
+
+def texts_with_shared_beginnings(seed: int, number: int = 30) -> list[list[int]]:
+    """Few distinct tokens, so that texts share beginnings, repeat, and are beginnings of one another."""
+    generator = random.Random(seed)
+    tokens = generator.choice([range(4, 6), range(4, 12), range(4, 40)])
+    texts = [[*generator.choices(tokens, k=generator.randint(0, 7)), EOS] for _ in range(number)]
+    return [text[:-1] if len(text) > 1 and generator.random() < 0.3 else text for text in texts]
+
+
+def what_a_position_sees(trie, position: int) -> list[int]:
+    """The tokens that a position of the trie's blocks attends to, in order."""
+    block, query = divmod(position, trie.tokens.shape[1])
+    return [int(trie.tokens[block, key]) for key in range(query + 1) if query < trie.ends[block, key]]
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 24, 256])
+@pytest.mark.parametrize("seed", range(6))
+def test_every_node_has_read_the_beginning_it_stands_for(seed, block_size):
+    texts = texts_with_shared_beginnings(seed)
+    trie = build_trie(*padded(texts), BOS, block_size)
+    assert len(trie.nodes) == len({tuple(text[:i]) for text in texts for i in range(len(text))})
+    assert len(trie.edge_nodes) == len({tuple(text[:i]) for text in texts for i in range(1, len(text) + 1)})
+    for text, edges in zip(texts, trie.text_edges.tolist(), strict=True):
+        for i, token in enumerate(text):
+            assert trie.edge_tokens[edges[i]] == token
+            position = int(trie.nodes[trie.edge_nodes[edges[i]]])
+            assert what_a_position_sees(trie, position) == [BOS, *text[:i]]
+            assert trie.depths.flatten()[position] == i
+        assert set(edges[len(text) :]) <= {len(trie.edge_nodes)}
+    assert trie.lengths.tolist() == [len(text) for text in texts]
+    assert trie.tokens.shape[1] <= max(block_size, 2 * max(map(len, texts)))
+
+
+def test_texts_without_tokens_are_named():
+    with pytest.raises(ValueError, match="text 1 has no tokens"):
+        build_trie(torch.tensor([[5], [0]]), torch.tensor([[1], [0]]), BOS)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scores_do_not_depend_on_the_company_of_a_text(variant, attn, monkeypatch):
+    """Many texts in small blocks, in small passes, several images at once: each pair as if it were alone."""
+    model, images = tiny_model(variant, attn=attn), random_images(2)
+    texts = texts_with_shared_beginnings(1, number=12) + random_texts()
+    with torch.no_grad():
+        likelihood, prior = naive_scores(model, images, texts), naive_scores(model, None, texts)
+    monkeypatch.setattr(modeling_ig_captioner, "build_trie", lambda *args: build_trie(*args, 16))
+    for numbers in (1, 500, 10**7):
+        monkeypatch.setitem(modeling_ig_captioner.MAX_NUMBERS_PER_CHUNK, "cpu", numbers)
+        with torch.no_grad():
+            scores = model.score(images, *padded(texts))
+        torch.testing.assert_close(scores.caption_log_likelihood, likelihood, atol=1e-4, rtol=0)
+        torch.testing.assert_close(scores.prior_log_likelihood, prior, atol=1e-4, rtol=0)
+
+
+def test_equal_texts_have_exactly_equal_scores():
+    texts = texts_with_shared_beginnings(2, number=60)
+    scores = tiny_model().score(random_images(), *padded(texts)).information_gain
+    first = [texts.index(text) for text in texts]
+    assert len(set(first)) < len(texts)
+    assert torch.equal(scores, scores[:, first])
+
+
+def test_no_pass_holds_more_than_it_may(monkeypatch):
+    """What grows with texts and images is cut to the limit, or to one block and one node if the limit is smaller."""
+    model, limit = tiny_model(), 4000
+    monkeypatch.setitem(modeling_ig_captioner.MAX_NUMBERS_PER_CHUNK, "cpu", limit)
+    monkeypatch.setattr(modeling_ig_captioner, "build_trie", lambda *args: build_trie(*args, 16))
+    logits, inner = [], []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output.numel()))
+    for layer in model.model.decoder.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda module, inputs, output: inner.append(output.numel()))
+    texts = padded(texts_with_shared_beginnings(3, number=200))
+    with torch.no_grad():
+        model.score(random_images(5), *texts)
+    assert max(logits) <= limit and max(inner) <= limit
+    assert len(logits) > 5 and len(inner) > 15
+
+
+# Compiled texts and labels
+
+
+def compiled_equal(first: CompiledLabels, second: CompiledLabels) -> bool:
+    tries = first.texts.trie, second.texts.trie
+    fields = [[getattr(trie, item.name) for item in dataclasses.fields(trie)] for trie in tries]
+    return all(map(torch.equal, *fields)) and (first.labels, first.templates) == (second.labels, second.templates)
+
+
+@pytest.fixture
+def classifier():
+    torch.manual_seed(0)
+    return make_pipeline(IGCaptionerForZeroShotImageClassification(make_config()).eval())
+
+
+@pytest.fixture
+def compiled(classifier) -> CompiledLabels:
+    return compile_labels(classifier.model, classifier.tokenizer, LABELS, ["a photo of a {}.", "{}"])
+
+
+@pytest.fixture
+def photos() -> list[PIL.Image.Image]:
+    return [PIL.Image.new("RGB", (9, 7), color) for color in ("red", "green", "white")]
+
+
+def test_compiled_labels_are_accepted_where_labels_are(classifier, compiled, photos):
+    templates = list(compiled.templates)
+    plain = classifier(photos, LABELS, hypothesis_template=templates, return_log_likelihoods=True)
+    assert classifier(photos, compiled, return_log_likelihoods=True) == plain
+    assert classifier(photos, compiled, hypothesis_template=templates, return_log_likelihoods=True) == plain
+    processor = IGCaptionerProcessor(classifier.image_processor, classifier.tokenizer)
+    samples = [(photo, index) for index, photo in enumerate(photos)]
+    expected, _ = classify_images(classifier.model, processor, samples, LABELS, templates)
+    actual, _ = classify_images(classifier.model, processor, samples, compiled)
+    assert all(map(torch.equal, actual, expected))
+    pairs = score_pairs(classifier.model, processor, photos, compiled)
+    assert pairs.caption_log_likelihood.shape == (3, 6)
+
+
+def test_compiled_labels_survive_a_folder(classifier, compiled, photos, tmp_path):
+    compiled.save(tmp_path / "labels")
+    assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == ["labels.json", "labels.safetensors"]
+    loaded = CompiledLabels.load(tmp_path / "labels")
+    assert compiled_equal(loaded, compiled) and len(loaded) == 6
+    assert classifier(photos, loaded) == classifier(photos, compiled)
+
+
+def test_stale_labels_are_refused(classifier, compiled, photos):
+    with pytest.raises(ValueError, match=r"hypothesis_template '\{\}', but the labels were compiled with"):
+        classifier(photos[0], compiled, hypothesis_template="{}")
+    other_tokens = make_pipeline(classifier.model, tokenizer=make_tokenizer("$A </s> </s>"))
+    with pytest.raises(ValueError, match="'cat', ...\\) were compiled with another tokenizer"):
+        other_tokens(photos[0], compiled)
+    weight = classifier.model.model.decoder.norm.weight
+    with torch.no_grad():
+        weight.add_(0.1)
+        with pytest.raises(ValueError, match="compiled with other weights"):
+            classifier(photos[0], compiled)
+        weight.sub_(0.1)
+
+
+def test_damaged_folders_are_named(compiled, tmp_path):
+    with pytest.raises(ValueError, match="nothing here"):
+        CompiledLabels.load(tmp_path / "nothing here")
+    compiled.save(tmp_path)
+    described = json.loads((tmp_path / "labels.json").read_text())
+    for change, message in [({"format": 99}, "format 99"), ({"labels": ["a"]}, "6 texts for 1 labels")]:
+        (tmp_path / "labels.json").write_text(json.dumps({**described, **change}))
+        with pytest.raises(ValueError, match=message):
+            CompiledLabels.load(tmp_path)
+    compiled.save(tmp_path)
+    tensors = tmp_path / "labels.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="cannot read compiled labels"):
+        CompiledLabels.load(tmp_path)
