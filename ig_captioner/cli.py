@@ -132,7 +132,7 @@ def _add_classify(commands) -> None:
     _add_photo_arguments(parser, batch_size=8)
     quoting = "quote a label of several words"
     parser.add_argument("--labels", nargs="+", action="extend", default=[], metavar="LABEL", help=quoting)
-    parser.add_argument("--labels-file", type=Path, metavar="FILE", help="more labels, one per line, UTF-8")
+    parser.add_argument("--labels-file", type=Path, metavar="FILE", help="more labels, a line each; compiled once")
     parser.add_argument(
         "--template",
         nargs="+",
@@ -199,11 +199,12 @@ def classify(arguments: argparse.Namespace) -> int:
     if arguments.template is not None:
         settings["hypothesis_template"] = arguments.template
     classifier = _load_classifier(arguments, settings)
+    candidates = labels if arguments.labels_file is None else _compile_once(classifier, labels, arguments.template)
     weight = classifier.model.config.prior_weight if arguments.prior_weight is None else arguments.prior_weight
     failed: list[str] = []
     for batch in _read_photos(arguments.photos, arguments.batch_size, failed):
         names, photos = zip(*batch, strict=True)
-        results = classifier(list(photos), batch_size=arguments.batch_size)
+        results = classifier(list(photos), candidate_labels=candidates, batch_size=arguments.batch_size)
         for name, entries in zip(names, results, strict=True):
             if arguments.json:
                 _print_json({"image": name, "predictions": [_in_order(entry, PREDICTION_FIELDS) for entry in entries]})
@@ -326,6 +327,13 @@ def _load_classifier(arguments: argparse.Namespace, settings: dict[str, Any]):
         return_log_likelihoods=True,
         **settings,
     )
+
+
+def _compile_once(classifier, labels: list[str], templates: list[str] | None):
+    """Labels from a file tend to be many, and the same in the next run."""
+    from .label_cache import compile_labels_once
+
+    return compile_labels_once(classifier.model, classifier.tokenizer, labels, templates)
 
 
 def _caption_tokens(wanted: int | None, text_config) -> int:

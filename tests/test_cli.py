@@ -12,7 +12,7 @@ import torch
 from test_hub import save_checkpoint
 
 import ig_captioner
-from ig_captioner import IGCaptionerForConditionalGeneration, IGZeroShotImageClassificationPipeline, cli
+from ig_captioner import IGCaptionerForConditionalGeneration, IGZeroShotImageClassificationPipeline, cli, label_cache
 from ig_captioner.hub import RELEASE_FILES, load_model, load_processor
 from ig_captioner.processing_ig_captioner import load_rgb_image
 
@@ -31,6 +31,7 @@ def here(tmp_path, monkeypatch, checkpoint):
     """A folder with three photos and a broken one, and a small model as the default."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "TINY_CHECKPOINT", checkpoint)
+    monkeypatch.setattr(label_cache, "HF_HOME", str(tmp_path / "cache"))
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)):
         PIL.Image.fromarray(pixels).resize((30, 20)).save(f"{i}.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])

@@ -1,0 +1,60 @@
+"""Compiled labels kept on disk between runs: in `HF_HOME/ig_captioner/labels`, a folder per model, labels, templates.
+
+A folder that is damaged, or whose tokenizer was another one, is compiled again. Nothing is ever evicted: it is a cache,
+delete it as you like.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+from transformers import PreTrainedTokenizerBase
+
+from .label_trie import CompiledLabels, compile_labels
+from .processing_ig_captioner import DEFAULT_TEMPLATE
+
+
+logger = logging.getLogger(__name__)
+
+
+def compile_labels_once(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    templates: Sequence[str] | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+) -> CompiledLabels:
+    """`compile_labels`, unless an earlier run has left the result.
+
+    Args:
+        templates: "a photo of a {}." if there are none.
+        cache_dir: instead of the folder in `HF_HOME`.
+    """
+    templates = list(templates or [DEFAULT_TEMPLATE])
+    root = Path(HF_HOME, "ig_captioner", "labels") if cache_dir is None else Path(cache_dir)
+    key = json.dumps([model.text_fingerprint(), list(labels), templates])
+    folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if folder.is_dir():
+        try:
+            compiled = CompiledLabels.load(folder)
+            compiled.check_tokenizer(model, tokenizer)
+            return compiled
+        except ValueError as error:
+            logger.warning("%s; compiled again", error)
+            shutil.rmtree(folder)
+    compiled = compile_labels(model, tokenizer, labels, templates)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as unfinished:
+            compiled.save(Path(unfinished, "labels"))
+            Path(unfinished, "labels").rename(folder)
+    except OSError as error:  # a read-only home, a full disk, or another process that was faster
+        logger.warning("compiled labels were not kept: %s", error)
+    return compiled
