@@ -92,6 +92,7 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
             and one of columns; or fixed, without weights.
         num_register_tokens (`int`): learned tokens appended after the patches, without positions; the decoder reads
             them, mean pooling does not.
+        pre_norm: normalises the image tokens before the first block, too (CLIP).
         hidden_act, gated_mlp: activation by its transformers name (`gelu_pytorch_tanh`, `gelu`, ...); with
             `gated_mlp` the MLP is `act(x W_gate) * (x W_up) W_down` (GEGLU for a GELU).
         norm (`"layernorm"` or `"rmsnorm"`), norm_eps, norm_bias, norm_scale: the norms of the blocks and the final one;
@@ -116,6 +117,7 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
     patch_size: int | list[int] | tuple[int, int] = 16
     position_embedding: Literal["learned", "factorized", "sincos2d"] = "learned"
     num_register_tokens: int = 0
+    pre_norm: bool = False
     hidden_act: str = "gelu_pytorch_tanh"
     gated_mlp: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"

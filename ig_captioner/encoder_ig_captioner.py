@@ -316,6 +316,7 @@ class IGCaptionerVisionModel(IGCaptionerPreTrainedModel):
     def __init__(self, config: IGCaptionerVisionConfig):
         super().__init__(config)
         self.embeddings = IGCaptionerPatchEmbeddings(config)
+        self.pre_norm = make_norm(config, config.hidden_size) if config.pre_norm else nn.Identity()
         self.layers = nn.ModuleList([IGCaptionerVisionLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = make_norm(config, config.hidden_size)
         self.gradient_checkpointing = False
@@ -334,7 +335,7 @@ class IGCaptionerVisionModel(IGCaptionerPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """`pixel_values` [B, channels, height, width] -> `last_hidden_state` [B, P, E], `pooler_output` [B, E]."""
-        hidden_states = self.embeddings(pixel_values)
+        hidden_states = self.pre_norm(self.embeddings(pixel_values))
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         hidden_states = self.norm(hidden_states)
