@@ -263,7 +263,8 @@ class IGCaptionerConfig(PreTrainedConfig):
         loss_reduction (`"token"` or `"sequence"`): mean over all tokens of a batch, as everywhere in transformers, or
             the mean over texts of each text's mean, as big_vision and clip-jax train.
         prior_weight (`float`): weight of log P(T) in the score; 0 ranks by likelihood, 1 by information gain.
-        tie_word_embeddings (`bool`): whether the output projection is the token embedding.
+        tie_word_embeddings (`bool`, *optional*): whether the output projection is the token embedding; by default
+            wherever the mask token lies inside the vocabulary, without which it cannot be.
     """
 
     model_type = "ig_captioner"
@@ -287,7 +288,7 @@ class IGCaptionerConfig(PreTrainedConfig):
     parallel_prediction_prob: float | int = 0.0
     loss_reduction: Literal["token", "sequence"] = "token"
     prior_weight: float | int = 1.0
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
@@ -301,6 +302,8 @@ class IGCaptionerConfig(PreTrainedConfig):
         if self.text_config.encoder_hidden_size is None:
             self.text_config = copy.deepcopy(self.text_config)
             self.text_config.encoder_hidden_size = self.vision_config.hidden_size
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = self.text_config.num_embeddings == self.text_config.vocab_size
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         kwargs.setdefault("custom_pipelines", {task: dict(impl) for task, impl in CUSTOM_PIPELINES.items()})
         super().__post_init__(**kwargs)

@@ -9,6 +9,7 @@ Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E e
 V vocabulary.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -197,6 +198,16 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
                 init.normal_(parameter, std=std)
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As in transformers. A mask token outside the vocabulary comes into a larger one; cut off, it is no more."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        text = self.config.get_text_config()
+        if (getattr(text, "mask_token_id", None) or 0) >= len(embeddings.weight):
+            warnings.warn(f"the mask token {text.mask_token_id} is cut off: no parallel prediction", stacklevel=2)
+            text.mask_token_id = None
+            self.config.parallel_prediction_prob = 0.0
+        return embeddings
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the code that `trust_remote_code=True` needs is saved along with the weights."""
