@@ -14,7 +14,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from ig_captioner import IGCaptionerForConditionalGeneration
 
-from .pretrained_encoder import MAX_DIFFERENCE, Taken, load_complete
+from .pretrained_encoder import MAX_DIFFERENCE, Taken, load_source
 from .reading import ConversionError
 
 
@@ -45,11 +45,12 @@ def load_decoder(decoder: str | Path) -> Decoder:
     model_type = AutoConfig.from_pretrained(decoder).model_type
     if model_type != GPT2Config.model_type:
         raise ConversionError(f"a decoder of type {model_type!r} cannot be used: known is 'gpt2'")
-    model = load_complete(GPT2LMHeadModel, decoder)
+    model, beside = load_source(GPT2LMHeadModel, decoder)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     names = model.state_dict().keys() - tied
     dropped = {name for name in names if any(part in name for part in IMAGE_PARTS)}
-    return Decoder(model, Taken(str(decoder), sorted(names - dropped), sorted(dropped)), text_fields(model.config))
+    taken = Taken(str(decoder), sorted(names - dropped), sorted(dropped) + beside)
+    return Decoder(model, taken, text_fields(model.config))
 
 
 def text_fields(source: GPT2Config) -> dict:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -111,17 +112,33 @@ def find_family(encoder: str | Path) -> Family:
     return FAMILIES[model_type]
 
 
-def load_complete(
-    model_class: type[PreTrainedModel], name: str | Path, dropped: tuple[str, ...] = ()
-) -> PreTrainedModel:
-    """A model as transformers runs it. Raises ConversionError if weights are missing that are not `dropped`."""
-    source, report = model_class.from_pretrained(
-        name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith(dropped))
-    if missing:
-        raise ConversionError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
-    return source.eval()
+def load_source(
+    model_class: type[PreTrainedModel], name: str | Path, optional: tuple[str, ...] = ()
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model as transformers runs it, and the names of weights beside it that are not the model's.
+
+    Args:
+        optional: prefixes of weights that may be missing.
+
+    Raises:
+        ConversionError: weights that are missing, misshapen or not finite, or a damaged file.
+        OSError: no such folder or repository, or no safetensors in it (pickles are never loaded).
+    """
+    arguments = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        source, report = model_class.from_pretrained(name, dtype=torch.float32, **arguments)
+    except SafetensorError as error:
+        raise ConversionError(f"the weights of {name} are truncated or damaged: {error}") from error
+    weights = source.state_dict()
+    wrong = {
+        "is missing": [key for key in report["missing_keys"] if not key.startswith(optional)],
+        "has the wrong shape": [key for key, *_ in report["mismatched_keys"]],
+        "is not finite": [key for key, weight in weights.items() if not bool(weight.isfinite().all())],
+    }
+    lines = [f"{key} {reason}" for reason, keys in wrong.items() for key in sorted(keys)]
+    if lines:
+        raise ConversionError(f"the weights of {name} cannot be used:\n  " + "\n  ".join(lines))
+    return source.eval(), sorted(report["unexpected_keys"])
 
 
 def vision_config(family: Family, source: PreTrainedConfig) -> IGCaptionerVisionConfig:
@@ -201,15 +218,15 @@ def load_encoder(encoder: str | Path) -> tuple[IGCaptionerVisionModel, Taken]:
         ConversionError: another kind of encoder, an incomplete one, or features that differ from the source's.
     """
     family = find_family(encoder)
-    source = load_complete(getattr(transformers, family.model), encoder, family.dropped)
+    source, beside = load_source(getattr(transformers, family.model), encoder, family.dropped)
     weights = source.state_dict()
-    dropped = sorted(name for name in weights if name.startswith(family.dropped))
+    dropped = {name for name in weights if name.startswith(family.dropped)}
     ours = IGCaptionerVisionModel._from_config(vision_config(family, source.config)).eval()
     ours.load_state_dict(translate(family, weights), strict=True)
     difference = feature_difference(family, source, ours)
     if not difference < MAX_DIFFERENCE:
         raise ConversionError(f"features differ from the source's by {difference:.1e} of the largest one")
-    return ours, Taken(str(encoder), sorted(weights.keys() - set(dropped)), dropped, difference)
+    return ours, Taken(str(encoder), sorted(weights.keys() - dropped), sorted(dropped) + beside, difference)
 
 
 def resized(ours: IGCaptionerVisionModel, image_size: tuple[int, int]) -> IGCaptionerVisionModel:

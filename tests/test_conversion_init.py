@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_conversion_tokenizer import write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -56,6 +57,7 @@ SOURCES = {
     ),
 }
 EXTRA_TOKENS = {"clip": 1, "clip_vision": 1, "clip_projection": 1, "vit": 1, "dinov2": 1, "dinov2_registers": 4}
+BESIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_")  # what is no part of the encoder
 MEANS = {"siglip": 0.5, "clip": 0.48145466, "vit": 0.5, "dinov2": 0.485}
 
 
@@ -96,8 +98,9 @@ def test_features_equal_the_source(tmp_path, tokenizer, name):
     assert_close(found.last_hidden_state[:, :16], expected)
     assert found.last_hidden_state.shape[1] == 16 + EXTRA_TOKENS.get(name, 0)
     loaded, dropped = report.encoder.loaded, report.encoder.dropped
-    assert set(loaded) | set(dropped) == set(encoder.state_dict())
-    assert all("head" in name or "pool" in name or "mask" in name for name in dropped)
+    assert set(loaded) | {name for name in dropped if not name.startswith(BESIDE)} == set(encoder.state_dict())
+    assert all(name.startswith((*BESIDE, "head.", "pooler.", "embeddings.mask_token")) for name in dropped)
+    assert any(name.startswith("text_model.") for name in dropped) == (name in ("siglip", "clip"))
     processor = load_processor(tmp_path / "out")
     assert processor.image_processor.image_mean[0] == MEANS[name.split("_")[0]]
     texts = processor(text=["a photo", "a cat!"], return_tensors="pt")
@@ -156,6 +159,53 @@ def test_what_cannot_be_used_is_refused(tmp_path, tokenizer):
     with pytest.raises(ConversionError, match="use_swiglu_ffn=True is not supported"):
         init_from_pretrained(tmp_path / "giant", tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def rewrite(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def half(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+BROKEN = {
+    "missing": (lambda weights, name: weights.pop(name), "{} is missing"),
+    "misshapen": (lambda weights, name: weights.update({name: weights[name][1:].clone()}), "{} has the wrong shape"),
+    "nan": (lambda weights, name: weights[name].view(-1)[3:4].fill_(torch.nan), "{} is not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", [*BROKEN, "truncated", "pickle"])
+@pytest.mark.parametrize("which", ["encoder", "gpt2"])
+def test_broken_sources_are_refused_and_nothing_is_written(tmp_path, which, kind):
+    save_source(tmp_path / "encoder", SOURCES["clip_vision"])
+    save_decoder(tmp_path / "gpt2")
+    name = {"encoder": "encoder.layers.1.layer_norm2.bias", "gpt2": "transformer.h.1.ln_2.bias"}[which]
+    message = {"truncated": "truncated or damaged", "pickle": "no file named model.safetensors"}.get(kind)
+    if kind in BROKEN:
+        change, message = BROKEN[kind]
+        rewrite(tmp_path / which, lambda weights: change(weights, name))
+    else:
+        {"truncated": half, "pickle": pickled}[kind](tmp_path / which)
+    with pytest.raises((ConversionError, OSError), match=message.format(name)):
+        init_from_pretrained(tmp_path / "encoder", None, tmp_path / "out", decoder=tmp_path / "gpt2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "gpt2"]
+
+
+def test_weights_that_are_no_part_of_the_source_are_named(tmp_path, tokenizer):
+    save_source(tmp_path / "source", SOURCES["vit"])
+    rewrite(tmp_path / "source", lambda weights: weights.update({"classifier.bias": torch.ones(3)}))
+    report = init_from_pretrained(tmp_path / "source", tokenizer, tmp_path / "out", text_config=TEXT)
+    assert "classifier.bias" in report.encoder.dropped
 
 
 def test_wrong_features_are_noticed(tmp_path, tokenizer, monkeypatch):
