@@ -1,4 +1,9 @@
-"""Converted captioners at work: scores through the pipeline as pair by pair, captions with and without a cache."""
+"""Converted captioners at work: scores through the pipeline as pair by pair, captions, and tuning by the recipe."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -13,8 +18,11 @@ from transformers import pipeline
 from conversion import convert_big_vision, convert_clip_jax
 from ig_captioner import IGCaptionerForConditionalGeneration, IGZeroShotImageClassificationPipeline
 from ig_captioner.hub import load_model, load_processor
+from training.config import load_config
+from training.train import train
 
 
+IG_TUNE = Path(__file__).parent.parent / "training" / "configs" / "ig_tune.yaml"
 LABELS = ["a photo", "cat", "a cat a photo"]
 CLIP_JAX = {
     "clip_jax": {},
@@ -95,3 +103,29 @@ def test_a_cache_changes_no_caption(tmp_path, name, beams):
     assert bool((cached.sequences[:, 0] == model.config.decoder_start_token_id).all())
     for one, other in zip(cached.logits, uncached.logits, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["big_vision", "clip_jax"])
+def test_the_recipe_tunes_the_decoder_of_a_converted_model(tmp_path, name):
+    convert(tmp_path, name)
+    with tarfile.open(tmp_path / "captions-0.tar", "w") as archive:
+        for index in range(12):
+            photo = io.BytesIO()
+            PIL.Image.new("RGB", (8, 8), (20 * index, 0, 0)).save(photo, "PNG")
+            for suffix, content in (("png", photo.getvalue()), ("txt", LABELS[index % 3].encode())):
+                entry = tarfile.TarInfo(f"{index}.{suffix}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    paths = {"init_from": "out", "tokenizer": "out", "output_dir": "tuned"}
+    small = {"data.max_length": 8, "data.num_workers": 0, "batch_size": 8, "max_steps": 2, "evaluation.every_steps": 0}
+    small |= {"micro_batches": 1, "log_every_steps": 1, "data.sources.captions.holdout_fraction": 0}
+    overrides = {"data_root": tmp_path, **{key: tmp_path / folder for key, folder in paths.items()}, **small}
+    final = train(load_config(IG_TUNE, [part for key, value in overrides.items() for part in (f"--{key}", str(value))]))
+    before, after = (load_model(IGCaptionerForConditionalGeneration, folder) for folder in (tmp_path / "out", final))
+    assert after.config.to_dict()["text_config"] == before.config.to_dict()["text_config"]
+    for key, weight in after.state_dict().items():
+        assert torch.equal(weight, before.state_dict()[key]) == ("vision_model" in key), key
+    rows = [json.loads(line) for line in (tmp_path / "tuned" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and all(np.isfinite(row["unconditional_loss"]) for row in rows)
+    ids = [load_processor(folder).tokenizer("a cat")["input_ids"] for folder in (tmp_path / "out", final)]
+    assert ids[0] == ids[1]
