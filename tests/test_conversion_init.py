@@ -1,5 +1,7 @@
 """Captioners that start from models of transformers: features and logits as the sources', on tiny random models."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -112,6 +114,8 @@ def test_features_equal_the_source(tmp_path, tokenizer, name):
 def test_another_image_size_and_the_command(tmp_path, tokenizer, capsys):
     save_source(tmp_path / "source", SOURCES["dinov2"])
     (tmp_path / "text.json").write_text('{"hidden_size": 16, "num_attention_heads": 2, "fusion": "cross_attention"}')
+    pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2, "do_center_crop": True}
+    (tmp_path / "source" / "preprocessor_config.json").write_text(json.dumps(pixels))
     arguments = ["--encoder", str(tmp_path / "source"), "--tokenizer", str(tokenizer), "--image_size", "8", "24"]
     arguments += ["--output_dir", str(tmp_path / "out"), "--text_config", str(tmp_path / "text.json")]
     script.main(arguments)
@@ -120,7 +124,10 @@ def test_another_image_size_and_the_command(tmp_path, tokenizer, capsys):
     model = load_model(IGCaptionerForConditionalGeneration, tmp_path / "out")
     assert model.config.vision_config.grid_size == (2, 6) and model.config.text_config.fusion == "cross_attention"
     processor = load_processor(tmp_path / "out")
-    assert dict(processor.image_processor.size) == {"height": 8, "width": 24}
+    image_processor = processor.image_processor
+    assert dict(image_processor.size) == {"height": 8, "width": 24} and not image_processor.do_center_crop
+    assert [image_processor.image_mean, image_processor.image_std] == [pixels["image_mean"], pixels["image_std"]]
+    assert image_processor.resample == 2
     assert processor.tokenizer.model_max_length == 64
     assert "has to be trained" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(SystemExit, match="--overwrite"):
