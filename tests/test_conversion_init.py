@@ -126,8 +126,8 @@ def test_another_image_size_and_the_command(tmp_path, tokenizer, capsys):
     processor = load_processor(tmp_path / "out")
     image_processor = processor.image_processor
     assert dict(image_processor.size) == {"height": 8, "width": 24} and not image_processor.do_center_crop
-    assert [image_processor.image_mean, image_processor.image_std] == [pixels["image_mean"], pixels["image_std"]]
-    assert image_processor.resample == 2
+    assert list(image_processor.image_mean) == pixels["image_mean"] and image_processor.resample == 2
+    assert list(image_processor.image_std) == pixels["image_std"]
     assert processor.tokenizer.model_max_length == 64
     assert "has to be trained" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(SystemExit, match="--overwrite"):
