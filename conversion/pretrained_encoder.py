@@ -86,7 +86,8 @@ VIT = Family(
     ("pooler.", "embeddings.mask_token"),
     "embeddings.cls_token",
 )
-DINO_BLOCK = {"norm1": "self_attn_norm", "norm2": "mlp_norm", **ATTENTION, **MLP}
+SWIGLU = {f"mlp.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+DINO_BLOCK = {"norm1": "self_attn_norm", "norm2": "mlp_norm", **ATTENTION, **MLP, **SWIGLU}
 DINO_PARTS = ("encoder.layer", DINO_BLOCK, PATCHES, "embeddings.position_embeddings", IMAGENET)
 DINO_TOKENS = (("embeddings.mask_token",), "embeddings.cls_token")
 REGISTERS = "embeddings.register_tokens"
@@ -143,10 +144,12 @@ def load_source(
 
 def vision_config(family: Family, source: PreTrainedConfig) -> IGCaptionerVisionConfig:
     """Our encoder with the source's architecture."""
-    for name, wanted in (("use_swiglu_ffn", False), ("qkv_bias", True)):
-        if getattr(source, name, wanted) != wanted:
-            raise ConversionError(f"an encoder with {name}={not wanted} is not supported")
+    if not getattr(source, "qkv_bias", True):
+        raise ConversionError("an encoder with qkv_bias=False is not supported")
     inner = getattr(source, "intermediate_size", None) or int(source.hidden_size * source.mlp_ratio)
+    gated = getattr(source, "use_swiglu_ffn", False)
+    if gated:  # DINOv2's giants keep two thirds, rounded up to a multiple of 8
+        inner = (int(inner * 2 / 3) + 7) // 8 * 8
     return IGCaptionerVisionConfig(
         hidden_size=source.hidden_size,
         intermediate_size=inner,
@@ -155,7 +158,8 @@ def vision_config(family: Family, source: PreTrainedConfig) -> IGCaptionerVision
         num_channels=source.num_channels,
         image_size=source.image_size,
         patch_size=source.patch_size,
-        hidden_act=source.hidden_act,
+        hidden_act="silu" if gated else source.hidden_act,
+        gated_mlp=gated,
         norm_eps=source.layer_norm_eps,
         num_register_tokens=bool(family.class_token) + (getattr(source, "num_register_tokens", None) or 0),
         **family.fields,
@@ -180,7 +184,8 @@ def translate(family: Family, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fold_layer_scale(weights: dict[str, Tensor]) -> None:
-    for scale, projection in (("layer_scale1.lambda1", "attention.o_proj"), ("layer_scale2.lambda1", "mlp.fc2")):
+    last = "mlp.down_proj" if any(".mlp.down_proj." in name for name in weights) else "mlp.fc2"
+    for scale, projection in (("layer_scale1.lambda1", "attention.o_proj"), ("layer_scale2.lambda1", last)):
         for name in [name for name in weights if name.endswith(scale)]:
             factor, target = weights.pop(name), name.replace(scale, projection)
             weights[f"{target}.weight"] = weights[f"{target}.weight"] * factor[:, None]

@@ -54,11 +54,13 @@ SOURCES = {
     "clip": lambda: CLIPModel(CLIPConfig(**BOTH)),
     "vit": lambda: ViTModel(ViTConfig(**MLP)),
     "dinov2": lambda: Dinov2Model(Dinov2Config(**SIZES, mlp_ratio=2)),
+    "dinov2_giant": lambda: Dinov2Model(Dinov2Config(**SIZES, mlp_ratio=3, use_swiglu_ffn=True)),
     "dinov2_registers": lambda: Dinov2WithRegistersModel(
         Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, num_register_tokens=3)
     ),
 }
-EXTRA_TOKENS = {"clip": 1, "clip_vision": 1, "clip_projection": 1, "vit": 1, "dinov2": 1, "dinov2_registers": 4}
+EXTRA_TOKENS = {"clip": 1, "clip_vision": 1, "clip_projection": 1, "vit": 1, "dinov2": 1}
+EXTRA_TOKENS |= {"dinov2_giant": 1, "dinov2_registers": 4}
 BESIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_")  # what is no part of the encoder
 MEANS = {"siglip": 0.5, "clip": 0.48145466, "vit": 0.5, "dinov2": 0.485}
 
@@ -162,9 +164,9 @@ def test_what_cannot_be_used_is_refused(tmp_path, tokenizer):
     OPTConfig().save_pretrained(tmp_path / "opt")
     with pytest.raises(ConversionError, match="an encoder of type 'opt' cannot be used: known are siglip, "):
         init_from_pretrained(tmp_path / "opt", tokenizer, tmp_path / "out")
-    Dinov2Model(Dinov2Config(**SIZES, use_swiglu_ffn=True)).save_pretrained(tmp_path / "giant")
-    with pytest.raises(ConversionError, match="use_swiglu_ffn=True is not supported"):
-        init_from_pretrained(tmp_path / "giant", tokenizer, tmp_path / "out")
+    Dinov2Model(Dinov2Config(**SIZES, qkv_bias=False)).save_pretrained(tmp_path / "dinov2")
+    with pytest.raises(ConversionError, match="qkv_bias=False is not supported"):
+        init_from_pretrained(tmp_path / "dinov2", tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
