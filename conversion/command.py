@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ig_captioner import IGCaptionerConfig, IGCaptionerImageProcessor, IGCaptionerProcessor
 from ig_captioner.hub import check_target, load_processor, new_folder
 
 from .key_map_big_vision import Placement
-from .reading import Checkpoint
+from .reading import Checkpoint, ConversionError
 from .verification import check, measure, read_reference
 from .writing import build_model, push, save_and_reload, write_card
 
@@ -54,6 +55,30 @@ class Plan:
             )
             lines.append(f"{placement.leaf} {leaf.shape} {leaf.dtype} -> {weights}")
         return "\n".join(lines)
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    placements: list[Placement],
+    config: IGCaptionerConfig,
+    image_processor: IGCaptionerImageProcessor,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    notes: list[str],
+    facts: dict[str, str],
+    constants: dict[str, np.ndarray],
+) -> Plan:
+    """What all converters end their planning with. Raises ConversionError if there are more tokens than embeddings."""
+    if checkpoint.skipped:
+        notes = [*notes, f"{len(checkpoint.skipped)} leaves are not of this model: {checkpoint.skipped[0]}, ..."]
+    if tokenizer is None:
+        notes = [*notes, "no --tokenizer was given: the folder will score token ids, not texts"]
+        return Plan(checkpoint, placements, config, image_processor, notes, facts, constants)
+    vocab_size = config.text_config.vocab_size
+    if len(tokenizer) > vocab_size:
+        raise ConversionError(f"the tokenizer has {len(tokenizer)} tokens, but the checkpoint {vocab_size}")
+    processor = IGCaptionerProcessor(image_processor, tokenizer)
+    return Plan(checkpoint, placements, config, processor, notes, facts, constants)
 
 
 @dataclass

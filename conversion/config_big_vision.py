@@ -263,6 +263,7 @@ def _check_exportable(config: IGCaptionerConfig) -> None:
         "text_config.pad_token_id": (text.pad_token_id, PAD),
         "tie_word_embeddings": (config.tie_word_embeddings, False),
         "vision_config.num_register_tokens": (vision.num_register_tokens, 0),
+        "vision_config.pre_norm": (vision.pre_norm, False),
     }
     for name, part in (("vision_config", vision), ("text_config", text)):
         fixed = {"norm": "layernorm", "norm_eps": NORM_EPS, "hidden_act": "gelu_pytorch_tanh", "gated_mlp": False}

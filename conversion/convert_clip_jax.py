@@ -9,9 +9,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ig_captioner import IGCaptionerImageProcessor, IGCaptionerProcessor
+from ig_captioner import IGCaptionerImageProcessor
 
-from .command import Plan, Report, convert_with, main_with
+from .command import Plan, Report, convert_with, main_with, make_plan
 from .config_clip_jax import TOKENS, build_config, cross_check, find_grid, find_structure, read_config
 from .key_map_big_vision import find_sizes
 from .key_map_clip_jax import check_family, constants, placements, split_unused
@@ -49,8 +49,6 @@ def read_tokenizer(path: str | Path, text: dict) -> PreTrainedTokenizerBase:
         raise ConversionError(
             f"eos_token_id is {text['eos_token_id']} in the config, but {tokenizer.eos_token_id} in {path}"
         )
-    if len(tokenizer) > text["vocab_size"]:
-        raise ConversionError(f"{path} has {len(tokenizer)} tokens, but the checkpoint {text['vocab_size']}")
     return tokenizer
 
 
@@ -73,9 +71,7 @@ def plan(
     text, side = upstream["text"], upstream["vision"]["image_size"]
     size = image_size or (side, side)
     model_config = build_config(upstream, structure, sizes, find_grid(upstream, sizes, size))
-    processor = IGCaptionerImageProcessor(size={"height": size[0], "width": size[1]})
-    if tokenizer is not None:
-        processor = IGCaptionerProcessor(processor, read_tokenizer(tokenizer, text))
+    image_processor = IGCaptionerImageProcessor(size={"height": size[0], "width": size[1]})
     facts = {
         "code of the source": f"[clip-jax]({UPSTREAM}) (Apache-2.0)",
         "token ids": ", ".join(f"{name[:-9]} {text[name]}" for name in TOKENS),
@@ -83,13 +79,11 @@ def plan(
     notes = [f"the configuration is {file}", *(f"{name} in it was not checked" for name in unknown)]
     if unused:
         notes.append(f"{' and '.join(unused)} belong to a contrastive loss that a captioner does not have: left out")
-    if opened.skipped:
-        notes.append(f"{len(opened.skipped)} leaves are not of this model: {opened.skipped[0]}, ...")
-    if tokenizer is None:
-        notes.append("no --tokenizer was given: the folder will score token ids, not texts")
     if text["mlp_dropout_rate"] or upstream["vision"]["mlp_dropout_rate"]:
         notes.append("mlp_dropout_rate is left out: here dropout stands behind each sub-layer, not within the MLP")
-    return Plan(opened, table, model_config, processor, notes, facts, constants(structure, sizes))
+    text_tokenizer = None if tokenizer is None else read_tokenizer(tokenizer, text)
+    parts = (opened, table, model_config, image_processor, text_tokenizer)
+    return make_plan(*parts, notes=notes, facts=facts, constants=constants(structure, sizes))
 
 
 def convert(checkpoint: str | Path, output_dir: str | Path, **options) -> Report:

@@ -1,11 +1,11 @@
-"""Starts a captioner from a public image encoder; its text decoder is new and has to be trained.
+"""Starts a captioner from a public image encoder and, if you like, a public language model as its decoder.
 
-    python -m conversion.init_from_pretrained --encoder google/siglip-base-patch16-224 --tokenizer DIR --output_dir out
+    python -m conversion.init_from_pretrained --encoder google/siglip-base-patch16-224 \\
+        --decoder openai-community/gpt2 --output_dir out
 
-Encoders: transformers' SigLIP and SigLIP 2 (fixed resolution), ViT, and DINOv2 with or without registers. What they
-have and this package's encoder has not is rewritten so that the features of the patches stay the same: a class token
-becomes one more register token with its position added (attention does not mind the order of tokens), and DINOv2's
-layer scale is multiplied into the projections before it. CLIP needs a norm in front of the blocks, which is missing.
+Encoders: transformers' SigLIP and SigLIP 2 (fixed resolution), CLIP, ViT, and DINOv2 with or without registers
+(`pretrained_encoder.py`). Decoders: GPT-2 (`pretrained_decoder.py`), or a new one. The result has to be trained, as
+nothing in it has learnt to read images into texts.
 """
 
 import argparse
@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
-from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
 from ig_captioner import (
     IGCaptionerConfig,
@@ -25,271 +23,179 @@ from ig_captioner import (
     IGCaptionerImageProcessor,
     IGCaptionerProcessor,
     IGCaptionerVisionConfig,
-    IGCaptionerVisionModel,
 )
 from ig_captioner.configuration_ig_captioner import as_height_width
-from ig_captioner.hub import check_target, new_folder
+from ig_captioner.hub import check_target, load_processor, new_folder
 
+from .pretrained_decoder import Decoder, fill_decoder, load_decoder, merge_fields
+from .pretrained_encoder import Taken, find_family, load_encoder, resized
 from .reading import ConversionError
-from .writing import save_and_reload, write_card
+from .tokenizer import load_for_decoder
+from .writing import generation_config, save_and_reload, write_card
 
 
-@dataclass(frozen=True)
-class Family:
-    """How transformers names the parts of an encoder. Modules are source -> ours; `dropped` are prefixes."""
-
-    model: str
-    blocks: str
-    block: dict[str, str]
-    modules: dict[str, str]
-    positions: str
-    mean_std: tuple[tuple[float, ...], tuple[float, ...]]
-    dropped: tuple[str, ...] = ()
-
-
-MLP = {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
-HALVES = ((0.5,) * 3, (0.5,) * 3)
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-SIGLIP_BLOCK = {"layer_norm1": "self_attn_norm", "layer_norm2": "mlp_norm", "self_attn.out_proj": "self_attn.o_proj"}
-SIGLIP_BLOCK |= {f"self_attn.{name}_proj": f"self_attn.{name}_proj" for name in "qkv"}
-ATTENTION = {f"attention.{name}_proj": f"self_attn.{name}_proj" for name in "qkvo"}
-PATCHES = {"embeddings.patch_embeddings.projection": "embeddings.projection", "layernorm": "norm"}
-SIGLIP = Family(
-    "SiglipVisionModel",
-    "encoder.layers",
-    {**SIGLIP_BLOCK, **MLP},
-    {"embeddings.patch_embedding": "embeddings.projection", "post_layernorm": "norm"},
-    "embeddings.position_embedding.weight",
-    HALVES,
-    ("head.",),
-)
-VIT = Family(
-    "ViTModel",
-    "layers",
-    {"layernorm_before": "self_attn_norm", "layernorm_after": "mlp_norm", **ATTENTION, **MLP},
-    PATCHES,
-    "embeddings.position_embeddings",
-    HALVES,
-    ("pooler.", "embeddings.mask_token"),
-)
-DINO_BLOCK = {"norm1": "self_attn_norm", "norm2": "mlp_norm", **ATTENTION, **MLP}
-DINO_DROPPED = ("embeddings.mask_token",)
-DINO_PARTS = ("encoder.layer", DINO_BLOCK, PATCHES, "embeddings.position_embeddings", IMAGENET, DINO_DROPPED)
-FAMILIES = {
-    "siglip": SIGLIP,
-    "siglip_vision_model": SIGLIP,
-    "vit": VIT,
-    "dinov2": Family("Dinov2Model", *DINO_PARTS),
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel", *DINO_PARTS),
-}
-REFUSED = {
-    "siglip2": "its NaFlex patches are cut and placed differently (fixed-resolution SigLIP 2 works)",
-    "siglip2_vision_model": "its NaFlex patches are cut and placed differently (fixed-resolution SigLIP 2 works)",
-    "clip": "it has a norm in front of its blocks, which this package's encoder has not",
-    "clip_vision_model": "it has a norm in front of its blocks, which this package's encoder has not",
-}
-
-
-SUMMARY = "The image encoder comes from elsewhere; the decoder is random and has to be trained."
+SUMMARY = "Parts of these weights come from elsewhere; the whole has to be trained before it can describe images."
 
 
 @dataclass
 class Report:
-    """loaded and dropped: names in the source. difference: of features, relative to the largest one."""
+    """What was taken from where. new: names of our weights that are random."""
 
     directory: Path
-    loaded: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    difference: float = 0.0
+    encoder: Taken
+    decoder: Taken | None = None
+    new: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def load_source(encoder: str | Path) -> tuple[Family, PreTrainedModel]:
-    """The encoder as transformers runs it. Raises ConversionError if it is of no known family, or incomplete."""
-    model_type = AutoConfig.from_pretrained(encoder).model_type
-    if model_type not in FAMILIES:
-        reason = REFUSED.get(model_type, f"known are {', '.join(FAMILIES)}")
-        raise ConversionError(f"an encoder of type {model_type!r} cannot be used: {reason}")
-    family = FAMILIES[model_type]
-    source, report = getattr(transformers, family.model).from_pretrained(
-        encoder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
-    if missing := [name for name in report["missing_keys"] if not name.startswith(family.dropped)]:
-        raise ConversionError(f"{encoder} lacks {len(missing)} weights, such as {sorted(missing)[0]}")
-    return family, source.eval()
-
-
-def vision_config(source: PreTrainedConfig) -> IGCaptionerVisionConfig:
-    """Our encoder with the source's architecture."""
-    for name, wanted in (("use_swiglu_ffn", False), ("qkv_bias", True)):
-        if getattr(source, name, wanted) != wanted:
-            raise ConversionError(f"an encoder with {name}={not wanted} is not supported")
-    inner = getattr(source, "intermediate_size", None) or int(source.hidden_size * source.mlp_ratio)
-    has_class_token = not source.model_type.startswith("siglip")
-    return IGCaptionerVisionConfig(
-        hidden_size=source.hidden_size,
-        intermediate_size=inner,
-        num_hidden_layers=source.num_hidden_layers,
-        num_attention_heads=source.num_attention_heads,
-        num_channels=source.num_channels,
-        image_size=source.image_size,
-        patch_size=source.patch_size,
-        hidden_act=source.hidden_act,
-        norm_eps=source.layer_norm_eps,
-        num_register_tokens=has_class_token + (getattr(source, "num_register_tokens", None) or 0),
-    )
-
-
-def translate(family: Family, weights: dict[str, Tensor], report: Report) -> dict[str, Tensor]:
-    """Our encoder's weights. Raises ConversionError for a weight that is neither used nor known to be dropped."""
-    weights = dict(weights)
-    report.dropped = sorted(name for name in weights if name.startswith(family.dropped))
-    report.loaded = sorted(weights.keys() - set(report.dropped))
-    for name in report.dropped:
-        del weights[name]
-    _fold_layer_scale(weights)
-    positions = weights.pop(family.positions)
-    ours = {"embeddings.position_embedding": positions}
-    if (class_token := weights.pop("embeddings.cls_token", None)) is not None:
-        registers = weights.pop("embeddings.register_tokens", class_token[:, :0])
-        ours["embeddings.register_tokens"] = torch.cat([class_token[0] + positions[0, :1], registers[0]])
-        ours["embeddings.position_embedding"] = positions[0, 1:]
-    for name, weight in weights.items():
-        ours[_our_name(family, name)] = weight
-    return ours
-
-
-def _fold_layer_scale(weights: dict[str, Tensor]) -> None:
-    for scale, projection in (("layer_scale1.lambda1", "attention.o_proj"), ("layer_scale2.lambda1", "mlp.fc2")):
-        for name in [name for name in weights if name.endswith(scale)]:
-            factor, target = weights.pop(name), name.replace(scale, projection)
-            weights[f"{target}.weight"] = weights[f"{target}.weight"] * factor[:, None]
-            weights[f"{target}.bias"] = weights[f"{target}.bias"] * factor
-
-
-def _our_name(family: Family, name: str) -> str:
-    module, _, kind = name.rpartition(".")
-    if module in family.modules:
-        return f"{family.modules[module]}.{kind}"
-    if module.startswith(f"{family.blocks}."):
-        number, _, part = module.removeprefix(f"{family.blocks}.").partition(".")
-        if part in family.block:
-            return f"layers.{number}.{family.block[part]}.{kind}"
-    raise ConversionError(f"the source's weight {name} has no place in this package's encoder")
-
-
-@torch.no_grad()
-def feature_difference(source: PreTrainedModel, ours: IGCaptionerVisionModel) -> float:
-    """Largest difference of patch features on noise images, relative to the largest feature."""
-    size = as_height_width(ours.config.image_size, "image_size")
-    images = torch.randn(2, ours.config.num_channels, *size, generator=torch.Generator().manual_seed(0))
-    patches = ours.config.grid_size[0] * ours.config.grid_size[1]
-    expected = source(pixel_values=images).last_hidden_state[:, -patches:]
-    found = ours(pixel_values=images).last_hidden_state[:, :patches]
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def resized(ours: IGCaptionerVisionModel, image_size: tuple[int, int]) -> IGCaptionerVisionModel:
-    """The encoder with its positions resampled (linearly, corners aligned) for another image size."""
-    config = IGCaptionerVisionConfig(**{**ours.config.to_dict(), "image_size": list(image_size)})
-    weights = ours.state_dict()
-    weights["embeddings.position_embedding"] = ours.embeddings.positions(config.grid_size).detach()
-    larger = IGCaptionerVisionModel._from_config(config)
-    larger.load_state_dict(weights, strict=True)
-    return larger
-
-
-def make_processor(encoder: str | Path, family: Family, tokenizer, image_size: tuple[int, int]) -> IGCaptionerProcessor:
+def make_processor(encoder: str | Path, tokenizer, image_size: tuple[int, int]) -> IGCaptionerProcessor:
     """The source's mean, deviation and interpolation, and a straight resize without cropping."""
     try:
         source, _ = IGCaptionerImageProcessor.get_image_processor_dict(encoder)
     except OSError:
         source = {}
-    mean, std = source.get("image_mean") or family.mean_std[0], source.get("image_std") or family.mean_std[1]
+    mean, std = find_family(encoder).mean_std
     height, width = image_size
     image_processor = IGCaptionerImageProcessor(
         size={"height": height, "width": width},
         resample=source.get("resample", IGCaptionerImageProcessor.resample),
-        image_mean=list(mean),
-        image_std=list(std),
+        image_mean=list(source.get("image_mean") or mean),
+        image_std=list(source.get("image_std") or std),
     )
     return IGCaptionerProcessor(image_processor, tokenizer)
 
 
-def make_config(vision: IGCaptionerVisionConfig, tokenizer, text: dict) -> IGCaptionerConfig:
-    """A configuration whose special tokens are the tokenizer's; `text` are fields of the text configuration."""
+def make_config(
+    vision: IGCaptionerVisionConfig, tokenizer: PreTrainedTokenizerBase, text: dict, tied: bool
+) -> IGCaptionerConfig:
+    """A configuration whose special tokens are the tokenizer's; `text` are fields of the text configuration.
+
+    Raises:
+        ConversionError: more tokens than the decoder has embeddings for.
+    """
     start = tokenizer.pad_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")}
     fields = {"vocab_size": len(tokenizer), "decoder_start_token_id": start, **ids, **text}
-    return IGCaptionerConfig(vision_config=vision, text_config=fields, tie_word_embeddings=not fields.get("head_bias"))
+    if len(tokenizer) > fields["vocab_size"]:
+        raise ConversionError(f"the tokenizer has {len(tokenizer)} tokens, but the decoder {fields['vocab_size']}")
+    return IGCaptionerConfig(vision_config=vision, text_config=fields, tie_word_embeddings=tied)
+
+
+def build_model(config: IGCaptionerConfig, encoder, decoder: Decoder | None, report: Report, seed: int):
+    """A captioner with the weights of `encoder` and, if there is one, of `decoder`."""
+    torch.manual_seed(seed)
+    model = IGCaptionerForConditionalGeneration(config).eval()
+    model.model.vision_model.load_state_dict(encoder.state_dict(), strict=True)
+    report.new = [name for name in model.state_dict() if not name.startswith("model.vision_model.")]
+    if decoder is not None:
+        report.new, report.decoder = fill_decoder(model, decoder), decoder.taken
+    model.generation_config = generation_config(config.text_config)
+    return model
 
 
 def init_from_pretrained(
     encoder: str | Path,
-    tokenizer: str | Path,
+    tokenizer: str | Path | None,
     output_dir: str | Path,
     *,
+    decoder: str | Path | None = None,
     text_config: dict | None = None,
     image_size: tuple[int, int] | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> Report:
-    """Writes a captioner with the source's encoder and a random decoder; arguments as on the command line.
+    """Writes a captioner with the sources' weights, and random ones for what they do not have.
+
+    Arguments are as on the command line; without a `tokenizer`, the decoder's is taken.
 
     Raises:
-        ConversionError: another kind of encoder, or features that differ from the source's; nothing is left then.
+        ConversionError: a source of another kind, or one that computes something else here; nothing is left then.
         OSError: reading or writing failed.
     """
-    report = Report(Path(output_dir).expanduser().resolve())
-    check_target(report.directory, overwrite)
-    family, source = load_source(encoder)
-    ours = IGCaptionerVisionModel._from_config(vision_config(source.config)).eval()
-    ours.load_state_dict(translate(family, source.state_dict(), report), strict=True)
-    report.difference = feature_difference(source, ours)
-    if not report.difference < 1e-3:
-        raise ConversionError(f"features differ from the source's by {report.difference:.1e} of the largest one")
+    if tokenizer is None and decoder is None:
+        raise ConversionError("a new decoder needs a tokenizer (--tokenizer)")
+    directory, text = Path(output_dir).expanduser().resolve(), text_config or {}
+    check_target(directory, overwrite)
+    ours, taken = load_encoder(encoder)
+    report = Report(directory, taken)
     native = as_height_width(ours.config.image_size, "image_size")
     if image_size not in (None, native):
         ours = resized(ours, image_size)
         report.notes.append(f"positions were resampled from images of {native} to {image_size} pixels")
-    text_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    config = make_config(ours.config, text_tokenizer, text_config or {})
+    source = None if decoder is None else load_decoder(decoder)
+    tied = not text.get("head_bias")
+    if source is not None:
+        text, tied = merge_fields(source.fields, text), source.model.config.tie_word_embeddings
+    text_tokenizer = load_for_decoder(decoder if tokenizer is None else tokenizer)
+    config = make_config(ours.config, text_tokenizer, text, tied)
     text_tokenizer.model_max_length = config.text_config.max_position_embeddings
-    processor = make_processor(encoder, family, text_tokenizer, image_size or native)
-    torch.manual_seed(seed)
-    model = IGCaptionerForConditionalGeneration(config)
-    model.model.vision_model.load_state_dict(ours.state_dict(), strict=True)
-    facts = {"encoder": f"`{encoder}`, {len(report.loaded)} tensors", "decoder": "new, not trained"}
-    with new_folder(report.directory) as folder:
+    processor = make_processor(encoder, text_tokenizer, image_size or native)
+    model = build_model(config, ours, source, report, seed)
+    with new_folder(directory) as folder:
         model = save_and_reload(model, folder, None)
         processor.save_pretrained(folder)
-        write_card(folder, model, report.directory.name, None, SUMMARY, facts)
+        load_processor(folder)
+        write_card(folder, model, directory.name, None, SUMMARY, _facts(report))
     return report
 
 
-def main(arguments: list[str] | None = None) -> None:
+def _facts(report: Report) -> dict[str, str]:
+    """What the card tells about the sources."""
+    decoder = report.decoder
+    return {
+        "encoder": f"`{report.encoder.source}`, {len(report.encoder.loaded)} tensors",
+        "decoder": f"`{decoder.source}`, {len(decoder.loaded)} tensors" if decoder else "new, not trained",
+        "new tensors": str(len(report.new)),
+    }
+
+
+def print_report(report: Report) -> None:
+    parts = (("encoder", "features", report.encoder), ("decoder", "logits without an image", report.decoder))
+    for name, outputs, part in parts:
+        if part is not None:
+            difference = f"largest difference of {outputs} {part.difference:.1e}"
+            print(f"loaded {len(part.loaded)} tensors of the {name} {part.source}; {difference}")
+            for dropped in part.dropped:
+                print(f"dropped {dropped}")
+    for note in report.notes:
+        print(note)
+    print(f"new, random: {len(report.new)} tensors")
+    for name in report.new if report.decoder is not None else ["the whole decoder"]:
+        print(f"  {name}")
+    print(f"now train {report.directory}")
+
+
+def parse_arguments(arguments: list[str] | None) -> dict:
+    """Arguments of [`init_from_pretrained`]."""
     parser = argparse.ArgumentParser(
         prog="python -m conversion.init_from_pretrained", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--encoder", required=True, help="folder, or repository on the Hub")
-    parser.add_argument("--tokenizer", required=True, help="folder or repository; EOS behind every text, no BOS")
-    parser.add_argument("--output_dir", required=True, type=Path, help="the folder to write")
-    parser.add_argument("--text_config", type=Path, help="JSON of fields of IGCaptionerTextConfig (default: CapPa's)")
-    parser.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"), help="pixels, if not the source's")
-    parser.add_argument("--seed", type=int, default=0, help="of the decoder's random weights (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier model in --output_dir")
+    add = parser.add_argument
+    add("--encoder", required=True, help="folder, or repository on the Hub")
+    add("--decoder", help="folder or repository of a GPT-2 (default: a new decoder)")
+    add("--tokenizer", help="folder or repository (default: the decoder's)")
+    add("--output_dir", required=True, type=Path, help="the folder to write")
+    add("--text_config", type=Path, help="JSON of fields of IGCaptionerTextConfig (default: CapPa's)")
+    add("--fusion", choices=("prefix", "cross_attention"), help="how the decoder reads the image (default: prefix)")
+    add("--num_text_only_layers", type=int, metavar="N", help="lower layers that never see the image (default: 0)")
+    add("--image_size", type=int, nargs=2, metavar=("H", "W"), help="pixels, if not the source's")
+    add("--seed", type=int, default=0, help="of the random weights (default: 0)")
+    add("--overwrite", action="store_true", help="replace an earlier model in --output_dir")
     options = vars(parser.parse_args(arguments))
+    file = options.pop("text_config")
+    text = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    stated = {name: options.pop(name) for name in ("fusion", "num_text_only_layers")}
+    options["text_config"] = text | {name: value for name, value in stated.items() if value is not None}
+    options["image_size"] = tuple(options["image_size"]) if options["image_size"] else None
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
     try:
-        if options["text_config"]:
-            options["text_config"] = json.loads(options["text_config"].read_text(encoding="utf-8"))
-        options["image_size"] = tuple(options["image_size"]) if options["image_size"] else None
-        report = init_from_pretrained(**options)
+        report = init_from_pretrained(**parse_arguments(arguments))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"loaded {len(report.loaded)} tensors of the encoder; largest difference of features {report.difference:.1e}")
-    for note in [f"dropped {name}" for name in report.dropped] + report.notes:
-        print(note)
-    print(f"the decoder is new: train {report.directory}")
+    print_report(report)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ig_captioner.processing_ig_captioner import gives_scored_form
 
 from .reading import ConversionError
 
@@ -148,13 +150,35 @@ def load_tokenizer(
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, eos_id)])
+    tokenizer.post_processor = _eos_last(eos, eos_id)
     known = {} if tokenizer.token_to_id(unknown) is None else {"unk_token": unknown}
     if bos_token_id is not None:
         known["bos_token"] = tokenizer.id_to_token(bos_token_id)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, model_max_length=max_length, **known
     )
+
+
+def _eos_last(eos: str, eos_id: int) -> processors.PostProcessor:
+    return processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, eos_id)])
+
+
+def load_for_decoder(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model in scored form; where none is named, padding is the EOS token (GPT-2).
+
+    Raises:
+        ConversionError: no EOS token, or no way to put it behind every text.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise ConversionError(f"the tokenizer of {path} names no EOS token, which has to end every text")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not gives_scored_form(tokenizer):
+        if not tokenizer.is_fast:
+            raise ConversionError(f"the tokenizer of {path} adds no EOS token, and only a fast one can be taught to")
+        tokenizer.backend_tokenizer.post_processor = _eos_last(tokenizer.eos_token, tokenizer.eos_token_id)
+    return tokenizer
 
 
 def _open_tokenizer(file: Path) -> tuple[Tokenizer, dict[str, str]]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration
+from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration, IGCaptionerTextConfig
 from ig_captioner.hub import CARD_FILE, fill_card, load_model
 
 from .reading import ConversionError
@@ -43,14 +43,17 @@ def build_model(
     if wrong:
         raise ConversionError("checkpoint and model do not match:\n  " + "\n  ".join(wrong))
     model.load_state_dict(filled, strict=True, assign=True)
-    text = config.text_config
-    model.generation_config = GenerationConfig(
+    model.generation_config = generation_config(config.text_config)
+    return model.eval()
+
+
+def generation_config(text: IGCaptionerTextConfig) -> GenerationConfig:
+    return GenerationConfig(
         decoder_start_token_id=text.decoder_start_token_id,
         eos_token_id=text.eos_token_id,
         pad_token_id=text.pad_token_id,
         max_length=text.max_position_embeddings,
     )
-    return model.eval()
 
 
 def digests(model: torch.nn.Module) -> dict[str, str]:

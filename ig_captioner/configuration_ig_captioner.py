@@ -93,6 +93,7 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
             and one of columns; or fixed, without weights.
         num_register_tokens (`int`): learned tokens appended after the patches, without positions; the decoder reads
             them, mean pooling does not.
+        pre_norm: normalises the image tokens before the first block, too (CLIP).
         hidden_act, gated_mlp: activation by its transformers name (`gelu_pytorch_tanh`, `gelu`, ...); with
             `gated_mlp` the MLP is `act(x W_gate) * (x W_up) W_down` (GEGLU for a GELU).
         norm (`"layernorm"` or `"rmsnorm"`), norm_eps, norm_bias, norm_scale: the norms of the blocks and the final one;
@@ -117,6 +118,7 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
     patch_size: int | list[int] | tuple[int, int] = 16
     position_embedding: Literal["learned", "factorized", "sincos2d"] = "learned"
     num_register_tokens: int = 0
+    pre_norm: bool = False
     hidden_act: str = "gelu_pytorch_tanh"
     gated_mlp: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -262,7 +264,8 @@ class IGCaptionerConfig(PreTrainedConfig):
         loss_reduction (`"token"` or `"sequence"`): mean over all tokens of a batch, as everywhere in transformers, or
             the mean over texts of each text's mean, as big_vision and clip-jax train.
         prior_weight (`float`): weight of log P(T) in the score; 0 ranks by likelihood, 1 by information gain.
-        tie_word_embeddings (`bool`): whether the output projection is the token embedding.
+        tie_word_embeddings (`bool`, *optional*): whether the output projection is the token embedding; by default
+            wherever the mask token lies inside the vocabulary, without which it cannot be.
     """
 
     model_type = "ig_captioner"
@@ -286,7 +289,7 @@ class IGCaptionerConfig(PreTrainedConfig):
     parallel_prediction_prob: float | int = 0.0
     loss_reduction: Literal["token", "sequence"] = "token"
     prior_weight: float | int = 1.0
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
@@ -300,6 +303,8 @@ class IGCaptionerConfig(PreTrainedConfig):
         if self.text_config.encoder_hidden_size is None:
             self.text_config = copy.deepcopy(self.text_config)
             self.text_config.encoder_hidden_size = self.vision_config.hidden_size
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = self.text_config.num_embeddings == self.text_config.vocab_size
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         kwargs.setdefault("custom_pipelines", {task: dict(impl) for task, impl in CUSTOM_PIPELINES.items()})
         super().__post_init__(**kwargs)

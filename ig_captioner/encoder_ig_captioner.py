@@ -9,6 +9,7 @@ Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E e
 V vocabulary.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -206,6 +207,16 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As in transformers. A mask token outside the vocabulary comes into a larger one; cut off, it is no more."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        text = self.config.get_text_config()
+        if (getattr(text, "mask_token_id", None) or 0) >= len(embeddings.weight):
+            warnings.warn(f"the mask token {text.mask_token_id} is cut off: no parallel prediction", stacklevel=2)
+            text.mask_token_id = None
+            self.config.parallel_prediction_prob = 0.0
+        return embeddings
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the code that `trust_remote_code=True` needs is saved along with the weights."""
         push, main = kwargs.pop("push_to_hub", False), kwargs.get("is_main_process", True)
@@ -324,6 +335,7 @@ class IGCaptionerVisionModel(IGCaptionerPreTrainedModel):
     def __init__(self, config: IGCaptionerVisionConfig):
         super().__init__(config)
         self.embeddings = IGCaptionerPatchEmbeddings(config)
+        self.pre_norm = make_norm(config, config.hidden_size) if config.pre_norm else nn.Identity()
         self.layers = nn.ModuleList([IGCaptionerVisionLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = make_norm(config, config.hidden_size)
         self.gradient_checkpointing = False
@@ -342,7 +354,7 @@ class IGCaptionerVisionModel(IGCaptionerPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """`pixel_values` [B, channels, height, width] -> `last_hidden_state` [B, P, E], `pooler_output` [B, E]."""
-        hidden_states = self.embeddings(pixel_values)
+        hidden_states = self.pre_norm(self.embeddings(pixel_values))
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         hidden_states = self.norm(hidden_states)

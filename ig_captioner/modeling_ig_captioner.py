@@ -599,7 +599,9 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         mask = attention_mask
         if mask is None:
             mask = text_mask(input_ids, text.pad_token_id, text.eos_token_id)
-            mask[:, 0] |= input_ids[:, 0] == text.decoder_start_token_id  # which may be the padding token
+            # the start token may be that of padding, or of the end as well
+            behind_start = F.pad(text_mask(input_ids[:, 1:], text.pad_token_id, text.eos_token_id), (1, 0), value=1)
+            mask = behind_start.where(input_ids[:, :1] == text.decoder_start_token_id, mask)
         if mask.shape != input_ids.shape:  # a cache was passed: the mask covers what it holds as well
             return input_ids, mask
         padding_first = mask.argsort(dim=-1, stable=True)

@@ -1,5 +1,6 @@
 """Checkpoints of big_vision in all their forms, converted, compared with a reference in numpy, and exported again."""
 
+import contextlib
 import json
 import sys
 import zipfile
@@ -40,7 +41,9 @@ def checkpoint(tmp_path, leaves):
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
-    return load_model(IGCaptionerForConditionalGeneration, folder).state_dict()
+    """Of a folder, or of a model."""
+    model = folder if isinstance(folder, torch.nn.Module) else None
+    return (model or load_model(IGCaptionerForConditionalGeneration, folder)).state_dict()
 
 
 def assert_same_weights(folder, other):
@@ -154,6 +157,20 @@ def test_generation_and_both_heads(tmp_path, leaves, checkpoint):
     with torch.no_grad():
         ranked = classifier(pixel_values=images, input_ids=classes).logits_per_image
     assert np.abs(ranked.numpy() - reference["class_scores"]).max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [20, 29, 30, 40])
+def test_a_model_with_another_vocabulary_loads_again(tmp_path, leaves, checkpoint, size):
+    """The mask token, number 29, stands outside the vocabulary: it comes into a larger one, and a smaller has none."""
+    convert(checkpoint, tmp_path / "out")
+    model = load_model(IGCaptionerForConditionalGeneration, tmp_path / "out")
+    with pytest.warns(UserWarning, match="mask token 29 is cut off") if size < 30 else contextlib.nullcontext():
+        model.resize_token_embeddings(size)
+    model.save_pretrained(tmp_path / "resized")
+    assert_same_weights(tmp_path / "resized", model)
+    assert model.config.mask_token_id == (29 if size > 29 else None) and model.config.text_config.vocab_size == size
+    rows = torch.from_numpy(leaves["decoder/EmbedTargets/embedding"][:size])
+    assert torch.equal(model.get_input_embeddings().weight[: len(rows)], rows)
 
 
 # Forms on disk

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from test_conversion import assert_same_weights
 from test_conversion_clip_jax_reference import (
     BOS,
     CLIP_JAX,
@@ -16,6 +17,7 @@ from test_conversion_clip_jax_reference import (
     random_leaves,
     random_reference,
 )
+from test_conversion_errors import BROKEN_FILES
 from test_conversion_reference import save, to_bfloat16
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -32,15 +34,6 @@ from ig_captioner.hub import load_model, load_processor
 def write_config(folder, config: dict):
     (folder / "config.json").write_text(json.dumps(config))
     return folder / "config.json"
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_model(IGCaptionerForConditionalGeneration, folder).state_dict()
-
-
-def assert_same_weights(folder, other):
-    first, second = weights(folder), weights(other)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 # Outputs
@@ -242,6 +235,8 @@ def test_leaves_that_do_not_fit(tmp_path):
     fails("no captioner", {k: v for k, v in leaves.items() if not k.startswith("text/logits")})
     fails("1 leaves are missing\n  text/logits/bias", {k: v for k, v in leaves.items() if k != "text/logits/bias"})
     fails("1 leaves belong to no weight\n  logit_scale", {**leaves, "logit_scale": np.ones(2, np.float32)})
+    cut = {**leaves, "text/logits/bias": np.ones(28, np.float32)}
+    fails(r"text/logits/bias is \(28,\), expected \(29\)", cut)
     spoiled = {**leaves, "text/logits/bias": np.full(29, np.nan, np.float32)}
     fails("29 values that are not finite", spoiled)
     (tmp_path / "other.json").write_text('{"model": {}}')
@@ -250,6 +245,17 @@ def test_leaves_that_do_not_fit(tmp_path):
     with pytest.raises(ConversionError, match="not made of patches of 4"):
         convert(save(tmp_path / "c.npz", leaves), tmp_path / "out", **image)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "kind", ["truncated", "damaged", "doubled", "empty", "pickle", "object array", "torch", "array"]
+)
+def test_broken_files(tmp_path, kind):
+    make, message = BROKEN_FILES[kind]
+    make(tmp_path / "c.npz", random_leaves(make_config()))
+    with pytest.raises(ConversionError, match=message):
+        convert(tmp_path / "c.npz", tmp_path / "out", config=write_config(tmp_path, make_config()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.npz", "config.json"]
 
 
 def test_unknown_fields_are_noted(tmp_path):

@@ -18,20 +18,11 @@ from ig_captioner import IGCaptionerForConditionalGeneration
 from ig_captioner.hub import load_model
 
 
-@pytest.fixture
-def leaves():
-    return random_leaves()
-
-
-@pytest.fixture
-def checkpoint(tmp_path, leaves):
-    return save(tmp_path / "checkpoint.npz", leaves)
-
-
 # What does not fit
 
 
-def test_missing_extra_and_misshapen_leaves_are_all_listed(tmp_path, leaves):
+def test_missing_extra_and_misshapen_leaves_are_all_listed(tmp_path):
+    leaves = random_leaves()
     del leaves["decoder/EncDecBlock1/CrossAttn/out/kernel"]
     del leaves["decoder/LogitsDense/bias"]
     leaves["encoder/cls"] = np.ones((1, 1, 24), np.float32)
@@ -64,7 +55,8 @@ def test_missing_extra_and_misshapen_leaves_are_all_listed(tmp_path, leaves):
         lambda leaves: leaves.update({"other/thing": np.ones(16, np.float32)}),
     ],
 )
-def test_every_broken_leaf_is_refused_and_nothing_is_written(tmp_path, leaves, change):
+def test_every_broken_leaf_is_refused_and_nothing_is_written(tmp_path, change):
+    leaves = random_leaves()
     change(leaves)
     source = save(tmp_path / "bad.npz", leaves)
     with pytest.raises(ConversionError):
@@ -72,34 +64,34 @@ def test_every_broken_leaf_is_refused_and_nothing_is_written(tmp_path, leaves, c
     assert [path.name for path in tmp_path.iterdir()] == ["bad.npz"]
 
 
-def torch_file(path):
+def torch_file(path, leaves):
     torch.save({"weight": torch.ones(3)}, path)
 
 
-def object_array(path):
+def object_array(path, leaves):
     np.savez(path, **{"params/encoder/x": np.array([{"a": 1}], dtype=object)})
 
 
-def damaged_data(path):
-    save(path, random_leaves())
+def damaged_data(path, leaves):
+    save(path, leaves)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
 
 
-def orbax(path):
+def orbax(path, leaves):
     (path / "100" / "default").mkdir(parents=True)
     (path / "100" / "_CHECKPOINT_METADATA").write_text("{}")
 
 
-def doubled(path):
-    save(path, random_leaves())
+def doubled(path, leaves):
+    save(path, leaves)
     with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings(action="ignore"):
-        archive.writestr("pos_embedding_decoder.npy", npy(np.ones((1, 9, 16), np.float32)))
+        archive.writestr(f"{next(iter(leaves))}.npy", npy(np.ones(3, np.float32)))
 
 
-def half(path):
-    save(path, random_leaves())
+def half(path, leaves):
+    save(path, leaves)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -108,16 +100,16 @@ BROKEN_FILES = {
     "damaged": (damaged_data, "truncated or damaged"),
     "orbax": (orbax, "Orbax checkpoint, as clip-jax"),
     "doubled": (doubled, "the same name twice"),
-    "empty": (lambda path: path.write_bytes(b""), "empty"),
-    "pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "pickle"),
+    "empty": (lambda path, leaves: path.write_bytes(b""), "empty"),
+    "pickle": (lambda path, leaves: path.write_bytes(pickle.dumps({"a": 1})), "pickle"),
     "object array": (object_array, "pickle"),
     "torch": (torch_file, "PyTorch"),
-    "array": (lambda path: path.write_bytes(npy(np.ones(3))), "single array"),
-    "safetensors": (lambda path: save_file({"a": np.ones(3)}, path), "safetensors"),
-    "text": (lambda path: path.write_text("nonsense"), "no .npz"),
-    "missing": (lambda path: None, "no such checkpoint"),
-    "folder": (lambda path: path.mkdir(), "no arrays"),
-    "folder of files": (lambda path: (path / "layer").mkdir(parents=True), "no zarr array"),
+    "array": (lambda path, leaves: path.write_bytes(npy(np.ones(3))), "single array"),
+    "safetensors": (lambda path, leaves: save_file({"a": np.ones(3)}, path), "safetensors"),
+    "text": (lambda path, leaves: path.write_text("nonsense"), "no .npz"),
+    "missing": (lambda path, leaves: None, "no such checkpoint"),
+    "folder": (lambda path, leaves: path.mkdir(), "no arrays"),
+    "folder of files": (lambda path, leaves: (path / "layer").mkdir(parents=True), "no zarr array"),
 }
 
 
@@ -131,7 +123,7 @@ def npy(array) -> bytes:
 def test_broken_files(tmp_path, name):
     make, message = BROKEN_FILES[name]
     source = tmp_path / "checkpoint.npz"
-    make(source)
+    make(source, random_leaves())
     with pytest.raises(ConversionError, match=message):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) <= 1
@@ -153,7 +145,8 @@ def test_other_families_are_named(tmp_path, names, family):
         convert(source, tmp_path / "out")
 
 
-def test_an_unknown_subtree(tmp_path, checkpoint):
+def test_an_unknown_subtree(tmp_path):
+    checkpoint = save(tmp_path / "checkpoint.npz", random_leaves())
     with pytest.raises(ConversionError, match="no parameters under 'img/'; at its top are decoder, encoder, pos_emb"):
         open_checkpoint(f"{checkpoint}:img")
 
@@ -201,7 +194,8 @@ def test_what_the_file_cannot_tell_is_asked_for(tmp_path):
     ],
     ids=str,
 )
-def test_a_config_that_contradicts_the_checkpoint(tmp_path, checkpoint, stated):
+def test_a_config_that_contradicts_the_checkpoint(tmp_path, stated):
+    checkpoint = save(tmp_path / "checkpoint.npz", random_leaves())
     config = tmp_path / "config.json"
     config.write_text(json.dumps(stated))
     with pytest.raises(ConversionError, match="but|image of 8 x 12"):
@@ -209,7 +203,8 @@ def test_a_config_that_contradicts_the_checkpoint(tmp_path, checkpoint, stated):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_config_that_agrees(tmp_path, checkpoint):
+def test_a_config_that_agrees(tmp_path):
+    checkpoint = save(tmp_path / "checkpoint.npz", random_leaves())
     model = {"num_heads": 3, "num_layers": 2, "mlp_dim": 40, "emb_dim": 24, "vocab_size": 29, "seq_len": 9}
     model |= {"patches": [4, 4], "posemb_type": "learn", "decoder_num_layers": 3, "decoder_num_heads": 2}
     model |= {"decoder_mlp_dim": 36, "decoder_emb_dim": 16, "decoder_bias": False, "scan": True}

@@ -349,7 +349,7 @@ def test_registers_are_read_but_not_pooled():
         ({"text": {"hidden_size": 25}}, "25"),
         ({"text": {"eos_token_id": VOCAB}}, f"eos_token_id {VOCAB}"),
         ({"text": {"bos_token_id": None}}, "start token"),
-        ({"text": {"mask_token_id": VOCAB}}, "mask_token_id"),
+        ({"text": {"mask_token_id": VOCAB}, "tie_word_embeddings": True}, "mask_token_id"),
         ({"text": {"mask_token_id": None}, "parallel_prediction_prob": 0.5}, "mask_token_id"),
         ({"text": {"encoder_hidden_size": 8}}, "8 differs"),
         ({"text": {"vocab_size": "many"}}, "vocab_size"),
