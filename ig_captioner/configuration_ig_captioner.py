@@ -264,6 +264,9 @@ class IGCaptionerConfig(PreTrainedConfig):
         loss_reduction (`"token"` or `"sequence"`): mean over all tokens of a batch, as everywhere in transformers, or
             the mean over texts of each text's mean, as big_vision and clip-jax train.
         prior_weight (`float`): weight of log P(T) in the score; 0 ranks by likelihood, 1 by information gain.
+        prior_source (`"unconditional"` or `"reference_images"`): where log P(T) comes from: the decoder without an
+            image, or, for models that were never trained so, the mean of P(T|I) over reference images (VisualGPTScore,
+            arXiv 2306.01879). Calls may bring those; `num_reference_images` images of noise take their place.
         tie_word_embeddings (`bool`, *optional*): whether the output projection is the token embedding; by default
             wherever the mask token lies inside the vocabulary, without which it cannot be.
     """
@@ -289,6 +292,8 @@ class IGCaptionerConfig(PreTrainedConfig):
     parallel_prediction_prob: float | int = 0.0
     loss_reduction: Literal["token", "sequence"] = "token"
     prior_weight: float | int = 1.0
+    prior_source: Literal["unconditional", "reference_images"] = "unconditional"
+    num_reference_images: int = 8
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
@@ -318,6 +323,8 @@ class IGCaptionerConfig(PreTrainedConfig):
             )
         if not 0 <= self.parallel_prediction_prob <= 1:
             raise ValueError(f"parallel_prediction_prob must lie in [0, 1], got {self.parallel_prediction_prob}")
+        if self.num_reference_images < 1:
+            raise ValueError(f"num_reference_images must be at least 1, got {self.num_reference_images}")
         if self.parallel_prediction_prob > 0 and self.text_config.mask_token_id is None:
             raise ValueError("parallel prediction needs text_config.mask_token_id, got None")
         for name in ("conditional_weight", "unconditional_weight", "prior_weight"):

@@ -39,7 +39,7 @@ def compile_labels_once(
     """
     templates = list(templates or [DEFAULT_TEMPLATE])
     root = Path(HF_HOME, "ig_captioner", "labels") if cache_dir is None else Path(cache_dir)
-    key = json.dumps([model.text_fingerprint(), list(labels), templates])
+    key = json.dumps([model.fingerprint(), model.config.prior_source, list(labels), templates])
     folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
     if folder.is_dir():
         try:

@@ -97,7 +97,7 @@ class CompiledTexts:
     Args:
         prior_log_likelihood: log P(T), [C], float32.
         text_states: what the text-only layers make of the blocks, [G, Q, D]; None if there are no such layers.
-        fingerprint: of the weights, see `text_fingerprint` of the model.
+        fingerprint: of the weights, see `fingerprint` of the model.
     """
 
     trie: TextTrie
@@ -274,15 +274,14 @@ def compile_labels(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     templates: str | Sequence[str] = DEFAULT_TEMPLATE,
-    *,
-    chunk_size: int | None = None,
+    **options: Any,
 ) -> CompiledLabels:
     """Does all of the scoring of labels that needs no image.
 
     Args:
         model: has `compile_texts`, in evaluation mode.
         templates: one or more, with `{}` where the label goes.
-        chunk_size: see `score` of the model.
+        options: `prior_source`, `reference_pixel_values` and `chunk_size`, see `score` of the model.
 
     Raises:
         ValueError: naming the value, for labels or templates that are none.
@@ -290,7 +289,7 @@ def compile_labels(
     listed = (templates,) if isinstance(templates, str) else tuple(templates)
     encoded = encode_for(model, tokenizer, format_labels(labels, listed))
     with torch.no_grad():
-        texts = model.compile_texts(**encoded, chunk_size=chunk_size)
+        texts = model.compile_texts(**encoded, **options)
     return CompiledLabels(tuple(labels), listed, texts, _digest(encoded))
 
 

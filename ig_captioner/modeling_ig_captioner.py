@@ -17,6 +17,7 @@ V vocabulary. Log-likelihoods are in nats.
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from transformers import Cache, GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig
+from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig, as_height_width
 from .decoder_ig_captioner import IGCaptionerTextDecoder, TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, IGCaptionerVisionModel, KeyValues
 from .information_gain import (
@@ -223,6 +224,8 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         attention_mask: Tensor | None = None,
         *,
         prior_weight: float | None = None,
+        prior_source: str | None = None,
+        reference_pixel_values: Tensor | None = None,
         reduction: str = "sum",
         chunk_size: int | None = None,
     ) -> IGCaptionerScoreOutput:
@@ -239,6 +242,9 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
                 what `compile_texts` returned.
             attention_mask: [C, L] of 0 and 1, padding on either side; found from the padding id if not given.
             prior_weight: weight of log P(T); `config.prior_weight` if not given. 0 ranks by likelihood.
+            prior_source: "unconditional" or "reference_images"; `config.prior_source` if not given.
+            reference_pixel_values: [R, channels, height, width], the images over which P(T|I) is averaged to P(T);
+                implies "reference_images". Noise if not given.
             reduction: "sum" for nats per text, "mean" for nats per token.
             chunk_size: how many nodes of the trie, times images, the decoder reads at once, but at least one block of
                 about `label_trie.BLOCK_SIZE`; by default what `MAX_NUMBERS_PER_CHUNK` allows. It changes memory and
@@ -248,8 +254,8 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
             [`IGCaptionerScoreOutput`], float32.
 
         Raises:
-            ValueError: for an empty text, a shape or a chunk size that does not fit, an unknown reduction, or texts
-                that were compiled with other weights.
+            ValueError: for an empty text, a shape or a chunk size that does not fit, an unknown reduction or prior, or
+                texts that were compiled with other weights.
         """
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
@@ -258,15 +264,16 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         if not len(pixel_values):
             raise ValueError(f"pixel_values holds no image, got shape {tuple(pixel_values.shape)}")
         if isinstance(input_ids, CompiledTexts):
+            if prior_source is not None or reference_pixel_values is not None:
+                raise ValueError(
+                    f"compiled texts have their prior already, but prior_source {prior_source!r} was given"
+                )
             texts = self._check_compiled(input_ids)
         else:
-            texts = self._compile_or_recall(input_ids, attention_mask, chunk_size)
-        image_tokens = self.model.vision_model(pixel_values=pixel_values).last_hidden_state
-        rows = []
-        for tokens in image_tokens.split(self._images_per_pass(texts.trie, chunk_size)):
-            image_key_values = self.model.decoder.read_image(tokens)
-            rows.append(texts.trie.sum_over_texts(self._edges(texts, image_key_values, chunk_size)))
-        caption_log_likelihood, prior_log_likelihood = torch.cat(rows), texts.prior_log_likelihood.clone()
+            references = self._references(prior_source, reference_pixel_values)
+            texts = self._compile_or_recall(input_ids, attention_mask, references, chunk_size)
+        caption_log_likelihood = self._log_likelihoods(texts, pixel_values, chunk_size)
+        prior_log_likelihood = texts.prior_log_likelihood.clone()
         if reduction == "mean":
             caption_log_likelihood = caption_log_likelihood / texts.trie.lengths
             prior_log_likelihood = prior_log_likelihood / texts.trie.lengths
@@ -278,24 +285,33 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         )
 
     def compile_texts(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, chunk_size: int | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        prior_source: str | None = None,
+        reference_pixel_values: Tensor | None = None,
+        chunk_size: int | None = None,
     ) -> CompiledTexts:
         """All of `score` that needs no image, to be passed to it in place of `input_ids`.
 
         Args, Raises: as for `score`.
         """
-        compiled = self._compile(*self._padded_on_the_right(input_ids, attention_mask), chunk_size)
-        return dataclasses.replace(compiled, fingerprint=self.text_fingerprint())
+        references = self._references(prior_source, reference_pixel_values)
+        compiled = self._compile(*self._padded_on_the_right(input_ids, attention_mask), references, chunk_size)
+        return dataclasses.replace(compiled, fingerprint=self.fingerprint())
 
-    def text_fingerprint(self) -> str:
-        """SHA-256 of all that log P(T) depends on: weights, their dtype, and the configuration of the decoder."""
-        parameters = [*self.model.decoder.state_dict().items(), *self.lm_head.state_dict().items()]
+    def fingerprint(self) -> str:
+        """SHA-256 of what scores depend on: weights, their dtype, and the architecture. Computed once per weights."""
+        parameters = self.state_dict()
         version = None
-        if not any(parameter.is_inference() for _, parameter in parameters):
-            version = tuple((parameter.data_ptr(), parameter._version) for _, parameter in parameters)
+        if not any(parameter.is_inference() for parameter in parameters.values()):
+            version = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters.values())
         if version is None or self._kept_fingerprint is None or self._kept_fingerprint[0] != version:
-            digest = hashlib.sha256(f"{self.config.text_config.to_json_string()}".encode())
-            for name, parameter in parameters:
+            sections = (self.config.vision_config, self.config.text_config)
+            fields = [(name, getattr(section, name)) for section in sections for name in type(section).__annotations__]
+            digest = hashlib.sha256(repr(fields).encode())
+            for name, parameter in parameters.items():
                 digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
                 digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy())
             self._kept_fingerprint = version, digest.hexdigest()
@@ -319,19 +335,44 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         padding_last = padding_last[:, : int(attention_mask.sum(dim=-1).max())]
         return input_ids.gather(-1, padding_last), attention_mask.gather(-1, padding_last)
 
+    def _references(self, prior_source: str | None, reference_pixel_values: Tensor | None) -> Tensor | None:
+        """The images over which the prior is averaged, [R, channels, height, width]; None for the unconditional one."""
+        if prior_source is None:
+            prior_source = self.config.prior_source if reference_pixel_values is None else "reference_images"
+        if prior_source not in ("unconditional", "reference_images"):
+            raise ValueError(f"prior_source must be 'unconditional' or 'reference_images', got {prior_source!r}")
+        if prior_source == "unconditional":
+            if reference_pixel_values is not None:
+                raise ValueError("prior_source 'unconditional' uses no reference_pixel_values, but they were given")
+            return None
+        if reference_pixel_values is not None:
+            return reference_pixel_values
+        vision = self.config.vision_config
+        size = as_height_width(vision.image_size, "image_size")
+        noise = torch.randn(
+            self.config.num_reference_images, vision.num_channels, *size, generator=torch.Generator().manual_seed(0)
+        )
+        return noise.to(self.lm_head.weight)
+
     def _compile_or_recall(
-        self, input_ids: Tensor, attention_mask: Tensor | None, chunk_size: int | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        references: Tensor | None,
+        chunk_size: int | None,
     ) -> CompiledTexts:
         input_ids, attention_mask = self._padded_on_the_right(input_ids, attention_mask)
-        key = self._key_of_texts(input_ids, attention_mask)
-        texts = self._kept_texts.get(key) or self._compile(input_ids, attention_mask, chunk_size)
+        key = self._key_of_texts(input_ids, attention_mask, references)
+        texts = self._kept_texts.get(key) or self._compile(input_ids, attention_mask, references, chunk_size)
         if key is not None:
             self._kept_texts[key] = texts
             while len(self._kept_texts) > MAX_KEPT_TEXTS:
                 self._kept_texts.pop(next(iter(self._kept_texts)), None)
         return texts
 
-    def _compile(self, input_ids: Tensor, attention_mask: Tensor, chunk_size: int | None) -> CompiledTexts:
+    def _compile(
+        self, input_ids: Tensor, attention_mask: Tensor, references: Tensor | None, chunk_size: int | None
+    ) -> CompiledTexts:
         self.model.decoder.check_length(input_ids.shape[1])
         trie = build_trie(input_ids, attention_mask, self.config.decoder_start_token_id).to(input_ids.device)
         states = None
@@ -339,14 +380,26 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
             passes = self._passes(trie, 1, chunk_size)
             states = torch.cat([self._read_blocks(trie, *blocks).hidden_states for blocks in passes])
         texts = CompiledTexts(trie, torch.zeros(0), states)
-        prior = trie.sum_over_texts(self._edges(texts, None, chunk_size))[0]
+        if references is None:
+            prior = trie.sum_over_texts(self._edges(texts, None, chunk_size))[0]
+        else:
+            prior = self._log_likelihoods(texts, references, chunk_size).logsumexp(dim=0) - math.log(len(references))
         return dataclasses.replace(texts, prior_log_likelihood=prior)
 
+    def _log_likelihoods(self, texts: CompiledTexts, pixel_values: Tensor, chunk_size: int | None) -> Tensor:
+        """log P(T|I), [B, C]."""
+        rows = []
+        image_tokens = self.model.vision_model(pixel_values=pixel_values).last_hidden_state
+        for tokens in image_tokens.split(self._images_per_pass(texts.trie, chunk_size)):
+            image_key_values = self.model.decoder.read_image(tokens)
+            rows.append(texts.trie.sum_over_texts(self._edges(texts, image_key_values, chunk_size)))
+        return torch.cat(rows)
+
     def _check_compiled(self, texts: CompiledTexts) -> CompiledTexts:
-        if texts.fingerprint != self.text_fingerprint():
+        if texts.fingerprint != self.fingerprint():
             raise ValueError(
                 "these texts were compiled with other weights, or in another dtype: compile them again (fingerprint "
-                f"{texts.fingerprint[:12]}..., the model's is {self.text_fingerprint()[:12]}...)"
+                f"{texts.fingerprint[:12]}..., the model's is {self.fingerprint()[:12]}...)"
             )
         return texts.to(self.lm_head.weight.device)
 
@@ -389,7 +442,7 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         for start in range(0, len(trie.tokens), blocks):
             yield start, min(start + blocks, len(trie.tokens))
 
-    def _key_of_texts(self, input_ids: Tensor, attention_mask: Tensor) -> tuple | None:
+    def _key_of_texts(self, input_ids: Tensor, attention_mask: Tensor, references: Tensor | None) -> tuple | None:
         """Everything that log P(T) depends on, or None if that cannot be told or gradients are wanted."""
         parameters, device = list(self.parameters()), input_ids.device.type
         if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
@@ -400,6 +453,7 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
             input_ids.cpu().numpy().tobytes(),
             attention_mask.cpu().numpy().tobytes(),
             input_ids.shape,
+            None if references is None else hashlib.sha256(references.float().cpu().numpy().tobytes()).digest(),
             self.config.decoder_start_token_id,
             self.config.text_config._attn_implementation,
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),

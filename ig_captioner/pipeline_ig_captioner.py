@@ -29,12 +29,15 @@ from .processing_ig_captioner import (
 
 logger = logging.get_logger(__name__)
 
+PRIOR_SOURCES = ("unconditional", "reference_images")
 PARAMETERS = (
     "candidate_labels",
     "hypothesis_template",
     "timeout",
     "tokenizer_kwargs",
     "prior_weight",
+    "prior_source",
+    "reference_images",
     "top_k",
     "return_log_likelihoods",
 )
@@ -53,6 +56,8 @@ def _check_parameters(parameters: dict[str, Any]) -> None:
         "timeout": ("a positive number of seconds", lambda value: is_number(value) and value > 0),
         "tokenizer_kwargs": ("a dict", lambda value: isinstance(value, dict)),
         "prior_weight": ("a finite number, zero or more", lambda value: is_number(value) and value >= 0),
+        "prior_source": ("'unconditional' or 'reference_images'", lambda value: value in PRIOR_SOURCES),
+        "reference_images": ("a list of images", lambda value: isinstance(value, (list, tuple)) and len(value) > 0),
         "top_k": ("a positive integer", lambda value: is_number(value, Integral) and value > 0),
     }
     for name, (meaning, is_valid) in rules.items():
@@ -81,6 +86,9 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         hypothesis_template (`str` or `list[str]`, defaults to `"a photo of a {}."`): `{}` is where the label
             goes. Several templates are ensembled.
         prior_weight (`float`, *optional*): weight of log P(T); the model's config says it if this does not.
+        prior_source (`str`, *optional*): `"unconditional"`, log P(T) without an image, or `"reference_images"`, the
+            mean of P(T|I) over images; the model's config says it if this does not.
+        reference_images (`list`, *optional*): those images; noise if not given.
         top_k (`int`, *optional*): how many labels to return; all by default. The scores stay those over all
             labels.
         return_log_likelihoods (`bool`, defaults to `False`): adds `caption_log_likelihood`, log P(T|I),
@@ -159,7 +167,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
     def _sanitize_parameters(self, **parameters):
         """Checked arguments of the three steps. A call passes all settings, the constructor's included."""
         _check_parameters(parameters)
-        steps = (("timeout",), ("prior_weight",), ("top_k", "return_log_likelihoods"))
+        steps = (("timeout",), ("prior_weight", "prior_source"), ("top_k", "return_log_likelihoods"))
         preprocess, forward, postprocess = (
             {name: parameters[name] for name in names if name in parameters} for names in steps
         )
@@ -177,7 +185,14 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
             if self.tokenizer is not None:  # a pipeline built from a processor gets it after its first check
                 forward["text_inputs"] = self._encode(given, texts, parameters.get("tokenizer_kwargs") or {})
                 forward["num_templates"] = len(texts) // len(labels)
+        if parameters.get("reference_images") is not None:
+            forward["reference_pixel_values"] = self._reference_pixels(parameters["reference_images"], **preprocess)
         return preprocess, forward, postprocess
+
+    def _reference_pixels(self, images: list, timeout: float | None = None) -> torch.Tensor:
+        photos = [load_rgb_image(image, timeout=timeout) for image in images]
+        pixels = self.image_processor(images=photos, return_tensors="pt")["pixel_values"]
+        return pixels.to(self.device, self.dtype)
 
     def _encode(self, labels: Any, texts: list[str], tokenizer_kwargs: dict[str, Any]) -> dict[str, Any]:
         """What `model.score` takes for N texts: their tokens, on the model's device, or what was compiled before."""
@@ -191,13 +206,13 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         inputs = self.image_processor(images=[load_rgb_image(image, timeout=timeout)], return_tensors="pt")
         return {"pixel_values": inputs.to(self.dtype)["pixel_values"]}
 
-    def _forward(self, model_inputs, text_inputs, num_templates: int, prior_weight: float | None = None):
+    def _forward(self, model_inputs, text_inputs, num_templates: int, **prior):
         """Scores [B, C], means over T templates; the prior [C] is repeated for each image."""
 
         def mean_over_templates(values):  # [..., T * C] -> [..., C]
             return values.float().unflatten(-1, (num_templates, -1)).mean(dim=-2)
 
-        scores = self.model.score(model_inputs["pixel_values"], **text_inputs, prior_weight=prior_weight)
+        scores = self.model.score(model_inputs["pixel_values"], **text_inputs, **prior)
         caption = mean_over_templates(scores.caption_log_likelihood)
         return {
             "caption_log_likelihood": caption,

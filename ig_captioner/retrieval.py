@@ -53,6 +53,7 @@ def iterate_scores(
     batch_size: int = 16,
     chunk_size: int | None = None,
     progress: str | None = None,
+    **prior: Any,
 ) -> Iterator[ScoreMatrix]:
     """Scores of all texts under each batch of images; the batch size changes nothing beyond float error.
 
@@ -63,6 +64,7 @@ def iterate_scores(
         texts: may repeat; compiled once, unless they are.
         chunk_size: see `model.score`.
         progress: title of a progress bar over the images; no bar without it.
+        prior: `prior_source` and `reference_pixel_values`, see `model.score`.
 
     Raises:
         ValueError: for a model in training mode, no texts, or a batch size below 1.
@@ -72,12 +74,14 @@ def iterate_scores(
     if batch_size < 1 or not len(texts):
         raise ValueError(f"at least one text and one image per batch, got {len(texts)} texts, batch_size {batch_size}")
     if isinstance(texts, CompiledLabels):
+        if prior:
+            raise ValueError(f"compiled labels have their prior already, got {prior!r} with them")
         texts.check_tokenizer(model, processor.tokenizer)
         compiled = texts.texts
     else:
         with torch.no_grad():
             encoded = encode_for(model, processor.tokenizer, list(texts))
-            compiled = model.compile_texts(**encoded, chunk_size=chunk_size)
+            compiled = model.compile_texts(**encoded, chunk_size=chunk_size, **prior)
     bar = None
     if progress is not None:
         bar = logging.tqdm(total=len(images) if isinstance(images, Sized) else None, desc=progress, unit="image")

@@ -264,6 +264,24 @@ def test_tokenizer_kwargs_reach_the_tokenizer(classifier, photos):
         classifier(photos[0], LABELS, tokenizer_kwargs={"padding": "bogus"})
 
 
+def test_priors_from_reference_images(classifier, photos):
+    asked = {"prior_source": "reference_images", "return_log_likelihoods": True}
+    for references in (None, photos[3:6]):
+        entries = by_label(classifier(photos[0], LABELS, reference_images=references, **asked))
+        pixels = None
+        if references is not None:
+            pixels = classifier.image_processor(references, return_tensors="pt")["pixel_values"]
+        texts = [TEMPLATE.format(label) for label in LABELS]
+        options = {"prior_source": "reference_images", "reference_pixel_values": pixels}
+        direct = direct_scores(classifier, photos[:1], texts, **options)
+        actual = torch.tensor([entries[label]["information_gain"] for label in LABELS])
+        torch.testing.assert_close(actual, direct.information_gain[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="prior_source must be .* got 'noise'"):
+        classifier(photos[0], LABELS, prior_source="noise")
+    with pytest.raises(ValueError, match=r"reference_images must be .* got \[\]"):
+        classifier(photos[0], LABELS, reference_images=[])
+
+
 def test_texts_are_cut_to_the_models_positions_and_keep_eos(model, photos):
     classifier = make_pipeline(model, tokenizer=make_tokenizer(model_max_length=10**30))
     long, longer = "a " * 20, "a " * 30

@@ -244,6 +244,15 @@ def test_loss_is_the_mean_of_the_same_log_likelihoods():
         ({"input_ids": torch.tensor([[5, 2]]), "chunk_size": 0}, "got 0"),
         ({"input_ids": torch.tensor([[5, 2]]), "pixel_values": torch.zeros(0, 3, 16, 16)}, r"\(0, 3, 16, 16\)"),
         ({"input_ids": torch.full((1, 21), 5)}, "21 tokens"),
+        ({"input_ids": torch.tensor([[5, 2]]), "prior_source": "noise"}, "'noise'"),
+        (
+            {
+                "input_ids": torch.tensor([[5, 2]]),
+                "prior_source": "unconditional",
+                "reference_pixel_values": random_images(1),
+            },
+            "'unconditional' uses no reference",
+        ),
         ({"input_ids": torch.tensor([[5, 2]]), "pixel_values": torch.zeros(1, 1, 16, 16)}, r"\(1, 1, 16, 16\)"),
         ({"input_ids": torch.tensor([[5, 2]]), "pixel_values": torch.zeros(1, 3, 15, 16)}, "15 x 16"),
     ],
@@ -260,3 +269,36 @@ def test_a_new_vocabulary_size_keeps_the_other_scores():
     model.resize_token_embeddings(tiny_config().text_config.vocab_size + 3)
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
     assert (model.score(images, *texts).prior_log_likelihood <= expected).all()  # three more ways to be wrong
+
+
+# Priors from reference images
+
+
+def test_reference_images_give_the_mean_of_the_conditional_likelihoods():
+    model, images, texts = tiny_model(), random_images(), random_texts()
+    references = random_images(4) * 2
+    likelihoods = naive_scores(model, references, texts)
+    scores = model.score(images, *padded(texts), reference_pixel_values=references)
+    torch.testing.assert_close(scores.prior_log_likelihood, likelihoods.exp().mean(dim=0).log(), atol=1e-4, rtol=0)
+    unconditional = model.score(images, *padded(texts), prior_source="unconditional")
+    assert torch.equal(scores.caption_log_likelihood, unconditional.caption_log_likelihood)
+    assert (scores.prior_log_likelihood - unconditional.prior_log_likelihood).abs().max() > 1e-2
+
+
+def test_noise_stands_in_for_reference_images_and_the_config_may_ask_for_it():
+    texts = padded(random_texts())
+    asked = tiny_model().score(random_images(), *texts, prior_source="reference_images")
+    configured = tiny_model(prior_source="reference_images").score(random_images(), *texts)
+    assert torch.equal(asked.information_gain, configured.information_gain)
+    one = tiny_model(prior_source="reference_images", num_reference_images=1).score(random_images(), *texts)
+    assert not torch.equal(one.prior_log_likelihood, configured.prior_log_likelihood)
+
+
+def test_priors_from_reference_images_are_kept_like_others(monkeypatch):
+    model, images, texts = tiny_model(), random_images(), padded(random_texts())
+    read, log_likelihoods = [], model._log_likelihoods
+    monkeypatch.setattr(model, "_log_likelihoods", lambda *args: (read.append(1), log_likelihoods(*args))[1])
+    for references, new in ((images, 1), (images.clone(), 0), (images[:2], 1), (None, 1), (None, 0)):
+        read.clear()
+        model.score(images, *texts, prior_source="reference_images", reference_pixel_values=references)
+        assert len(read) == 1 + new
