@@ -120,8 +120,11 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.label_smoothing = label_smoothing
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        smoothed = self.label_smoothing and model.training
+        if smoothed:
+            inputs = {**inputs, "skip_logits": False}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if self.label_smoothing and model.training:
+        if smoothed:
             config = self.accelerator.unwrap_model(model).config
             term = smoothing_term(outputs.logits, inputs["labels"], config.loss_reduction, num_items_in_batch)
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 
 IGNORE_INDEX = -100
+# How many logits `linear_loss` holds at a time; on a CPU few enough to stay near the caches (32 MiB in float32).
+LOGITS_PER_CHUNK = {"cpu": 2**23, "other": 2**26}
 
 
 def text_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_id: int | list[int] | None) -> Tensor:
@@ -65,16 +67,10 @@ def information_gain(caption_log_likelihood: Tensor, prior_log_likelihood: Tenso
     return caption_log_likelihood - prior_weight * prior_log_likelihood
 
 
-def mean_negative_log_likelihood(
-    token_log_likelihoods: Tensor,
-    labels: Tensor,
-    reduction: str = "token",
-    num_items_in_batch: Tensor | int | None = None,
-) -> Tensor:
-    """Cross-entropy of texts in nats per token, a scalar; nan if nothing is labelled.
+def loss_weights(labels: Tensor, reduction: str = "token", num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """What each token's -log P counts in the loss of texts, [N, L] float32; nan if nothing is labelled.
 
     Args:
-        token_log_likelihoods: [N, L], 0 where a label is -100.
         labels: [N, L]; -100 marks what is not scored.
         reduction: "token", the mean over all labelled tokens, or "sequence", the mean over texts of the mean over each
             text's tokens (as big_vision trains CapPa); texts without a label do not count.
@@ -83,6 +79,95 @@ def mean_negative_log_likelihood(
     """
     labelled = labels != IGNORE_INDEX
     if reduction == "token":
-        return -token_log_likelihoods.sum() / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
-    tokens = labelled.sum(dim=-1)
-    return -(token_log_likelihoods.sum(dim=-1) / tokens.clamp(min=1)).sum() / (tokens > 0).sum()
+        return labelled.float() / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
+    tokens = labelled.sum(dim=-1, keepdim=True)
+    return labelled.float() / tokens.clamp(min=1) / (tokens > 0).sum()
+
+
+def mean_negative_log_likelihood(
+    token_log_likelihoods: Tensor,
+    labels: Tensor,
+    reduction: str = "token",
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Cross-entropy of texts in nats per token, a scalar, from [N, L]; the other arguments are `loss_weights`'."""
+    return -(token_log_likelihoods * loss_weights(labels, reduction, num_items_in_batch)).sum()
+
+
+@torch.compiler.disable  # how many chunks there are depends on the labels
+def linear_loss(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss of a linear head, whose logits never exist as a whole: neither [N, L, V] nor for unlabelled tokens.
+
+    The gradient is computed chunk by chunk together with the loss, so nothing is computed twice. Precision is that of
+    the head's own forward pass, under autocast as well; the sums over chunks are float32.
+
+    Args:
+        hidden_states: [N, L, D], before the head.
+        weight, bias: of the head, [V, D] and [V] or None.
+        labels: [N, L]; -100 marks what is not scored.
+        token_weights: [N, L], such as `loss_weights`.
+
+    Returns:
+        The sum of -log P(token) * token_weights, a scalar, and log P(token) in nats without a gradient, [N, L].
+    """
+    if not torch.is_grad_enabled():  # else the gradient would be computed all the same
+        hidden_states, weight, bias = hidden_states.detach(), weight.detach(), None if bias is None else bias.detach()
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return _LinearLoss.apply(hidden_states, weight, bias, labels, token_weights, dtype)
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, labels, token_weights, dtype):
+        states, tokens = hidden_states.flatten(0, 1), labels.flatten()
+        needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        sums = torch.promote_types(weight.dtype, torch.float32)
+        states_grad = torch.zeros_like(states) if needs_states else None
+        weight_grad = torch.zeros_like(weight, dtype=sums) if needs_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=sums) if needs_bias else None
+        log_likelihoods = token_weights.new_zeros(len(tokens))
+        # gradients are computed for weights of at most 1: times 1 / tokens, they would vanish in float16
+        scale = token_weights.max().clamp(min=torch.finfo(token_weights.dtype).tiny)
+        relative = token_weights.flatten() / scale
+
+        low_weight, low_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        chunk_size = LOGITS_PER_CHUNK.get(labels.device.type, LOGITS_PER_CHUNK["other"]) // len(weight)
+        for rows in (tokens != IGNORE_INDEX).nonzero()[:, 0].split(max(1, chunk_size)):
+            chunk, token = states[rows].to(dtype), tokens[rows, None]
+            log_p = F.linear(chunk, low_weight, low_bias).log_softmax(dim=-1, dtype=torch.float32)
+            log_likelihoods[rows] = log_p.gather(1, token)[:, 0]
+            if not any(ctx.needs_input_grad):
+                continue
+            # of -log P by the logits: P minus one at the token
+            grad = log_p.exp_().scatter_add_(1, token, log_p.new_full(token.shape, -1.0)).mul_(relative[rows, None])
+            if bias_grad is not None:
+                bias_grad += grad.sum(dim=0)
+            grad = grad.to(dtype)
+            if states_grad is not None:
+                states_grad[rows] = (grad @ low_weight).to(states.dtype)
+            if weight_grad is not None and dtype == sums:
+                weight_grad.addmm_(grad.T, chunk)
+            elif weight_grad is not None:
+                weight_grad += grad.T @ chunk
+
+        ctx.save_for_backward(scale, states_grad, weight_grad, bias_grad)
+        ctx.shape, ctx.dtypes = hidden_states.shape, (weight.dtype, None if bias is None else bias.dtype)
+        log_likelihoods = log_likelihoods.view(labels.shape)
+        ctx.mark_non_differentiable(log_likelihoods)
+        return -(log_likelihoods * token_weights).sum(), log_likelihoods
+
+    @staticmethod
+    def backward(ctx, loss_grad, _):
+        scale, states_grad, weight_grad, bias_grad = ctx.saved_tensors
+        factor = loss_grad * scale
+        return (
+            None if states_grad is None else (states_grad * factor).view(ctx.shape),
+            None if weight_grad is None else (weight_grad * factor).to(ctx.dtypes[0]),
+            None if bias_grad is None else (bias_grad * factor).to(ctx.dtypes[1]),
+            None,
+            None,
+            None,
+        )

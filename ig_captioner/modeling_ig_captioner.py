@@ -33,6 +33,8 @@ from .encoder_ig_captioner import IGCaptionerPreTrainedModel, IGCaptionerVisionM
 from .information_gain import (
     IGNORE_INDEX,
     information_gain,
+    linear_loss,
+    loss_weights,
     mean_negative_log_likelihood,
     shift_right,
     text_mask,
@@ -72,7 +74,8 @@ class IGCaptionerCausalLMOutput(ModelOutput):
     captioning_loss: CE(T|I) over the texts that were predicted causally; nan if the draw left none.
     unconditional_loss: CE(T), without the image. Their difference is the information gain per token.
     parallel_loss: CE(T|I) over the texts that were predicted in parallel; nan if the draw left none.
-    logits: [N, L, V]; position i predicts token i of `labels`, or the token after `input_ids[:, i]`.
+    caption_log_likelihood, prior_log_likelihood: log P(T|I) and log P(T) [N] of the labels in nats, without a gradient.
+    logits: [N, L, V]; position i predicts token i of `labels`, or the token after `input_ids[:, i]`. None in training.
     """
 
     loss: Tensor | None = None
@@ -80,6 +83,8 @@ class IGCaptionerCausalLMOutput(ModelOutput):
     captioning_loss: Tensor | None = None
     unconditional_loss: Tensor | None = None
     parallel_loss: Tensor | None = None
+    caption_log_likelihood: Tensor | None = None
+    prior_log_likelihood: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -470,6 +475,12 @@ def is_intercepted(module: nn.Module) -> bool:
     return bool(foreign) or has_adapter or hasattr(module, "_hf_hook")
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling `module` does nothing but multiply by its weight and add its bias (no FSDP unit of its own)."""
+    watched = module._backward_hooks or module._backward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not watched and not is_intercepted(module)
+
+
 class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMixin):
     """The captioner: training on images and texts, and generation of captions."""
 
@@ -493,6 +504,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> IGCaptionerCausalLMOutput:
         """Logits of the next token, or with `labels` the training loss.
@@ -507,6 +519,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 in every call; `generate` does.
             parallel_prediction: CapPa's mode for the whole batch. In training with labels,
                 `config.parallel_prediction_prob` chooses texts at random instead.
+            skip_logits: with `labels`, compute the loss without ever holding all logits, and return none; if not given,
+                in training mode only. Saves memory and time unless the head has hooks or adapters.
 
         Raises:
             ValueError: for shapes that do not fit, or arguments that `labels` leaves no meaning.
@@ -518,7 +532,14 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 if value is not None:
                     raise ValueError(f"{name} cannot be combined with labels, which the decoder's input is made from")
             return self._training_forward(
-                labels, input_ids, pixel_values, attention_mask, parallel_prediction, num_items_in_batch, **kwargs
+                labels,
+                input_ids,
+                pixel_values,
+                attention_mask,
+                parallel_prediction,
+                num_items_in_batch,
+                skip_logits,
+                **kwargs,
             )
         outputs = self.model(
             input_ids,
@@ -544,6 +565,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         attention_mask: Tensor | None,
         parallel_prediction: bool,
         num_items_in_batch: Tensor | int | None,
+        skip_logits: bool | None,
         **kwargs,
     ) -> IGCaptionerCausalLMOutput:
         """a * CE(T|I) + b * CE(T), both paths over one pass of the text-only layers where they read the same text."""
@@ -566,50 +588,64 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             use_cache=False,
             **kwargs,
         )
-        # where mask tokens were read, the unconditional path has to read the texts themselves
-        text = outputs.text_states if parallel_rows is None else None
-        result = IGCaptionerCausalLMOutput(
-            logits=self.lm_head(outputs.last_hidden_state),
+        if pixel_values is None:
+            states = {"unconditional": outputs.last_hidden_state}
+        else:
+            states = {"conditional": outputs.last_hidden_state}
+            if config.unconditional_weight > 0 or not self.training:
+                # where mask tokens were read, the unconditional path has to read the texts themselves
+                text = outputs.text_states if parallel_rows is None else decoder.read_text(inputs, attention_mask)
+                states["unconditional"] = decoder.fuse(text)
+        skip_logits = self.training if skip_logits is None else skip_logits
+        loss, log_likelihoods, logits = self._head_loss(states, labels, num_items_in_batch, skip_logits)
+        return IGCaptionerCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            **self._loss_report(log_likelihoods, labels, parallel_rows),
             encoder_last_hidden_state=image_tokens,
             **without(outputs, "last_hidden_state", "text_states"),
         )
-        return self._add_losses(result, labels, inputs, attention_mask, text, parallel_rows, num_items_in_batch)
 
-    def _add_losses(
-        self,
-        result: IGCaptionerCausalLMOutput,
-        labels: Tensor,
-        inputs: Tensor,
-        attention_mask: Tensor | None,
-        text: TextStates | None,
-        parallel_rows: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
-    ) -> IGCaptionerCausalLMOutput:
-        config = self.config
+    def _head_loss(
+        self, states: dict[str, Tensor], labels: Tensor, num_items: Tensor | int | None, skip_logits: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """From states [N, L, D] of one or both paths: the loss, log P(token) [N, L] of each, the first path's logits.
 
-        def mean(log_likelihoods: Tensor, rows: Tensor | None = None, num_items: Tensor | int | None = None) -> Tensor:
+        All logits are made only if they are asked for, or if the head may be more than its weight and bias.
+        """
+        factors = {"conditional": self.config.conditional_weight, "unconditional": self.config.unconditional_weight}
+        weights = loss_weights(labels, self.config.loss_reduction, num_items)
+        weights = torch.cat([factors[name] * weights for name in states])
+        labels = labels.repeat(len(states), 1)
+        head, logits = self.lm_head, None
+        if skip_logits and is_plain_linear(head):
+            # both paths at once: they share the sum of the weight's gradient
+            loss, all_rows = linear_loss(torch.cat([*states.values()]), head.weight, head.bias, labels, weights)
+        else:
+            all_logits = [head(hidden_states) for hidden_states in states.values()]
+            logits = None if skip_logits else all_logits[0]
+            parts = labels.chunk(len(states))
+            all_rows = torch.cat([token_log_likelihoods(*pair) for pair in zip(all_logits, parts, strict=True)])
+            loss = -(all_rows * weights).sum()
+        return loss, dict(zip(states, all_rows.detach().chunk(len(states)), strict=True)), logits
+
+    def _loss_report(self, log_likelihoods: dict[str, Tensor], labels: Tensor, parallel_rows: Tensor | None) -> dict:
+        """The output's fields beside the loss, from log P(token) [N, L] of one or both paths."""
+
+        def mean(path: str, rows: Tensor | None = None) -> Tensor:
             counted = labels if rows is None else labels.masked_fill(~rows[:, None], IGNORE_INDEX)
-            log_likelihoods = log_likelihoods.masked_fill(counted == IGNORE_INDEX, 0.0)
-            return mean_negative_log_likelihood(log_likelihoods, counted, config.loss_reduction, num_items)
+            return mean_negative_log_likelihood(log_likelihoods[path], counted, self.config.loss_reduction)
 
-        conditional = token_log_likelihoods(result.logits, labels)
-        has_image = result.encoder_last_hidden_state is not None
-        loss = mean(conditional, num_items=num_items_in_batch)
-        if not has_image:
-            result.unconditional_loss = mean(conditional).detach()
-            result.loss = config.unconditional_weight * loss
-            return result
-        result.loss = config.conditional_weight * loss
-        result.captioning_loss = mean(conditional, None if parallel_rows is None else ~parallel_rows).detach()
-        if parallel_rows is not None:
-            result.parallel_loss = mean(conditional, parallel_rows).detach()
-        if config.unconditional_weight > 0 or not self.training:
-            decoder = self.model.decoder
-            text = decoder.read_text(inputs, attention_mask=attention_mask) if text is None else text
-            unconditional = token_log_likelihoods(self.lm_head(decoder.fuse(text)), labels)
-            result.unconditional_loss = mean(unconditional).detach()
-            result.loss = result.loss + config.unconditional_weight * mean(unconditional, num_items=num_items_in_batch)
-        return result
+        report = {}
+        if "conditional" in log_likelihoods:
+            report["caption_log_likelihood"] = log_likelihoods["conditional"].sum(dim=-1)
+            report["captioning_loss"] = mean("conditional", None if parallel_rows is None else ~parallel_rows)
+            if parallel_rows is not None:
+                report["parallel_loss"] = mean("conditional", parallel_rows)
+        if "unconditional" in log_likelihoods:
+            report["prior_log_likelihood"] = log_likelihoods["unconditional"].sum(dim=-1)
+            report["unconditional_loss"] = mean("unconditional")
+        return report
 
     def _draw_parallel_rows(self, labels: Tensor, parallel_prediction: bool) -> Tensor | None:
         """Which texts [N] are predicted in parallel, or None if none can be."""

@@ -56,10 +56,10 @@ class BrokenSampleError(Exception):
 
 
 class Sample(NamedTuple):
-    """One image with its captions. `image` is uint8 [H, W, 3]; `captions` are token ids in scored form."""
+    """One image with its captions: uint8 [H, W, 3], or as it was decoded; `captions` are token ids in scored form."""
 
     key: str
-    image: np.ndarray
+    image: np.ndarray | Image.Image
     captions: list[list[int]]
 
 
@@ -227,9 +227,9 @@ def decode_item(item: RawSample | Skipped, decode: Callable[[str, dict[str, byte
 # Training's samples
 
 
-def shrink(image: Image.Image, size: int | None) -> Image.Image:
+def shrink(image: Image.Image, size: int) -> Image.Image:
     """Squashes to size x size when a side is longer than `size`; smaller images keep their pixels."""
-    if size is None or max(image.size) <= size:
+    if max(image.size) <= size:
         return image
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
@@ -237,12 +237,16 @@ def shrink(image: Image.Image, size: int | None) -> Image.Image:
 def sample_decoder(
     encode: Encode, max_pixels: int, size: int | None = None
 ) -> Callable[[str, dict[str, bytes]], Sample]:
-    """The `decode` of `read_decoded` that gives pixels and caption tokens. `size`: see `shrink`."""
+    """The `decode` of `read_decoded` that gives pixels and caption tokens.
+
+    Args:
+        size: see `shrink`; the pixels are then uint8 [H, W, 3], which takes less memory than the image as decoded.
+    """
 
     def decode(key: str, files: dict[str, bytes]) -> Sample:
         image = read_image(files, max_pixels)
         captions = [encode(caption) for caption in read_captions(files)]
-        return Sample(key, np.asarray(shrink(image, size)), captions)
+        return Sample(key, image if size is None else np.asarray(shrink(image, size)), captions)
 
     return decode
 

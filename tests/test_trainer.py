@@ -138,7 +138,7 @@ def test_trainer_smooths_the_conditional_part_with_aligned_labels(checkpoint, tm
     trainer = example.CaptionTrainer(model, arguments, label_smoothing=0.1)
     for module in model.modules():
         module.training = isinstance(module, type(model))  # no dropout, but the trainer sees a model in training
-    outputs = model(**inputs)
+    outputs = model(**inputs, skip_logits=False)
     flat = outputs.logits.flatten(0, 1), inputs["labels"].flatten()
     conditional = F.cross_entropy(*flat, label_smoothing=0.1)
     expected = 1.5 * conditional + 0.5 * outputs.unconditional_loss

@@ -260,8 +260,7 @@ def test_losses_per_source_add_up_to_the_batch():
     ids, mask = padded(random_texts())
     labels, source = ids.masked_fill(mask == 0, -100), torch.tensor([0, 1, 1, 0, 2])
     outputs = model(pixel_values=random_images(5), labels=labels)
-    prior_logits = model(labels=labels).logits
-    sums = sums_by_source(outputs.logits, prior_logits, labels, source, 4)
+    sums = sums_by_source(outputs.caption_log_likelihood, outputs.prior_log_likelihood, labels, source, 4)
     captioning, unconditional, tokens = sums.sum(dim=0).tolist()
     assert captioning / tokens == pytest.approx(outputs.captioning_loss.item(), rel=1e-4)
     assert unconditional / tokens == pytest.approx(outputs.unconditional_loss.item(), rel=1e-4)

@@ -92,7 +92,7 @@ def test_find_shards_expands_braces_and_globs_and_names_what_is_missing(tmp_path
 @pytest.mark.parametrize("name", ["s.tar", "s.tar.gz"])
 def test_reads_plain_and_gzipped_shards(tmp_path, tokenizer, name):
     path = write_shard(tmp_path / name, good_members(0, 3))
-    samples = list(read_samples([str(path)], make_encoder(tokenizer, 32), max_pixels=1000))
+    samples = list(read_samples([str(path)], make_encoder(tokenizer, 32), max_pixels=1000, size=96))
     assert [sample.key for sample in samples] == ["0000", "0001", "0002"]
     assert samples[1].image.shape == (10, 12, 3) and samples[1].image[0, 0].tolist() == [1, 0, 0]
     assert samples[0].captions == [tokenizer(CAPTIONS[0])["input_ids"]]
@@ -109,7 +109,7 @@ def test_json_captions_win_over_the_text_file(tmp_path, tokenizer):
 def test_transparency_becomes_white(tmp_path, tokenizer):
     members = [("k.png", image_bytes((255, 0, 0, 0), mode="RGBA")), ("k.txt", b"text")]
     path = write_shard(tmp_path / "s.tar", members)
-    (sample,) = read_samples([str(path)], make_encoder(tokenizer, 32), max_pixels=1000)
+    (sample,) = read_samples([str(path)], make_encoder(tokenizer, 32), max_pixels=1000, size=96)
     assert sample.image.min() == 255
 
 

@@ -44,15 +44,17 @@ def reflect_border(image: np.ndarray, box: tuple[float, ...]) -> tuple[np.ndarra
 
 
 def augment(
-    image: np.ndarray, config: AugmentationConfig, settings: ImageSettings, rng: np.random.Generator
+    image: np.ndarray | Image.Image, config: AugmentationConfig, settings: ImageSettings, rng: np.random.Generator
 ) -> np.ndarray:
-    """Random view of uint8 [H, W, 3], resized to `settings.size`."""
-    box = random_box(image.shape[1], image.shape[0], config, rng)
+    """Random view of an image, or of uint8 [H, W, 3], resized to `settings.size`."""
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+    box = random_box(width, height, config, rng)
     if config.shift:
-        image, box = reflect_border(image, box)
-    result = np.asarray(resize(image, settings, box))
+        image, box = reflect_border(np.asarray(image), box)
+    view = resize(image, settings, box)
     if rng.random() < config.flip_probability:
-        result = result[:, ::-1]
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    result = np.asarray(view)
     if config.color_jitter:
         amount = rng.uniform(-config.color_jitter, config.color_jitter, 4)
         jittered = (result - 127.5) * (1 + amount[0]) + 127.5 + 255 * amount[1:]
@@ -60,10 +62,13 @@ def augment(
     return result
 
 
-def resize(image: np.ndarray, settings: ImageSettings, box: tuple[float, ...] | None = None) -> Image.Image:
-    """Resizes (a box of) uint8 [H, W, 3] straight to the model's size, as its image processor does."""
+def resize(
+    image: np.ndarray | Image.Image, settings: ImageSettings, box: tuple[float, ...] | None = None
+) -> Image.Image:
+    """Resizes (a box of) an image straight to the model's size, as its image processor does."""
     height, width = settings.size
-    return Image.fromarray(image).resize((width, height), settings.resample, box=box)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    return image.resize((width, height), settings.resample, box=box)
 
 
 def normalise(images: np.ndarray) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What a run reports: losses, information gain, speed; one JSON object per row of `log.jsonl`.
 
-Shapes: B texts, L tokens, V vocabulary. Losses are in nats per token.
+Shapes: B texts, L tokens. Losses are in nats per token.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ig_captioner.information_gain import IGNORE_INDEX, token_log_likelihoods
+from ig_captioner.information_gain import IGNORE_INDEX
 
 from .config import TrainConfig
 
@@ -48,10 +48,12 @@ def weight_in_mean(labels: Tensor, reduction: str) -> Tensor:
 
 
 @torch.no_grad()
-def sums_by_source(logits: Tensor, prior_logits: Tensor, labels: Tensor, source: Tensor, sources: int) -> Tensor:
-    """[S, 3]: per source the summed captioning loss and unconditional loss, and the number of tokens."""
-    losses = -token_log_likelihoods(logits, labels), -token_log_likelihoods(prior_logits, labels)
-    columns = torch.stack([*(loss.sum(dim=1) for loss in losses), (labels != IGNORE_INDEX).sum(dim=1).float()], dim=1)
+def sums_by_source(caption: Tensor, prior: Tensor, labels: Tensor, source: Tensor, sources: int) -> Tensor:
+    """[S, 3]: per source the summed captioning loss and unconditional loss, and the number of tokens.
+
+    `caption` and `prior` are log P(T|I) and log P(T) [B].
+    """
+    columns = torch.stack([-caption, -prior, (labels != IGNORE_INDEX).sum(dim=1).float()], dim=1)
     return columns.new_zeros(sources, 3).index_add_(0, source.to(labels.device), columns)
 
 
@@ -116,9 +118,11 @@ class MetricsLog:
     def add_sources(self, model: Any, outputs: Any, labels: Tensor, source: Tensor) -> None:
         """Losses per source, before the weights change; left out where some texts were predicted in parallel."""
         if outputs.parallel_loss is None:
-            with torch.no_grad():
-                prior_logits = model(labels=labels).logits
-            sums = sums_by_source(outputs.logits, prior_logits, labels, source, len(self.names))
+            prior = outputs.prior_log_likelihood
+            if prior is None:  # captioning only
+                with torch.no_grad():
+                    prior = model(labels=labels).prior_log_likelihood
+            sums = sums_by_source(outputs.caption_log_likelihood, prior, labels, source, len(self.names))
             self.sources = sums if self.sources is None else self.sources + sums
 
     def source_rows(self) -> dict[str, dict[str, float]]:
