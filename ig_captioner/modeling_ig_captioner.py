@@ -15,10 +15,6 @@ Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E e
 V vocabulary. Log-likelihoods are in nats.
 """
 
-import dataclasses
-import hashlib
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +23,11 @@ from torch.nn import functional as F
 from transformers import Cache, GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig, as_height_width
-from .decoder_ig_captioner import IGCaptionerTextDecoder, TextStates
+from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig
+from .decoder_ig_captioner import IGCaptionerTextDecoder
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, IGCaptionerVisionModel, KeyValues
 from .information_gain import (
     IGNORE_INDEX,
-    information_gain,
     linear_loss,
     loss_weights,
     mean_negative_log_likelihood,
@@ -40,18 +35,13 @@ from .information_gain import (
     text_mask,
     token_log_likelihoods,
 )
-from .label_trie import CompiledTexts, TextTrie, build_trie
 
 # Not used here: code is fetched entry file by entry file with what that file imports, and a model so fetched must find
 # all of its files beside this one when it is saved again.
+from .label_trie import CompiledLabels  # noqa: F401
 from .pipeline_ig_captioner import IGZeroShotImageClassificationPipeline  # noqa: F401
 from .processing_ig_captioner import IGCaptionerProcessor  # noqa: F401
-
-
-# How many numbers `score` holds at once of what grows with texts and images: logits, and the inner states of an MLP.
-# 2**28 is 1 GiB in float32; on a CPU less, so that it stays in the caches.
-MAX_NUMBERS_PER_CHUNK = {"cpu": 2**23, "other": 2**28}
-MAX_KEPT_TEXTS = 4
+from .scoring_ig_captioner import IGCaptionerScorer, is_intercepted
 
 
 @dataclass
@@ -90,15 +80,6 @@ class IGCaptionerCausalLMOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
     encoder_last_hidden_state: Tensor | None = None
-
-
-@dataclass
-class IGCaptionerScoreOutput(ModelOutput):
-    """caption_log_likelihood log P(T|I) [B, C], prior_log_likelihood log P(T) [C], information_gain [B, C]; in nats."""
-
-    caption_log_likelihood: Tensor | None = None
-    prior_log_likelihood: Tensor | None = None
-    information_gain: Tensor | None = None
 
 
 @dataclass
@@ -186,8 +167,8 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
         return IGCaptionerModelOutput(**without(outputs, "text_states"), encoder_last_hidden_state=image_tokens)
 
 
-class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
-    """Base of the two heads: `log P(token)` and the scoring of candidate texts. Both save the same weights."""
+class IGCaptionerModelWithHead(IGCaptionerScorer):
+    """Base of the two heads: `log P(token)`, and scores of texts. Both save the same weights."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
 
@@ -196,8 +177,7 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         text: IGCaptionerTextConfig = config.text_config
         self.model = IGCaptionerModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=text.head_bias)
-        self._kept_texts: dict[tuple, CompiledTexts] = {}  # of the sets of texts scored last
-        self._kept_fingerprint: tuple[tuple, str] | None = None
+        self.forget_texts()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -216,263 +196,6 @@ class IGCaptionerModelWithHead(IGCaptionerPreTrainedModel):
         """As in torch; weights may change between calls, so what `score` has kept is dropped."""
         self.forget_texts()
         return super().train(mode)
-
-    def forget_texts(self) -> None:
-        """Drops what `score` keeps of texts. Needed only after writes to `parameter.data`, which it cannot see."""
-        self._kept_texts.clear()
-        self._kept_fingerprint = None
-
-    def score(
-        self,
-        pixel_values: Tensor,
-        input_ids: Tensor | CompiledTexts,
-        attention_mask: Tensor | None = None,
-        *,
-        prior_weight: float | None = None,
-        prior_source: str | None = None,
-        reference_pixel_values: Tensor | None = None,
-        reduction: str = "sum",
-        chunk_size: int | None = None,
-    ) -> IGCaptionerScoreOutput:
-        """Scores every candidate text under every image.
-
-        Images are encoded once. Texts are compiled to a trie, which reads what they have in common once; all that does
-        not depend on the image (the trie, log P(T), the states of the text-only layers) is kept for later calls with
-        the same texts and weights, see `forget_texts`. It is not kept where gradients are asked for, or where hooks or
-        adapters stand between the weights and the result.
-
-        Args:
-            pixel_values: [B, channels, height, width].
-            input_ids: [C, L], exactly the tokens that are scored: end-of-sequence included, start token excluded; or
-                what `compile_texts` returned.
-            attention_mask: [C, L] of 0 and 1, padding on either side; found from the padding id if not given.
-            prior_weight: weight of log P(T); `config.prior_weight` if not given. 0 ranks by likelihood.
-            prior_source: "unconditional" or "reference_images"; `config.prior_source` if not given.
-            reference_pixel_values: [R, channels, height, width], the images over which P(T|I) is averaged to P(T);
-                implies "reference_images". Noise if not given.
-            reduction: "sum" for nats per text, "mean" for nats per token.
-            chunk_size: how many nodes of the trie, times images, the decoder reads at once, but at least one block of
-                about `label_trie.BLOCK_SIZE`; by default what `MAX_NUMBERS_PER_CHUNK` allows. It changes memory and
-                speed, not scores.
-
-        Returns:
-            [`IGCaptionerScoreOutput`], float32.
-
-        Raises:
-            ValueError: for an empty text, a shape or a chunk size that does not fit, an unknown reduction or prior, or
-                texts that were compiled with other weights.
-        """
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-        if not len(pixel_values):
-            raise ValueError(f"pixel_values holds no image, got shape {tuple(pixel_values.shape)}")
-        if isinstance(input_ids, CompiledTexts):
-            if prior_source is not None or reference_pixel_values is not None:
-                raise ValueError(
-                    f"compiled texts have their prior already, but prior_source {prior_source!r} was given"
-                )
-            texts = self._check_compiled(input_ids)
-        else:
-            references = self._references(prior_source, reference_pixel_values)
-            texts = self._compile_or_recall(input_ids, attention_mask, references, chunk_size)
-        caption_log_likelihood = self._log_likelihoods(texts, pixel_values, chunk_size)
-        prior_log_likelihood = texts.prior_log_likelihood.clone()
-        if reduction == "mean":
-            caption_log_likelihood = caption_log_likelihood / texts.trie.lengths
-            prior_log_likelihood = prior_log_likelihood / texts.trie.lengths
-        prior_weight = self.config.prior_weight if prior_weight is None else prior_weight
-        return IGCaptionerScoreOutput(
-            caption_log_likelihood=caption_log_likelihood,
-            prior_log_likelihood=prior_log_likelihood,
-            information_gain=information_gain(caption_log_likelihood, prior_log_likelihood, prior_weight),
-        )
-
-    def compile_texts(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        prior_source: str | None = None,
-        reference_pixel_values: Tensor | None = None,
-        chunk_size: int | None = None,
-    ) -> CompiledTexts:
-        """All of `score` that needs no image, to be passed to it in place of `input_ids`.
-
-        Args, Raises: as for `score`.
-        """
-        references = self._references(prior_source, reference_pixel_values)
-        compiled = self._compile(*self._padded_on_the_right(input_ids, attention_mask), references, chunk_size)
-        return dataclasses.replace(compiled, fingerprint=self.fingerprint())
-
-    def fingerprint(self) -> str:
-        """SHA-256 of what scores depend on: weights, their dtype, and the architecture. Computed once per weights."""
-        parameters = self.state_dict()
-        version = None
-        if not any(parameter.is_inference() for parameter in parameters.values()):
-            version = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters.values())
-        if version is None or self._kept_fingerprint is None or self._kept_fingerprint[0] != version:
-            sections = (self.config.vision_config, self.config.text_config)
-            fields = [(name, getattr(section, name)) for section in sections for name in type(section).__annotations__]
-            digest = hashlib.sha256(repr(fields).encode())
-            for name, parameter in parameters.items():
-                digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-                digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy())
-            self._kept_fingerprint = version, digest.hexdigest()
-        return self._kept_fingerprint[1]
-
-    def _padded_on_the_right(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Texts [C, L] and their mask as short as they can be, padding last. Raises ValueError for what is no text."""
-        text = self.config.text_config
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids must be [C, L] with at least one text, got shape {tuple(input_ids.shape)}")
-        input_ids = input_ids.long()
-        if attention_mask is None:
-            attention_mask = text_mask(input_ids, text.pad_token_id, text.eos_token_id)
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask {tuple(attention_mask.shape)} differs from input_ids {tuple(input_ids.shape)}"
-            )
-        if not bool(attention_mask.any(dim=-1).all()):
-            raise ValueError(f"text {int(attention_mask.any(dim=-1).long().argmin())} of input_ids has no tokens")
-        padding_last = attention_mask.argsort(dim=-1, descending=True, stable=True)
-        padding_last = padding_last[:, : int(attention_mask.sum(dim=-1).max())]
-        return input_ids.gather(-1, padding_last), attention_mask.gather(-1, padding_last)
-
-    def _references(self, prior_source: str | None, reference_pixel_values: Tensor | None) -> Tensor | None:
-        """The images over which the prior is averaged, [R, channels, height, width]; None for the unconditional one."""
-        if prior_source is None:
-            prior_source = self.config.prior_source if reference_pixel_values is None else "reference_images"
-        if prior_source not in ("unconditional", "reference_images"):
-            raise ValueError(f"prior_source must be 'unconditional' or 'reference_images', got {prior_source!r}")
-        if prior_source == "unconditional":
-            if reference_pixel_values is not None:
-                raise ValueError("prior_source 'unconditional' uses no reference_pixel_values, but they were given")
-            return None
-        if reference_pixel_values is not None:
-            return reference_pixel_values
-        vision = self.config.vision_config
-        size = as_height_width(vision.image_size, "image_size")
-        noise = torch.randn(
-            self.config.num_reference_images, vision.num_channels, *size, generator=torch.Generator().manual_seed(0)
-        )
-        return noise.to(self.lm_head.weight)
-
-    def _compile_or_recall(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        references: Tensor | None,
-        chunk_size: int | None,
-    ) -> CompiledTexts:
-        input_ids, attention_mask = self._padded_on_the_right(input_ids, attention_mask)
-        key = self._key_of_texts(input_ids, attention_mask, references)
-        texts = self._kept_texts.get(key) or self._compile(input_ids, attention_mask, references, chunk_size)
-        if key is not None:
-            self._kept_texts[key] = texts
-            while len(self._kept_texts) > MAX_KEPT_TEXTS:
-                self._kept_texts.pop(next(iter(self._kept_texts)), None)
-        return texts
-
-    def _compile(
-        self, input_ids: Tensor, attention_mask: Tensor, references: Tensor | None, chunk_size: int | None
-    ) -> CompiledTexts:
-        self.model.decoder.check_length(input_ids.shape[1])
-        trie = build_trie(input_ids, attention_mask, self.config.decoder_start_token_id).to(input_ids.device)
-        states = None
-        if self.config.text_config.num_text_only_layers:
-            passes = self._passes(trie, 1, chunk_size)
-            states = torch.cat([self._read_blocks(trie, *blocks).hidden_states for blocks in passes])
-        texts = CompiledTexts(trie, torch.zeros(0), states)
-        if references is None:
-            prior = trie.sum_over_texts(self._edges(texts, None, chunk_size))[0]
-        else:
-            prior = self._log_likelihoods(texts, references, chunk_size).logsumexp(dim=0) - math.log(len(references))
-        return dataclasses.replace(texts, prior_log_likelihood=prior)
-
-    def _log_likelihoods(self, texts: CompiledTexts, pixel_values: Tensor, chunk_size: int | None) -> Tensor:
-        """log P(T|I), [B, C]."""
-        rows = []
-        image_tokens = self.model.vision_model(pixel_values=pixel_values).last_hidden_state
-        for tokens in image_tokens.split(self._images_per_pass(texts.trie, chunk_size)):
-            image_key_values = self.model.decoder.read_image(tokens)
-            rows.append(texts.trie.sum_over_texts(self._edges(texts, image_key_values, chunk_size)))
-        return torch.cat(rows)
-
-    def _check_compiled(self, texts: CompiledTexts) -> CompiledTexts:
-        if texts.fingerprint != self.fingerprint():
-            raise ValueError(
-                "these texts were compiled with other weights, or in another dtype: compile them again (fingerprint "
-                f"{texts.fingerprint[:12]}..., the model's is {self.fingerprint()[:12]}...)"
-            )
-        return texts.to(self.lm_head.weight.device)
-
-    def _edges(self, texts: CompiledTexts, image_key_values: list[KeyValues] | None, chunk_size: int | None) -> Tensor:
-        """log P of every edge of a trie: [B, E] under B images, [1, E] without."""
-        trie, parts = texts.trie, []
-        images = 1 if image_key_values is None else len(image_key_values[0][0])
-        for start, end in self._passes(trie, images, chunk_size):
-            blocks = self._read_blocks(trie, start, end, texts.text_states)
-            states = self.model.decoder.fuse(blocks.repeat(images), image_key_values)
-            states = states.view(images, -1, states.shape[-1])
-            first, last = trie.first_nodes[start], trie.first_nodes[end]
-            while first < last:
-                next_ = min(last, first + max(1, self._max_numbers() // (images * self.lm_head.out_features)))
-                nodes = trie.nodes[first:next_] - start * trie.tokens.shape[1]
-                edges = slice(trie.first_edges[first], trie.first_edges[next_])
-                from_node = trie.edge_nodes[edges] - first
-                log_p = self.lm_head(states[:, nodes]).float().log_softmax(dim=-1)
-                parts.append(log_p[:, from_node, trie.edge_tokens[edges]])
-                first = next_
-        return torch.cat(parts, dim=1)
-
-    def _read_blocks(self, trie: TextTrie, start: int, end: int, states: Tensor | None = None) -> TextStates:
-        blocks = slice(start, end)
-        states = None if states is None else states[blocks]
-        return self.model.decoder.read_trie(trie.tokens[blocks], trie.depths[blocks], trie.ends[blocks], states)
-
-    def _max_numbers(self) -> int:
-        return MAX_NUMBERS_PER_CHUNK.get(self.lm_head.weight.device.type, MAX_NUMBERS_PER_CHUNK["other"])
-
-    def _positions_per_pass(self, chunk_size: int | None) -> int:
-        return chunk_size or self._max_numbers() // (2 * self.config.text_config.intermediate_size)
-
-    def _images_per_pass(self, trie: TextTrie, chunk_size: int | None) -> int:
-        return max(1, self._positions_per_pass(chunk_size) // trie.tokens.numel())
-
-    def _passes(self, trie: TextTrie, images: int, chunk_size: int | None) -> Iterator[tuple[int, int]]:
-        """First and last block of each pass over a trie."""
-        blocks = max(1, self._positions_per_pass(chunk_size) // (images * trie.tokens.shape[1]))
-        for start in range(0, len(trie.tokens), blocks):
-            yield start, min(start + blocks, len(trie.tokens))
-
-    def _key_of_texts(self, input_ids: Tensor, attention_mask: Tensor, references: Tensor | None) -> tuple | None:
-        """Everything that log P(T) depends on, or None if that cannot be told or gradients are wanted."""
-        parameters, device = list(self.parameters()), input_ids.device.type
-        if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
-            return None
-        if any(p.is_inference() for p in parameters) or any(map(is_intercepted, self.modules())):
-            return None
-        return (
-            input_ids.cpu().numpy().tobytes(),
-            attention_mask.cpu().numpy().tobytes(),
-            input_ids.shape,
-            None if references is None else hashlib.sha256(references.float().cpu().numpy().tobytes()).digest(),
-            self.config.decoder_start_token_id,
-            self.config.text_config._attn_implementation,
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-            *((id(p), p.data_ptr(), p.dtype, p._version) for p in parameters),
-        )
-
-
-def is_intercepted(module: nn.Module) -> bool:
-    """Whether hooks, adapters (peft) or offloading (accelerate) may change what a module makes of its weights."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # transformers' own, which record hidden states, change nothing
-    foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers.")]
-    has_adapter = hasattr(module, "disable_adapters") and not isinstance(module, IGCaptionerPreTrainedModel)
-    return bool(foreign) or has_adapter or hasattr(module, "_hf_hook")
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from ig_captioner import (
     IGCaptionerProcessor,
     compile_labels,
     label_cache,
-    modeling_ig_captioner,
+    scoring_ig_captioner,
 )
 from ig_captioner.label_cache import compile_labels_once
 from ig_captioner.label_trie import build_trie
@@ -70,9 +70,9 @@ def test_scores_do_not_depend_on_the_company_of_a_text(variant, attn, monkeypatc
     texts = texts_with_shared_beginnings(1, number=12) + random_texts()
     with torch.no_grad():
         likelihood, prior = naive_scores(model, images, texts), naive_scores(model, None, texts)
-    monkeypatch.setattr(modeling_ig_captioner, "build_trie", lambda *args: build_trie(*args, 16))
+    monkeypatch.setattr(scoring_ig_captioner, "build_trie", lambda *args: build_trie(*args, 16))
     for numbers in (1, 500, 10**7):
-        monkeypatch.setitem(modeling_ig_captioner.MAX_NUMBERS_PER_CHUNK, "cpu", numbers)
+        monkeypatch.setitem(scoring_ig_captioner.MAX_NUMBERS_PER_CHUNK, "cpu", numbers)
         with torch.no_grad():
             scores = model.score(images, *padded(texts))
         torch.testing.assert_close(scores.caption_log_likelihood, likelihood, atol=1e-4, rtol=0)
@@ -90,8 +90,8 @@ def test_equal_texts_have_exactly_equal_scores():
 def test_no_pass_holds_more_than_it_may(monkeypatch):
     """What grows with texts and images is cut to the limit, or to one block and one node if the limit is smaller."""
     model, limit = tiny_model(), 4000
-    monkeypatch.setitem(modeling_ig_captioner.MAX_NUMBERS_PER_CHUNK, "cpu", limit)
-    monkeypatch.setattr(modeling_ig_captioner, "build_trie", lambda *args: build_trie(*args, 16))
+    monkeypatch.setitem(scoring_ig_captioner.MAX_NUMBERS_PER_CHUNK, "cpu", limit)
+    monkeypatch.setattr(scoring_ig_captioner, "build_trie", lambda *args: build_trie(*args, 16))
     logits, inner = [], []
     model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output.numel()))
     for layer in model.model.decoder.layers:
