@@ -103,7 +103,7 @@ def peer_rows(size: Size, rounds: int) -> list[Row]:
     times = take_turns(steps, rounds)
     rows = time_rows(times, {fitted: padded, ours: padded, gain: padded}, "images/s", size.batch)
     ratio = median_ratio(times[fitted], times[ours])
-    return [*rows, row(f"captioning, {model} (again)", rows[2]["value"], "images/s", fitted, ratio)]
+    return [*rows, row(ours, rows[2]["value"], "images/s", fitted, ratio)]
 
 
 # The loss
@@ -166,7 +166,7 @@ def loss_rows(width: int, rounds: int, low: bool) -> list[Row]:
 # Data
 
 
-def loading_rows(paths: list[str], folder: Path, rounds: int, batches: int = 4) -> list[Row]:
+def loading_rows(paths: list[str], folder: Path, rounds: int, batches: int = 16) -> list[Row]:
     """Samples per second of one process."""
 
     def reader(stream: Iterator[Any]) -> Callable[[], None]:
@@ -213,7 +213,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "loss": lambda options: (
         loss_rows(options.width, options.rounds, low=False) + loss_rows(options.width, options.rounds, low=True)
     ),
-    "data": lambda options: data_rows(options.data_root, 2 * options.rounds, 4 * options.rounds),
+    "data": lambda options: data_rows(options.data_root, options.rounds, 4 * options.rounds),
 }
 
 
