@@ -40,7 +40,7 @@ SHARD_SIZES = (7, 12, 3, 9)  # uneven, and 31 samples are no multiple of any bat
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 KILL_VARIABLE = "IG_CAPTIONER_CHECK_KILL"  # "rank step place", for the processes started here
 SIGNALS = {"step": signal.SIGKILL, "term": signal.SIGTERM}
-TIMING = ("minutes", "images_per_second", "data_wait")
+TIMING = ("minutes", "images_per_second", "tokens_per_second", "mfu", "data_wait", "peak_memory_gib")
 
 
 def make_workspace(folder: Path, data: str, steps: int, workers: int) -> Path:

@@ -96,7 +96,7 @@ def train(config: TrainConfig) -> Path:
         progress.skipped.update(skipped.reason for skipped in data.skipped)
     batches = iter(data.loader)  # draws a random number, so it comes before the random state is set
     torch.manual_seed(config.seed + accelerator.process_index)  # dropout and parallel prediction
-    log = MetricsLog(output_dir, progress.step, accelerator, config)
+    log = MetricsLog(output_dir, progress.step, accelerator, config, model)
     saved.restore(optimizers, average, progress, log, accelerator)
     saved_step = progress.step
     if checkpoint:
@@ -148,13 +148,13 @@ def train(config: TrainConfig) -> Path:
                     outputs = wrapped(pixel_values=part["pixel_values"], labels=part["labels"])
                     loss = loss + share * outputs.loss.detach()
                     accelerator.backward(share * outputs.loss)
-                log.add_part(outputs, share)
+                log.add_part(outputs, share, part["labels"])
                 if due(progress.step + 1, config.log_every_steps):
                     log.add_sources(model, outputs, part["labels"], part["source"])
             grad_norm = accelerator.clip_grad_norm_(
                 wrapped.parameters(), config.optimizer.max_grad_norm or float("inf")
             )
-            log.add_step(grad_norm, len(batch["labels"]))
+            log.add_step(grad_norm, batch["labels"])
             if all_finite(loss, grad_norm, accelerator):
                 for optimizer in optimizers:
                     optimizer.step()
