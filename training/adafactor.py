@@ -1,8 +1,8 @@
 """Adafactor in big_vision's form, with which Cap and CapPa were trained: factored second moments (arXiv 1804.04235),
 a bound of beta2 (arXiv 2106.04560), momentum in half precision.
 
-torch's Adafactor always scales with the parameter's size, and neither it nor transformers' has the bound, the size below
-which nothing is factored, or such a momentum.
+torch's Adafactor always scales with the parameter's size, and neither it nor transformers' has the bound, the size
+below which nothing is factored, or such a momentum.
 
 Differences from big_vision, whose weights have other shapes: attention's projections are matrices here, [heads * head,
 width], there [width, heads, head], of which two of the three dimensions are factored; and layers are not stacked.

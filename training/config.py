@@ -41,7 +41,8 @@ class SourceConfig:
     """One set of WebDataset shards."""
 
     shards: list[str] = field(default_factory=list)
-    """Paths or globs of `.tar` / `.tar.gz` files, `{0000..0004}` and `{a,b}` expanded, relative to `data_root`."""
+    """Paths or globs of `.tar` / `.tar.gz` files, `{0000..0004}` and `{a,b}` expanded, relative to `data_root`; or URLs
+    (http, https, and with what fsspec asks for hf, s3, gs), with braces but without globs."""
     weight: float = 1.0
     """Share of the samples drawn from this source, relative to the other weights."""
     holdout_fraction: float = 0.0
