@@ -23,7 +23,7 @@ TIMEOUT = 60.0  # seconds without a byte
 BUFFER_SIZE = 2**20
 BUSY = (408, 425, 429)  # HTTP errors of the client that may pass; 500 and above may, too
 
-# Files given up in a row, by server. Each takes away a retry, so that a server that is down costs no time for each file.
+# Files given up in a row, by server. Each takes away a retry: a server that is down must not cost time for every file.
 _given_up: Counter[str] = Counter()
 
 

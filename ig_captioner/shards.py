@@ -1,11 +1,12 @@
 """WebDataset shards to decoded samples, for training and evaluation.
 
-A shard is a `.tar` or `.tar.gz`, a local file or a URL (see `remote`), whose consecutive members `key.jpg|jpeg|png|webp`, `key.txt` and `key.json` form a
-sample. Its captions are the `captions` of the JSON where there are any, else the text file.
+A shard is a `.tar` or `.tar.gz`, a local file or a URL (see `remote`), whose consecutive members
+`key.jpg|jpeg|png|webp`, `key.txt` and `key.json` form a sample. Its captions are the `captions` of the JSON where there
+are any, else the text file.
 
-A broken sample is skipped, never fatal: it comes out as `Skipped(key, reason)`, and is logged, and so does the rest of a
-shard that breaks off or cannot be reached. A shard set without a single usable sample is an `EmptySourceError` with the
-counts.
+A broken sample is skipped, never fatal: it comes out as `Skipped(key, reason)`, and is logged, and so is the rest of a
+shard that breaks off or cannot be reached. A shard set without a single usable sample is an `EmptySourceError` with
+the counts.
 
 `read_shard` gives the files of each sample, `read_decoded` what a function makes of them, `read_samples` the pixels and
 caption tokens that training takes.

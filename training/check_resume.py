@@ -39,6 +39,7 @@ from .train_tokenizer import train_tokenizer
 SHARD_SIZES = (7, 12, 3, 9)  # uneven, and 31 samples are no multiple of any batch
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 KILL_VARIABLE = "IG_CAPTIONER_CHECK_KILL"  # "rank step place", for the processes started here
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as configs/accelerate/fsdp2.yaml does
 SIGNALS = {"step": signal.SIGKILL, "term": signal.SIGTERM}
 TIMING = ("minutes", "images_per_second", "tokens_per_second", "mfu", "data_wait", "peak_memory_gib")
 
@@ -240,10 +241,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=0, help="loader processes per training process")
     parser.add_argument("--data", choices=("cached", "streamed"), default="cached")
     parser.add_argument("--optimizer", choices=("adamw", "adafactor", "muon"), default="muon")
+    parser.add_argument("--sharded", action="store_true", help="FSDP2")
     parser.add_argument("--torchrun", action="store_true", help="start the processes with torchrun; slower")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    if options.sharded:
+        os.environ |= SHARDED
     with tempfile.TemporaryDirectory() as folder:
         result = check(Path(folder), options)
     print(json.dumps(result))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .adafactor import Adafactor
 from .config import OptimizerConfig
+from .sharding import sharded_like
 
 
 # Parts of a parameter's name that mark lookup tables: no weight decay, and never Muon, which is for linear maps.
@@ -155,4 +156,4 @@ class MovingAverage:
         self.updates = state["updates"]
         average: dict[str, Tensor] = state["average"]
         for name, tensor in self.average.items():
-            tensor.copy_(average[name])
+            tensor.copy_(sharded_like(average[name], tensor))
