@@ -61,6 +61,12 @@ def gathered(value: Any, keep: bool = True) -> Any:
     return [gathered(item, keep) for item in value] if isinstance(value, list) else value
 
 
+def model_weights(model: PreTrainedModel, keep: bool = True) -> dict[str, Any]:
+    """The model's `state_dict`, gathered, with tied weights once. On all processes at once; `keep` as above."""
+    state = model.state_dict()
+    return gathered({name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}, keep)
+
+
 def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor divided as the parameter is that it belongs to; statistics of another shape stay whole."""
     if not isinstance(parameter, DTensor) or not tensor.ndim:

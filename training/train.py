@@ -34,7 +34,7 @@ from .data import load_training_data, split_by_length
 from .evaluation import evaluate
 from .metrics import MetricsLog, summary, weight_in_mean
 from .optim import MovingAverage, learning_rate_factor, make_optimizers, set_learning_rate
-from .sharding import gathered, is_sharding_wanted, shard
+from .sharding import gathered, is_sharding_wanted, model_weights, shard
 from .state import RunProgress, SavedRun, agree, all_finite, catch_sigterm, collect_state
 
 
@@ -114,7 +114,7 @@ def train(config: TrainConfig) -> Path:
             progress.seconds = seconds
             # On every process: it gathers.
             state = collect_state(optimizers, average, progress, data, log, list(config.data.sources), accelerator)
-            write_model = partial(save_model, gathered(model.state_dict(), accelerator.is_main_process))
+            write_model = partial(save_model, model_weights(model, accelerator.is_main_process))
             if accelerator.is_main_process:
                 save_checkpoint(output_dir, progress.step, state, write_model, config.keep_checkpoints)
             accelerator.wait_for_everyone()
@@ -208,7 +208,7 @@ def train(config: TrainConfig) -> Path:
             average.copy_to(model)
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         model.to(getattr(torch, config.save_dtype))
-        weights = gathered(model.state_dict(), accelerator.is_main_process)
+        weights = model_weights(model, accelerator.is_main_process)
         if accelerator.is_main_process:
             save_model(weights, output_dir / "final")
             draw_curves(log.path, output_dir / "curves.png")
