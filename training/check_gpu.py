@@ -1,4 +1,4 @@
-"""What only a GPU can show of training, on one of them: FSDP2, compilation, and the share of the peak that B/16 reaches.
+"""What only a GPU can show of training, on one: FSDP2, compilation, and the share of the peak that B/16 reaches.
 
     python -m training.check_gpu [--output FILE.json] [--skip_b16]
 
