@@ -137,7 +137,8 @@ class MetricsLog:
 
     def add_step(self, grad_norm: Tensor | float, labels: Tensor) -> None:
         """`labels` [B, L] of the whole batch, on the CPU."""
-        self.means["grad_norm"] = self.means.get("grad_norm", 0.0) + torch.as_tensor(grad_norm).detach().float()
+        grad_norm = torch.as_tensor(grad_norm, device=self.accelerator.device).detach().float()
+        self.means["grad_norm"] = self.means.get("grad_norm", 0.0) + grad_norm
         self.steps += 1
         self.images += len(labels)
         self.tokens += int((labels != IGNORE_INDEX).sum())
