@@ -1,10 +1,12 @@
 """WebDataset shards to decoded samples, for training and evaluation.
 
-A shard is a `.tar` or `.tar.gz` whose consecutive members `key.jpg|jpeg|png|webp`, `key.txt` and `key.json` form a
-sample. Its captions are the `captions` of the JSON where there are any, else the text file.
+A shard is a `.tar` or `.tar.gz`, a local file or a URL (see `remote`), whose consecutive members
+`key.jpg|jpeg|png|webp`, `key.txt` and `key.json` form a sample. Its captions are the `captions` of the JSON where there
+are any, else the text file.
 
-A broken sample is skipped, never fatal: it comes out as `Skipped(key, reason)`, and is logged. A shard set without a
-single usable sample is an `EmptySourceError` with the counts.
+A broken sample is skipped, never fatal: it comes out as `Skipped(key, reason)`, and is logged, and so is the rest of a
+shard that breaks off or cannot be reached. A shard set without a single usable sample is an `EmptySourceError` with
+the counts.
 
 `read_shard` gives the files of each sample, `read_decoded` what a function makes of them, `read_samples` the pixels and
 caption tokens that training takes.
@@ -27,12 +29,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .processing_ig_captioner import gives_scored_form, to_rgb
+from .remote import UnreachableError, check_url, is_url, open_url
 
 
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-BROKEN_SHARD = "broken shard"  # the reason of a Skipped that stands for the rest of a shard
+BROKEN_SHARD, UNREACHABLE_SHARD = "broken shard", "unreachable shard"
+SHARD_REASONS = (BROKEN_SHARD, UNREACHABLE_SHARD)  # of a Skipped that stands for the rest of a shard
 MAX_PIXELS = 50_000_000  # of an image; above it, a decompression bomb is likelier than a photo
 
 T = TypeVar("T")
@@ -87,14 +91,22 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def find_shards(patterns: Iterable[str], root: str = "") -> list[str]:
-    """Existing files for patterns with braces and globs, in order, relative ones below `root`.
+    """Existing files for patterns with braces and globs, in order, relative ones below `root`; URLs with braces.
+
+    Whether URLs exist is seen when they are read.
 
     Raises:
         FileNotFoundError: a pattern matches no file.
+        ImportError, ValueError: nothing is installed that reads a URL.
     """
     paths: list[str] = []
     for pattern in patterns:
-        for expanded in expand_braces(os.path.join(root, os.path.expanduser(pattern))):
+        whole = pattern if is_url(pattern) else os.path.join(root, os.path.expanduser(pattern))
+        if is_url(whole):
+            check_url(whole)
+            paths.extend(expand_braces(whole))
+            continue
+        for expanded in expand_braces(whole):
             found = sorted(glob.glob(expanded)) if glob.has_magic(expanded) else [expanded]
             if not found or not os.path.isfile(found[0]):
                 raise FileNotFoundError(f"no shard at {expanded!r} (from {pattern!r}; data_root is {root!r})")
@@ -117,7 +129,10 @@ def read_shard(path: str) -> Iterator[RawSample | Skipped]:
     """Yields (key, {extension: content}) for each sample of a shard, or Skipped where the archive breaks off."""
     key, files = "", dict[str, bytes]()
     try:
-        with tarfile.open(path, "r|*", tarinfo=CheckedTarInfo) as archive:
+        with (
+            open_url(path) if is_url(path) else open(path, "rb") as file,
+            tarfile.open(fileobj=file, mode="r|*", tarinfo=CheckedTarInfo) as archive,
+        ):
             for member in archive:
                 if not member.isfile():
                     continue
@@ -133,7 +148,8 @@ def read_shard(path: str) -> Iterator[RawSample | Skipped]:
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         # What was read of the current sample may be cut short, so it goes with the rest of the shard.
         logger.warning("%s breaks off at %r: %s: %s", path, key, type(error).__name__, error)
-        yield Skipped(f"{os.path.basename(path)}:{key}", BROKEN_SHARD)
+        reason = UNREACHABLE_SHARD if isinstance(error, UnreachableError) else BROKEN_SHARD
+        yield Skipped(f"{os.path.basename(path)}:{key}", reason)
         return
     if files:
         yield key, files

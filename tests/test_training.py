@@ -124,7 +124,7 @@ def test_shipped_recipes_are_valid():
         ({"max_steps": 1.5}, "max_steps must be int, got 1.5"),
         ({"max_steps": 0}, "max_steps must be positive"),
         ({"resume": "maybe"}, "resume must be bool"),
-        ({"optimizer.name": "sgd"}, "optimizer.name must be one of 'adamw', 'muon', got 'sgd'"),
+        ({"optimizer.name": "sgd"}, "optimizer.name must be one of 'adamw', 'adafactor', 'muon', got 'sgd'"),
         ({"optimizer.betas": [0.9]}, "optimizer.betas must have 2 values"),
         ({"data.sources.x.weight": 0}, "data.sources.x.weight must be positive, got 0"),
         ({"data.sources.x.augmentation.scale": [0.9, 0.5]}, "augmentation.scale must be"),
@@ -200,7 +200,7 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     assert {group["lr"] for group in adamw.param_groups} == {0.0015}
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_optimizers_lower_the_loss(name):
     model = tiny_model().train()
     optimizers = make_optimizers(model, OptimizerConfig(name=name, lr=0.01))
@@ -337,7 +337,7 @@ def test_run_writes_a_loadable_folder_and_a_log(workspace, tmp_path):
     assert evaluations and 0 <= evaluations[-1]["top1_prior_weight_1"] <= 1
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(workspace, tmp_path, optimizer):
     extra = {"optimizer.name": optimizer, "model.text_config.dropout": 0.1, "model.parallel_prediction_prob": 0.5}
     whole = train(run_config(workspace, tmp_path / "whole", **extra))

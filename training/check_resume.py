@@ -39,11 +39,12 @@ from .train_tokenizer import train_tokenizer
 SHARD_SIZES = (7, 12, 3, 9)  # uneven, and 31 samples are no multiple of any batch
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 KILL_VARIABLE = "IG_CAPTIONER_CHECK_KILL"  # "rank step place", for the processes started here
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as configs/accelerate/fsdp2.yaml does
 SIGNALS = {"step": signal.SIGKILL, "term": signal.SIGTERM}
-TIMING = ("minutes", "images_per_second", "data_wait")
+TIMING = ("minutes", "images_per_second", "tokens_per_second", "mfu", "data_wait", "peak_memory_gib")
 
 
-def make_workspace(folder: Path, data: str, steps: int, workers: int) -> Path:
+def make_workspace(folder: Path, data: str, steps: int, workers: int, optimizer: str = "muon") -> Path:
     """Shards, a tokenizer and a configuration; returns the configuration's path."""
     numbers = itertools.count()
     for shard, size in enumerate(SHARD_SIZES):
@@ -75,7 +76,7 @@ def make_workspace(folder: Path, data: str, steps: int, workers: int) -> Path:
             "num_workers": workers,
             "sources": {"squares": {"shards": ["*.tar"], "augmentation": {"shift": 0.1, "flip_probability": 0.5}}},
         },
-        "optimizer": {"name": "muon", "lr": 0.01, "ema_decay": 0.9},
+        "optimizer": {"name": optimizer, "lr": 0.01, "ema_decay": 0.9},
         "batch_size": 8,
         "micro_batches": 2,
         "max_steps": steps,
@@ -206,7 +207,7 @@ def compare(whole: Path, killed: Path, processes: int) -> dict[str, Any]:
 
 
 def check(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    config = make_workspace(folder, options.data, options.steps, options.workers)
+    config = make_workspace(folder, options.data, options.steps, options.workers, options.optimizer)
     rng = random.Random(options.seed)
     arguments = [str(config), "--output_dir"]
     whole, killed = folder / "whole", folder / "killed"
@@ -239,10 +240,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--workers", type=int, default=0, help="loader processes per training process")
     parser.add_argument("--data", choices=("cached", "streamed"), default="cached")
+    parser.add_argument("--optimizer", choices=("adamw", "adafactor", "muon"), default="muon")
+    parser.add_argument("--sharded", action="store_true", help="FSDP2")
     parser.add_argument("--torchrun", action="store_true", help="start the processes with torchrun; slower")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    if options.sharded:
+        os.environ |= SHARDED
     with tempfile.TemporaryDirectory() as folder:
         result = check(Path(folder), options)
     print(json.dumps(result))

@@ -41,7 +41,8 @@ class SourceConfig:
     """One set of WebDataset shards."""
 
     shards: list[str] = field(default_factory=list)
-    """Paths or globs of `.tar` / `.tar.gz` files, `{0000..0004}` and `{a,b}` expanded, relative to `data_root`."""
+    """Paths or globs of `.tar` / `.tar.gz` files, `{0000..0004}` and `{a,b}` expanded, relative to `data_root`; or URLs
+    (http, https, and with what fsspec asks for hf, s3, gs), with braces but without globs."""
     weight: float = 1.0
     """Share of the samples drawn from this source, relative to the other weights."""
     holdout_fraction: float = 0.0
@@ -76,16 +77,20 @@ class DataConfig:
 class OptimizerConfig:
     """Optimiser, learning-rate schedule and weight averaging."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """`muon`: Muon for the hidden matrices, AdamW for everything else."""
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """`adafactor`: big_vision's (see `adafactor.py`); `muon`: Muon for the hidden matrices, AdamW for the rest."""
     lr: float = 1e-3
     """Peak learning rate (of Muon, when it is used)."""
     adamw_lr: float | None = None
     """Peak learning rate of AdamW's share under `muon`; null: the same as `lr`."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of matrices; norms, biases, embeddings and positions have none."""
+    """Decoupled weight decay of matrices; norms, biases, embeddings and positions have none. A step takes it times the
+    learning rate, but under `adafactor` times the schedule alone, without `lr` (big_vision's 1e-4 is such a value)."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
     eps: float = 1e-8
+    adafactor_momentum: float = 0.9
+    adafactor_beta2_cap: float = 0.999
     muon_momentum: float = 0.95
     muon_ns_steps: int = 5
     """Newton-Schulz iterations."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ig_captioner.information_gain import IGNORE_INDEX
 from ig_captioner.shards import (
-    BROKEN_SHARD,
+    SHARD_REASONS,
     EmptySourceError,
     Encode,
     Sample,
@@ -218,7 +218,7 @@ def read_cache(
     skipped: list[Skipped] = []
     for item in read_samples(paths, encode, max_pixels=config.max_image_pixels, size=config.cache_size, keep=keep):
         if isinstance(item, Skipped):
-            if config.cache_in_memory or item.reason != BROKEN_SHARD:
+            if config.cache_in_memory or item.reason not in SHARD_REASONS:
                 skipped.append(item)
         else:
             (held_out if is_held_out(item.key, source.holdout_fraction) else training).append(item)

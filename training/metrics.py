@@ -1,10 +1,13 @@
-"""What a run reports: losses, information gain, speed; one JSON object per row of `log.jsonl`.
+"""What a run reports: losses, information gain, speed, memory; one JSON object per row of `log.jsonl`.
 
-Shapes: B texts, L tokens. Losses are in nats per token.
+Shapes: B texts, L tokens. Losses are in nats per token. `mfu`, model FLOPs utilisation, is the share of the measured
+peak of matrix products that the model's own products take (see `flops`).
 """
 
 import dataclasses
 import json
+import resource
+import sys
 import time
 from collections import Counter
 from contextlib import suppress
@@ -16,10 +19,12 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ig_captioner.information_gain import IGNORE_INDEX
 
 from .config import TrainConfig
+from .flops import head_flops, measure_peak_flops, training_flops
 
 
 TRACKER_FOLDER = "tracked"
@@ -37,8 +42,18 @@ def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
 def summary(row: dict[str, Any]) -> str:
     return (
         f"step {row['step']} cap {row['captioning_loss']:.3f} uncond {row['unconditional_loss']:.3f} "
-        f"IG/token {row['information_gain']:.4f} {row['images_per_second']:.0f} img/s"
+        f"IG/token {row['information_gain']:.4f} {row['images_per_second']:.0f} img/s "
+        f"{row['tokens_per_second']:.0f} tok/s MFU {row['mfu']:.0%} {row['peak_memory_gib']:.1f} GiB "
+        f"waited {row['data_wait']:.0%}"
     )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most that this process has held so far: allocated on a GPU; on a CPU resident, libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def weight_in_mean(labels: Tensor, reduction: str) -> Tensor:
@@ -69,8 +84,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """Means over the steps since the last row; rows go to `log.jsonl`, rows after a resumed step are dropped."""
 
-    def __init__(self, output_dir: Path, step: int, accelerator: Accelerator, config: TrainConfig) -> None:
+    def __init__(
+        self, output_dir: Path, step: int, accelerator: Accelerator, config: TrainConfig, model: PreTrainedModel
+    ) -> None:
         self.names = list(config.data.sources)
+        self.model_config = model.config
+        encoder = model.base_model.vision_model
+        self.frozen_encoder = not any(parameter.requires_grad for parameter in encoder.parameters())
+        dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        self.peak_flops = measure_peak_flops(accelerator.device, dtype)
         self.path, self.accelerator = output_dir / "log.jsonl", accelerator
         if accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -84,13 +106,15 @@ class MetricsLog:
     def reset(self) -> None:
         self.means: dict[str, Tensor] = {}
         self.sources: Tensor | None = None
-        self.steps, self.images, self.data_seconds, self.started = 0, 0, 0.0, time.perf_counter()
+        self.steps, self.images, self.tokens, self.flops = 0, 0, 0, 0
+        self.data_seconds, self.started = 0.0, time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """What has been added since the last row, on this process."""
         means = {name: total.cpu() for name, total in self.means.items()}
         seconds = [self.data_seconds, time.perf_counter() - self.started]
-        return {"means": means, "steps": self.steps, "images": self.images, "seconds": seconds}
+        counts = [self.images, self.tokens, self.flops]
+        return {"means": means, "steps": self.steps, "counts": counts, "seconds": seconds}
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """From the states of all processes, of which there may have been another number."""
@@ -99,21 +123,29 @@ class MetricsLog:
         for name in states[0]["means"]:
             mean = states[index]["means"][name] if same else sum(state["means"][name] for state in states) / len(states)
             self.means[name] = mean.to(self.accelerator.device)
-        self.steps, self.images = states[0]["steps"], states[0]["images"] * len(states) // processes
+        self.steps = states[0]["steps"]
+        totals = [sum(counts) // processes for counts in zip(*(state["counts"] for state in states), strict=True)]
+        self.images, self.tokens, self.flops = states[index]["counts"] if same else totals
         self.data_seconds, elapsed = states[0]["seconds"]
         self.started = time.perf_counter() - elapsed
 
-    def add_part(self, outputs: Any, share: Tensor) -> None:
+    def add_part(self, outputs: Any, share: Tensor, labels: Tensor) -> None:
         """Losses of a part of a batch. Sums stay on the device, so that adding costs no synchronisation."""
+        self.flops += training_flops(self.model_config, *labels.shape, 0, self.frozen_encoder)
         for name in LOSSES:
             value = getattr(outputs, name)
             if value is not None:
                 self.means[name] = self.means.get(name, 0.0) + share * value.detach().float()
 
-    def add_step(self, grad_norm: Tensor | float, images: int) -> None:
-        self.means["grad_norm"] = self.means.get("grad_norm", 0.0) + torch.as_tensor(grad_norm).detach().float()
+    def add_step(self, grad_norm: Tensor | float, labels: Tensor) -> None:
+        """`labels` [B, L] of the whole batch, on the CPU."""
+        grad_norm = torch.as_tensor(grad_norm, device=self.accelerator.device).detach().float()
+        self.means["grad_norm"] = self.means.get("grad_norm", 0.0) + grad_norm
         self.steps += 1
-        self.images += images
+        self.images += len(labels)
+        tokens = int((labels != IGNORE_INDEX).sum())
+        self.tokens += tokens
+        self.flops += 3 * head_flops(self.model_config, tokens)
 
     def add_sources(self, model: Any, outputs: Any, labels: Tensor, source: Tensor) -> None:
         """Losses per source, before the weights change; left out where some texts were predicted in parallel."""
@@ -140,8 +172,20 @@ class MetricsLog:
                 }
         return rows
 
-    def write(self, progress: Any, seconds: float, fraction: float, factor: float) -> dict[str, Any]:
+    def speeds(self) -> dict[str, float]:
+        """Images and tokens (padding left out) per second, and `mfu`, over all processes."""
         elapsed = time.perf_counter() - self.started
+        own = torch.tensor([self.images, self.tokens, self.flops, self.peak_flops], dtype=torch.float64)
+        images, tokens, flops, peak = self.accelerator.reduce(own.to(self.accelerator.device)).tolist()
+        return {
+            "images_per_second": round(images / elapsed, 1),
+            "tokens_per_second": round(tokens / elapsed, 1),
+            "mfu": round(flops / elapsed / peak, 4),
+            "data_wait": round(self.data_seconds / elapsed, 4),
+            "peak_memory_gib": round(peak_memory_gib(self.accelerator.device), 3),
+        }
+
+    def write(self, progress: Any, seconds: float, fraction: float, factor: float) -> dict[str, Any]:
         means = {
             name: self.accelerator.reduce(total / self.steps, reduction="mean").item()
             for name, total in self.means.items()
@@ -156,8 +200,7 @@ class MetricsLog:
             "learning_rate_factor": round(factor, 5),
             **{name: round(value, 5) for name, value in means.items()},
             "information_gain": round(gain, 5),
-            "images_per_second": round(self.images * self.accelerator.num_processes / elapsed, 1),
-            "data_wait": round(self.data_seconds / elapsed, 4),
+            **self.speeds(),
             "skipped_samples": skipped.total(),
             "skipped": dict(sorted(skipped.items())),
             "nonfinite_steps": progress.nonfinite_steps,

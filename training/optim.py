@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adafactor import Adafactor
 from .config import OptimizerConfig
+from .sharding import sharded_like
 
 
 # Parts of a parameter's name that mark lookup tables: no weight decay, and never Muon, which is for linear maps.
@@ -42,7 +44,7 @@ def group_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW alone, or Muon for the hidden matrices followed by AdamW for the rest.
+    """AdamW or Adafactor alone, or Muon for the hidden matrices followed by AdamW for the rest.
 
     Each group keeps its peak rate as `peak_lr`, for `set_learning_rate`.
     """
@@ -61,12 +63,16 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
             adjust_lr_fn=config.muon_adjust_lr,
         )
         optimizers.append(muon)
-    adamw_groups = [
+    others = [
         {"params": parameters, "weight_decay": 0.0 if name == "plain" else config.weight_decay}
         for name, parameters in groups.items()
         if parameters
     ]
-    optimizers.append(torch.optim.AdamW(adamw_groups, lr=adamw_lr, betas=config.betas, eps=config.eps, fused=True))
+    if config.name == "adafactor":
+        momentum, cap = config.adafactor_momentum, config.adafactor_beta2_cap
+        optimizers.append(Adafactor(others, lr=config.lr, momentum=momentum, beta2_cap=cap))
+    else:
+        optimizers.append(torch.optim.AdamW(others, lr=adamw_lr, betas=config.betas, eps=config.eps, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -150,4 +156,4 @@ class MovingAverage:
         self.updates = state["updates"]
         average: dict[str, Tensor] = state["average"]
         for name, tensor in self.average.items():
-            tensor.copy_(average[name])
+            tensor.copy_(sharded_like(average[name], tensor))

@@ -18,6 +18,7 @@ from .data import TrainingData
 from .metrics import MetricsLog
 from .mixtures import Position, StreamState
 from .optim import MovingAverage
+from .sharding import gathered, shard_optimizer_state
 
 
 @dataclasses.dataclass
@@ -80,8 +81,12 @@ def collect_state(
     data: TrainingData,
     log: MetricsLog,
     sources: list[str],
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Everything but the weights, the same on every process. Cached data have no state: `samples` says what is next."""
+    """Everything but the weights. Called on every process; sharded tensors come out on the main one alone.
+
+    Cached data have no state: `samples` says what is next.
+    """
     own = [
         {"random": random_states(), "log": log.state_dict(), "skipped": dict(progress.skipped), "streams": data.states}
     ]
@@ -91,8 +96,8 @@ def collect_state(
         if number not in furthest or state.draws > furthest[number].draws:
             furthest[number] = state
     return {
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "average": average.state_dict() if average else None,
+        "optimizers": gathered([optimizer.state_dict() for optimizer in optimizers], accelerator.is_main_process),
+        "average": gathered(average.state_dict(), accelerator.is_main_process) if average else None,
         "progress": {
             **dataclasses.asdict(progress),
             "skipped": dict(sum((Counter(process["skipped"]) for process in processes), Counter())),
@@ -147,7 +152,7 @@ class SavedRun:
         if not self.state:
             return
         for optimizer, saved in zip(optimizers, self.state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(shard_optimizer_state(saved, optimizer))
         if average:
             if self.state["average"] is None:
                 raise ValueError("optimizer.ema_decay is set, but the checkpoint has no moving average")

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from .data import load_training_data, split_by_length
 from .evaluation import evaluate
 from .metrics import MetricsLog, summary, weight_in_mean
 from .optim import MovingAverage, learning_rate_factor, make_optimizers, set_learning_rate
+from .sharding import gathered, is_sharding_wanted, model_weights, shard
 from .state import RunProgress, SavedRun, agree, all_finite, catch_sigterm, collect_state
 
 
@@ -84,27 +86,26 @@ def train(config: TrainConfig) -> Path:
     accelerator.print(describe(model, data.sizes, Counter(skipped.reason for skipped in data.skipped)))
 
     # Optimisation
+    if sharded := is_sharding_wanted(accelerator):
+        shard(model, config.mixed_precision)
     if config.compile:
         model.compile()
-    average = (
-        MovingAverage(model.to(accelerator.device), config.optimizer.ema_decay) if config.optimizer.ema_decay else None
-    )
     optimizers = make_optimizers(model, config.optimizer)
-    wrapped, *optimizers = accelerator.prepare(model, *optimizers)
+    wrapped, *optimizers = (model, *optimizers) if sharded else accelerator.prepare(model, *optimizers)
+    average = MovingAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     progress = RunProgress(step=step_of(checkpoint) if checkpoint else 0)
     if accelerator.is_main_process:  # every process fills the same cache
         progress.skipped.update(skipped.reason for skipped in data.skipped)
     batches = iter(data.loader)  # draws a random number, so it comes before the random state is set
     torch.manual_seed(config.seed + accelerator.process_index)  # dropout and parallel prediction
-    log = MetricsLog(output_dir, progress.step, accelerator, config)
+    log = MetricsLog(output_dir, progress.step, accelerator, config, model)
     saved.restore(optimizers, average, progress, log, accelerator)
     saved_step = progress.step
     if checkpoint:
         accelerator.print(f"resumed from {checkpoint}")
 
-    def save_model(folder: Path, averaged: bool = False) -> None:
-        with average.applied(model) if average and averaged else nullcontext():
-            model.save_pretrained(folder)
+    def save_model(weights: dict[str, torch.Tensor], folder: Path) -> None:
+        model.save_pretrained(folder, state_dict=weights)
         processor.save_pretrained(folder)
 
     def save(seconds: float) -> None:
@@ -112,9 +113,10 @@ def train(config: TrainConfig) -> Path:
         if saved_step != progress.step:
             progress.seconds = seconds
             # On every process: it gathers.
-            state = collect_state(optimizers, average, progress, data, log, list(config.data.sources))
+            state = collect_state(optimizers, average, progress, data, log, list(config.data.sources), accelerator)
+            write_model = partial(save_model, model_weights(model, accelerator.is_main_process))
             if accelerator.is_main_process:
-                save_checkpoint(output_dir, progress.step, state, save_model, config.keep_checkpoints)
+                save_checkpoint(output_dir, progress.step, state, write_model, config.keep_checkpoints)
             accelerator.wait_for_everyone()
             saved_step = progress.step
 
@@ -148,13 +150,12 @@ def train(config: TrainConfig) -> Path:
                     outputs = wrapped(pixel_values=part["pixel_values"], labels=part["labels"])
                     loss = loss + share * outputs.loss.detach()
                     accelerator.backward(share * outputs.loss)
-                log.add_part(outputs, share)
+                log.add_part(outputs, share, part["labels"])
                 if due(progress.step + 1, config.log_every_steps):
                     log.add_sources(model, outputs, part["labels"], part["source"])
-            grad_norm = accelerator.clip_grad_norm_(
-                wrapped.parameters(), config.optimizer.max_grad_norm or float("inf")
-            )
-            log.add_step(grad_norm, len(batch["labels"]))
+            max_grad_norm = config.optimizer.max_grad_norm or float("inf")
+            grad_norm = gathered(accelerator.clip_grad_norm_(wrapped.parameters(), max_grad_norm))
+            log.add_step(grad_norm, batch["labels"])
             if all_finite(loss, grad_norm, accelerator):
                 for optimizer in optimizers:
                     optimizer.step()
@@ -202,13 +203,15 @@ def train(config: TrainConfig) -> Path:
                 "evaluation": evaluate(model, average, data.held_out, settings, accelerator),
             }
         )
-    if accelerator.is_main_process and not stop:
+    if not stop:
         if average:
             average.copy_to(model)
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         model.to(getattr(torch, config.save_dtype))
-        save_model(output_dir / "final")
-        draw_curves(log.path, output_dir / "curves.png")
+        weights = model_weights(model, accelerator.is_main_process)
+        if accelerator.is_main_process:
+            save_model(weights, output_dir / "final")
+            draw_curves(log.path, output_dir / "curves.png")
         accelerator.print(f"saved {output_dir / 'final'}")
     accelerator.wait_for_everyone()
     # DDP's reducer must not be the last to hold gloo's process group: it would delete it with Python's lock held, while

@@ -1,0 +1,153 @@
+"""Shards behind URLs, from a server on this machine that fails in the ways that servers fail."""
+
+import functools
+import http.server
+import itertools
+import tarfile
+import threading
+from collections import Counter
+
+import pytest
+
+import ig_captioner.remote
+from ig_captioner.remote import UnreachableError, is_url, open_url
+from ig_captioner.shards import EmptySourceError, Skipped, find_shards, read_shard
+from tests.test_training_data import good_members, load, take, tokenizer, write_shard  # noqa: F401
+from training.config import DataConfig, SourceConfig
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves files; the path of a URL says how often and how it fails before it does."""
+
+    counts: Counter[str] = Counter()
+    ranges: list[str | None] = []
+
+    def do_GET(self):
+        manner, _, name = self.path.lstrip("/").partition("/")
+        number = self.counts[self.path] = self.counts[self.path] + 1
+        self.ranges.append(self.headers.get("Range"))
+        if manner == "busy" and number <= 2:
+            return self.send_error(503)
+        if manner == "forbidden":
+            return self.send_error(403)
+        try:
+            content = open(f"{self.directory}/{name}", "rb").read()  # noqa: SIM115
+        except OSError:
+            return self.send_error(404)
+        start = 0
+        if "Range" in self.headers and manner != "whole":
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        cut = {"cut": 10_000, "whole": 10_000, "trickle": 10_000}.get(manner)
+        tries = {"cut": 1, "whole": 1, "trickle": 10**9}.get(manner, 0)
+        # "trickle" gives a little more each time, "stuck" never anything after the first bytes
+        if manner == "stuck":
+            content = content[:15_000] if not start else b""
+        self.wfile.write(content[start : start + cut] if cut and number <= tries else content[start:])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    for shard in range(3):
+        write_shard(tmp_path / f"s-{shard}.tar", good_members(10 * shard, 10))
+        write_shard(tmp_path / f"s-{shard}.tar.gz", good_members(10 * shard, 10))
+    assert (tmp_path / "s-0.tar").stat().st_size > 20_000
+    monkeypatch.setattr(Handler, "counts", Counter())
+    monkeypatch.setattr(Handler, "ranges", [])
+    monkeypatch.setattr(ig_captioner.remote, "_given_up", Counter())
+    monkeypatch.setattr(ig_captioner.remote, "BUFFER_SIZE", 4096)
+    waits = []
+    monkeypatch.setattr(ig_captioner.remote.time, "sleep", waits.append)
+    handler = functools.partial(Handler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        running.url, running.waits = f"http://127.0.0.1:{running.server_port}", waits
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def test_urls_are_expanded_and_not_joined_to_the_root():
+    assert find_shards(["http://host/s-{0..1}.tar?a*"], "/data") == ["http://host/s-0.tar?a*", "http://host/s-1.tar?a*"]
+    assert find_shards(["s-{0..1}.tar"], "https://host/x") == ["https://host/x/s-0.tar", "https://host/x/s-1.tar"]
+    assert is_url("hf://datasets/a/b.tar") and not is_url("/a/b.tar") and not is_url("c:/b.tar")
+    with pytest.raises(ValueError, match="nonsense"):
+        find_shards(["nonsense://host/s.tar"])
+
+
+@pytest.mark.parametrize("manner", ["plain", "busy", "cut", "whole", "trickle"])
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_content_is_the_same_whatever_the_server_does(server, tmp_path, manner, suffix):
+    name = f"s-1.{suffix}"
+    assert list(read_shard(f"{server.url}/{manner}/{name}")) == list(read_shard(str(tmp_path / name)))
+    assert server.waits == ([1, 2] if manner == "busy" else [1] * len(server.waits)), "each success starts afresh"
+
+
+def test_a_cut_connection_is_taken_up_where_it_broke(server, tmp_path):
+    size = (tmp_path / "s-0.tar").stat().st_size
+    assert open_url(f"{server.url}/cut/s-0.tar").read() == (tmp_path / "s-0.tar").read_bytes()
+    assert size > 10_000 and Handler.ranges == [None, "bytes=10000-"] and server.waits == [1]
+
+
+def test_rest_of_a_shard_that_stays_away_is_skipped(server):
+    *samples, last = read_shard(f"{server.url}/stuck/s-0.tar")
+    assert samples and last == Skipped(f"s-0.tar:{len(samples):04d}", "unreachable shard")
+    assert server.waits == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("manner", ["missing", "forbidden"])
+def test_missing_file_is_not_tried_again(server, manner):
+    url = f"{server.url}/{manner}/s-9.tar"
+    with pytest.raises(UnreachableError, match="s-9.tar: HTTPError"):
+        open_url(url).read(1)
+    assert list(read_shard(url)) == [Skipped("s-9.tar:", "unreachable shard")] and server.waits == []
+
+
+def test_server_that_is_down_costs_fewer_retries_for_each_file(server):
+    server.shutdown()
+    server.socket.close()
+    for _ in range(10):
+        assert [item.reason for item in read_shard(f"{server.url}/plain/s-0.tar")] == ["unreachable shard"]
+    assert [server.waits.count(wait) for wait in (1, 2, 4, 8, 16, 32)] == [5, 4, 3, 2, 1, 0]
+
+
+def test_other_urls_go_through_fsspec(tmp_path):
+    import fsspec
+
+    path = write_shard(tmp_path / "s.tar", good_members(0, 3))
+    with fsspec.open("memory://shards/s.tar", "wb") as file:
+        file.write(path.read_bytes())
+    assert find_shards(["memory://shards/{s,t}.tar"])[1] == "memory://shards/t.tar"
+    assert list(read_shard("memory://shards/s.tar")) == list(read_shard(str(path)))
+    assert list(read_shard("memory://shards/t.tar")) == [Skipped("t.tar:", "unreachable shard")]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_run_goes_on_without_what_cannot_be_reached(server, tokenizer, cached):  # noqa: F811
+    shards = [f"{server.url}/plain/s-{{0..1}}.tar", f"{server.url}/plain/s-7.tar", f"{server.url}/cut/s-2.tar.gz"]
+    data = load(DataConfig({"x": SourceConfig(shards)}, cache_in_memory=cached, shuffle_buffer=8), tokenizer, "/none")
+    batches = take(data.loader, 16)
+    assert {key for batch in batches for key in batch["keys"]} == {f"{number:04d}" for number in range(30)}
+    skipped = data.skipped + list(itertools.chain(*(batch["skipped"] for batch in batches)))
+    assert set(skipped) == {Skipped("s-7.tar:", "unreachable shard")}
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_nothing_reachable_fails_fast_with_counts(server, tokenizer, cached):  # noqa: F811
+    config = DataConfig({"x": SourceConfig([f"{server.url}/plain/t-{{0..3}}.tar"])}, cache_in_memory=cached)
+    with pytest.raises(EmptySourceError, match=r"source 'x' .* 4 shard\(s\).* 4 x unreachable shard"):
+        next(iter(load(config, tokenizer, "/none").loader))
+    assert server.waits == []
+
+
+def test_broken_archive_is_no_matter_of_the_network(server, tmp_path):
+    (tmp_path / "b.tar").write_bytes((tmp_path / "s-0.tar").read_bytes()[:9000])
+    *_, last = read_shard(f"{server.url}/plain/b.tar")
+    assert last.reason == "broken shard" and server.waits == []
+    assert tarfile.is_tarfile(tmp_path / "s-0.tar")

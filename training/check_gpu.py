@@ -1,0 +1,129 @@
+"""What only a GPU can show of training, on one: FSDP2, compilation, and the share of the peak that B/16 reaches.
+
+    python -m training.check_gpu [--output FILE.json] [--skip_b16]
+
+A tiny model trains plainly, under FSDP2, interrupted and resumed under FSDP2, with compilation and with gradient
+checkpointing: the losses must agree. Then the model of configs/b16.yaml takes a few steps on noise, plain and compiled;
+`mfu`, speed and memory are those of its log. Without a GPU the first part runs on the CPU.
+"""
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .check_resume import make_workspace
+from .metrics import read_rows
+
+
+CONFIGS = Path(__file__).parent / "configs"
+PLAIN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "1")
+SHARDED = (
+    "accelerate.commands.launch",
+    "--config_file",
+    str(CONFIGS / "accelerate" / "fsdp2.yaml"),
+    "--num_processes=1",
+)
+EXACT: dict[str, Any] = {"mixed_precision": "no", "log_every_steps": 1, "checkpoint_steps": 100}
+EXACT |= {"model__text_config__dropout": 0, "model__parallel_prediction_prob": 0, "optimizer__warmup_fraction": 0}
+TOLERANCE = 1e-3  # relative; kernels add in other orders
+TRAINED = ("step", "loss", "information_gain", "images_per_second", "tokens_per_second", "mfu", "peak_memory_gib")
+
+
+def run(launcher: tuple[str, ...], config: Path, output_dir: Path, **options: Any) -> list[dict[str, Any]]:
+    """Trains in processes of its own; returns the rows of the log."""
+    values = {"output_dir": output_dir, "resume": True, **options}
+    arguments = [f"--{name.replace('__', '.')}={json.dumps(value, default=str)}" for name, value in values.items()]
+    command = [sys.executable, "-m", *launcher, "-m", "training.train", "--config", str(config), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"FAILED: {' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-5000:]}")
+    return [row for row in read_rows(output_dir / "log.jsonl") if "loss" in row]
+
+
+def check_tiny(folder: Path) -> list[dict[str, Any]]:
+    """Runs that must have the losses of the plain one, step by step."""
+    config = make_workspace(folder, "cached", 8, 0, "adamw")
+    expected = run(PLAIN, config, folder / "plain", **EXACT)
+    variants: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+        "fsdp2": (SHARDED, {}),
+        "fsdp2_resumed": (SHARDED, {"optimizer__schedule": "constant"}),
+        "gradient_checkpointing": (PLAIN, {"gradient_checkpointing": True}),
+        "fsdp2_gradient_checkpointing": (SHARDED, {"gradient_checkpointing": True}),
+        "compile": (PLAIN, {"compile": True}),
+    }
+    results = []
+    for name, (launcher, options) in variants.items():
+        if name == "fsdp2_resumed":  # the schedule must not depend on the number of steps
+            run(launcher, config, folder / name, **EXACT, **options, max_steps=4)
+            reference = run(PLAIN, config, folder / "constant", **EXACT, **options)
+        else:
+            reference = expected
+        agree = same_losses(run(launcher, config, folder / name, **EXACT, **options), reference)
+        results.append({"name": name, "same_losses": agree})
+        print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+def same_losses(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
+    pairs = [
+        (row[name], other[name]) for row, other in zip(rows, expected, strict=True) for name in ("loss", "grad_norm")
+    ]
+    return bool(pairs) and all(abs(value - other) <= TOLERANCE * abs(other) for value, other in pairs)
+
+
+def check_b16(folder: Path) -> list[dict[str, Any]]:
+    """B/16 at batch size 256 in bfloat16 on noise: the last row of each log."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(folder / "noise.tar", "w") as archive:
+        for number in range(512):
+            image = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)).save(image, "JPEG")
+            caption = " ".join(rng.choice(["red", "green", "blue", "square", "and"], 16)).encode()
+            for suffix, content in (("jpg", image.getvalue()), ("txt", caption)):
+                info = tarfile.TarInfo(f"{number}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    options = {"data_root": folder, "tokenizer": folder / "tokenizer", "batch_size": 256, "micro_batches": 1}
+    options |= {"max_steps": 60, "log_every_steps": 20, "checkpoint_minutes": 0, "data__cache_in_memory": True}
+    options |= {"data__cache_size": 224, "data__sources__laion__shards": "noise.tar", "data__pad_to_multiple_of": 64}
+    options |= {"data__num_workers": 8}
+    results = []
+    for name, launcher, more in (
+        ("b16", PLAIN, {}),
+        ("b16_compile", PLAIN, {"compile": True}),
+        ("b16_fsdp2", SHARDED, {}),
+    ):
+        row = run(launcher, CONFIGS / "b16.yaml", folder / name, **options, **more)[-1]
+        results.append({"name": name} | {key: row[key] for key in TRAINED})
+        print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--skip_b16", action="store_true")
+    options = parser.parse_args(arguments)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        results: list[dict[str, Any]] = check_tiny(Path(folder))
+        if device != "cpu" and not options.skip_b16:
+            results += check_b16(Path(folder))
+    if options.output:
+        options.output.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": results}, indent=1))
+    if not all(row.get("same_losses", True) for row in results):
+        raise SystemExit("FAILED: losses differ")
+
+
+if __name__ == "__main__":
+    main()
