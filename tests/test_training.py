@@ -2,16 +2,19 @@
 
 import io
 import json
+import math
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ig_captioner import IGCaptionerForConditionalGeneration
+from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration, IGCaptionerProcessor
 from tests.tiny import padded, random_images, random_texts, tiny_model
-from training.build import build_model_config
+from training.augmentation import ImageSettings
+from training.build import build_model_config, image_settings
 from training.checkpoint import list_checkpoints, load_state, save_checkpoint
 from training.config import OptimizerConfig, TrainConfig, load_config, parse_overrides
 from training.curves import draw_curves
@@ -456,3 +459,39 @@ def test_picture_of_the_curves(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").width == 1440
+
+
+# Starting from a model
+
+
+def test_a_run_from_a_model_keeps_its_pixels_and_may_change_its_objective(workspace, tmp_path):
+    start = Path(train(run_config(workspace, tmp_path / "first", max_steps=1)))
+    processor_file = start / "processor_config.json"
+    described = json.loads(processor_file.read_text())
+    described["image_processor"] |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}
+    processor_file.write_text(json.dumps(described))
+    objective = {"parallel_prediction_prob": 0.25, "prior_weight": 0.5}
+    config = run_config(workspace, tmp_path / "second", init_from=str(start), max_steps=1)
+    config.model = objective
+    final = train(config)
+    for key, value in objective.items():
+        assert getattr(IGCaptionerConfig.from_pretrained(final), key) == value
+    image_processor = IGCaptionerProcessor.from_pretrained(final).image_processor
+    expected = ImageSettings((16, 16), 2, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert image_settings(image_processor) == expected
+    config.model, config.output_dir = {"vision_config": {}}, str(tmp_path / "third")
+    with pytest.raises(ValueError, match=r"model\.vision_config is fixed by init_from"):
+        train(config)
+
+
+def test_losses_that_a_part_of_a_batch_does_not_have_are_left_out(workspace, tmp_path):
+    """With one text per part, each part has either a captioning or a parallel loss."""
+    overrides = {"model.parallel_prediction_prob": 0.5, "micro_batches": 8, "log_every_steps": 1}
+    train(run_config(workspace, tmp_path, **overrides))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    for row in rows:
+        assert math.isfinite(row["captioning_loss"]) and math.isfinite(row["parallel_loss"])
+        conditional = (row["loss"] - 0.5 * row["unconditional_loss"]) / 1.5
+        low, high = sorted([row["captioning_loss"], row["parallel_loss"]])
+        assert low < conditional < high

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ig_captioner import IGCaptionerImageProcessor
 from ig_captioner.shards import (
     EmptySourceError,
     Sample,
@@ -204,10 +205,16 @@ def test_labels_are_padded_with_minus_100():
     assert pad_labels([[5, 2], [2]]).shape == (2, 2)
 
 
-def test_normalise_maps_bytes_to_plus_minus_one():
+def test_normalise_is_what_the_image_processor_does():
     images = np.array([0, 127, 255], dtype=np.uint8).reshape(1, 1, 1, 3)
     expected = (torch.tensor([0, 127, 255]) / 255 - 0.5) / 0.5
-    assert torch.allclose(normalise(images).flatten(), expected, atol=1e-6)
+    assert torch.allclose(normalise(images, SETTINGS).flatten(), expected, atol=1e-6)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    statistics = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    processor = IGCaptionerImageProcessor(size={"height": 16, "width": 16}, **statistics)
+    settings = ImageSettings((16, 16), mean=tuple(statistics["image_mean"]), std=tuple(statistics["image_std"]))
+    expected = processor(list(pixels), return_tensors="pt")["pixel_values"]
+    assert torch.allclose(normalise(pixels, settings), expected, atol=1e-5)
 
 
 def test_batches(tmp_path, tokenizer):

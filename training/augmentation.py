@@ -15,10 +15,13 @@ from .config import AugmentationConfig
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What the model's image processor does: size (height, width) in pixels, and PIL's resampling filter."""
+    """What the model's image processor does: size (height, width) in pixels, PIL's resampling filter, and the mean and
+    standard deviation of each channel, of values in [0, 1]."""
 
     size: tuple[int, int]
     resample: int = Image.Resampling.BICUBIC
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
 def random_box(width: int, height: int, config: AugmentationConfig, rng: np.random.Generator) -> tuple[float, ...]:
@@ -71,7 +74,8 @@ def resize(
     return image.resize((width, height), settings.resample, box=box)
 
 
-def normalise(images: np.ndarray) -> torch.Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
+def normalise(images: np.ndarray, settings: ImageSettings) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], less the mean and over the standard deviation of the settings."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return pixels.div_(127.5).sub_(1.0)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (settings.mean, settings.std))
+    return pixels.sub_(255 * mean).div_(255 * std)

@@ -17,17 +17,38 @@ from ig_captioner.configuration_ig_captioner import (
 from ig_captioner.modeling_ig_captioner import IGCaptionerForConditionalGeneration
 from ig_captioner.processing_ig_captioner import IGCaptionerImageProcessor, IGCaptionerProcessor
 
+from .augmentation import ImageSettings
 from .config import TrainConfig
+
+
+# What a run may change of a model that it starts from.
+OBJECTIVE_FIELDS = (
+    "conditional_weight",
+    "unconditional_weight",
+    "parallel_prediction_prob",
+    "loss_reduction",
+    "prior_weight",
+    "prior_source",
+)
 
 
 def build_model(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None = None
 ) -> IGCaptionerForConditionalGeneration:
-    """From a run's checkpoint, from `init_from`, or with random weights; parameters in float32."""
-    source = checkpoint / "model" if checkpoint else config.init_from
+    """From a run's checkpoint, from `init_from`, or with random weights; parameters in float32.
+
+    Raises:
+        ValueError: for a `model` section that does not fit the tokenizer, the captions, or what `init_from` has fixed.
+    """
+    source: Path | str | None = checkpoint / "model" if checkpoint else config.init_from
     if source:
+        changes = {} if checkpoint else config.model
+        for key in sorted(set(changes) - set(OBJECTIVE_FIELDS)):
+            raise ValueError(
+                f"model.{key} is fixed by init_from; only {', '.join(OBJECTIVE_FIELDS)} may be set beside it"
+            )
         model = IGCaptionerForConditionalGeneration.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=config.attn_implementation
+            source, dtype=torch.float32, attn_implementation=config.attn_implementation, **changes
         )
     else:
         model_config = build_model_config(config.model, tokenizer)
@@ -83,6 +104,19 @@ def build_model_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBas
     return IGCaptionerConfig(**{**values, "text_config": text})
 
 
-def build_processor(config: IGCaptionerConfig, tokenizer: PreTrainedTokenizerBase) -> IGCaptionerProcessor:
-    height, width = as_height_width(config.vision_config.image_size, "image_size")
-    return IGCaptionerProcessor(IGCaptionerImageProcessor(size={"height": height, "width": width}), tokenizer)
+def build_processor(
+    config: TrainConfig, model_config: IGCaptionerConfig, tokenizer: PreTrainedTokenizerBase
+) -> IGCaptionerProcessor:
+    """The image processor of `init_from`, whose encoder expects its pixel statistics, or the default one."""
+    height, width = as_height_width(model_config.vision_config.image_size, "image_size")
+    size = {"height": height, "width": width}
+    if config.init_from:
+        return IGCaptionerProcessor(IGCaptionerImageProcessor.from_pretrained(config.init_from, size=size), tokenizer)
+    return IGCaptionerProcessor(IGCaptionerImageProcessor(size=size), tokenizer)
+
+
+def image_settings(image_processor: IGCaptionerImageProcessor) -> ImageSettings:
+    """What an image processor does, for images that are not to go through it one by one."""
+    size = (image_processor.size["height"], image_processor.size["width"])
+    statistics = tuple(image_processor.image_mean), tuple(image_processor.image_std)
+    return ImageSettings(size, image_processor.resample, *statistics)

@@ -39,14 +39,14 @@ from .mixtures import CachedMixture, CachedSource, StreamedMixture, StreamedSour
 # Batches
 
 
-def collate(items: list[dict[str, Any]], pad_to_multiple_of: int = 1) -> dict[str, Any]:
+def collate(items: list[dict[str, Any]], settings: ImageSettings, pad_to_multiple_of: int = 1) -> dict[str, Any]:
     """Items to a batch: pixel_values float32 [B, 3, H, W], labels int64 [B, L], source int64 [B].
 
     Beside the tensors: the `keys` of the samples and the `epochs` of their sources, what was `skipped` before them, and
     the `states` of the streams that gave them (empty for cached sources).
     """
     return {
-        "pixel_values": normalise(np.stack([item["image"] for item in items])),
+        "pixel_values": normalise(np.stack([item["image"] for item in items]), settings),
         "labels": pad_labels([item["labels"] for item in items], pad_to_multiple_of),
         "source": torch.tensor([item["source"] for item in items]),
         "keys": [item["key"] for item in items],
@@ -180,7 +180,7 @@ def load_training_data(
     loader: DataLoader = DataLoader(
         mixture,
         num_workers=config.num_workers,
-        collate_fn=partial(collate, pad_to_multiple_of=config.pad_to_multiple_of),
+        collate_fn=partial(collate, settings=settings, pad_to_multiple_of=config.pad_to_multiple_of),
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if config.num_workers else None,
         worker_init_fn=ignore_sigterm,

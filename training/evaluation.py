@@ -50,7 +50,7 @@ def evaluate_held_out(
     parts = []
     for start in range(0, len(samples), IMAGES_PER_CALL):
         images = [np.asarray(resize(sample.image, settings)) for sample in samples[start : start + IMAGES_PER_CALL]]
-        output = model.score(normalise(np.stack(images)).to(device), input_ids, attention_mask)
+        output = model.score(normalise(np.stack(images), settings).to(device), input_ids, attention_mask)
         parts.append(output.caption_log_likelihood.float().cpu())
     conditional, prior = torch.cat(parts), output.prior_log_likelihood.float().cpu()
     ranks = {weight: rank_of_target(conditional, prior, target, weight) for weight in PRIOR_WEIGHTS}

@@ -104,9 +104,9 @@ class MetricsLog:
         self.reset()
 
     def reset(self) -> None:
-        self.means: dict[str, Tensor] = {}
+        self.means: dict[str, Tensor] = {}  # of each, the weighted sum and the sum of the weights [2]
         self.sources: Tensor | None = None
-        self.steps, self.images, self.tokens, self.flops = 0, 0, 0, 0
+        self.images, self.tokens, self.flops = 0, 0, 0
         self.data_seconds, self.started = 0.0, time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class MetricsLog:
         means = {name: total.cpu() for name, total in self.means.items()}
         seconds = [self.data_seconds, time.perf_counter() - self.started]
         counts = [self.images, self.tokens, self.flops]
-        return {"means": means, "steps": self.steps, "counts": counts, "seconds": seconds}
+        return {"means": means, "counts": counts, "seconds": seconds}
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """From the states of all processes, of which there may have been another number."""
@@ -123,7 +123,6 @@ class MetricsLog:
         for name in states[0]["means"]:
             mean = states[index]["means"][name] if same else sum(state["means"][name] for state in states) / len(states)
             self.means[name] = mean.to(self.accelerator.device)
-        self.steps = states[0]["steps"]
         totals = [sum(counts) // processes for counts in zip(*(state["counts"] for state in states), strict=True)]
         self.images, self.tokens, self.flops = states[index]["counts"] if same else totals
         self.data_seconds, elapsed = states[0]["seconds"]
@@ -135,13 +134,18 @@ class MetricsLog:
         for name in LOSSES:
             value = getattr(outputs, name)
             if value is not None:
-                self.means[name] = self.means.get(name, 0.0) + share * value.detach().float()
+                self.add_mean(name, value, share)
+
+    def add_mean(self, name: str, value: Tensor, weight: Tensor) -> None:
+        added = torch.stack([value.detach().float() * weight, weight])
+        if name in ("captioning_loss", "parallel_loss"):  # nan where the draw left no text of that kind
+            added = added.where(~value.isnan(), torch.zeros_like(added))
+        self.means[name] = self.means.get(name, 0.0) + added
 
     def add_step(self, grad_norm: Tensor | float, labels: Tensor) -> None:
         """`labels` [B, L] of the whole batch, on the CPU."""
-        grad_norm = torch.as_tensor(grad_norm, device=self.accelerator.device).detach().float()
-        self.means["grad_norm"] = self.means.get("grad_norm", 0.0) + grad_norm
-        self.steps += 1
+        device = self.accelerator.device
+        self.add_mean("grad_norm", torch.as_tensor(grad_norm, device=device), torch.ones((), device=device))
         self.images += len(labels)
         tokens = int((labels != IGNORE_INDEX).sum())
         self.tokens += tokens
@@ -186,10 +190,7 @@ class MetricsLog:
         }
 
     def write(self, progress: Any, seconds: float, fraction: float, factor: float) -> dict[str, Any]:
-        means = {
-            name: self.accelerator.reduce(total / self.steps, reduction="mean").item()
-            for name, total in self.means.items()
-        }
+        means = {name: torch.div(*self.accelerator.reduce(sums)).item() for name, sums in self.means.items()}
         gain = means.get("unconditional_loss", float("nan")) - means.get("captioning_loss", float("nan"))
         skipped = sum((Counter(counts) for counts in gather_object([dict(progress.skipped)])), Counter[str]())
         row = {

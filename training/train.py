@@ -23,10 +23,7 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from ig_captioner.configuration_ig_captioner import as_height_width
-
-from .augmentation import ImageSettings
-from .build import build_model, build_processor
+from .build import build_model, build_processor, image_settings
 from .checkpoint import list_checkpoints, save_checkpoint, step_of
 from .config import TrainConfig, load_config
 from .curves import draw_curves
@@ -66,9 +63,8 @@ def train(config: TrainConfig) -> Path:
     checkpoint = find_checkpoint(output_dir, config.resume)
     saved = SavedRun(checkpoint, list(config.data.sources))
     model = build_model(config, tokenizer, checkpoint)
-    processor = build_processor(model.config, tokenizer)
-    size = as_height_width(model.config.vision_config.image_size, "image_size")
-    settings = ImageSettings(size, processor.image_processor.resample)
+    processor = build_processor(config, model.config, tokenizer)
+    settings = image_settings(processor.image_processor)
     data = load_training_data(
         config.data,
         tokenizer,
