@@ -198,7 +198,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         """What `model.score` takes for N texts: their tokens, on the model's device, or what was compiled before."""
         if isinstance(labels, CompiledLabels):
             labels.check_tokenizer(self.model, self.tokenizer, **tokenizer_kwargs)
-            return {"input_ids": labels.texts}
+            return {"input_ids": labels}
         return encode_for(self.model, self.tokenizer, texts, **tokenizer_kwargs)
 
     def preprocess(self, image, timeout: float | None = None) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from .configuration_ig_captioner import IGCaptionerConfig, as_height_width
 from .decoder_ig_captioner import TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, KeyValues
 from .information_gain import information_gain, text_mask
-from .label_trie import CompiledTexts, TextTrie, build_trie
+from .label_trie import CompiledLabels, CompiledTexts, TextTrie, build_trie
 
 
 # How many numbers are held at once of what grows with texts and images: logits, and the inner states of an MLP.
@@ -64,7 +64,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
     def score(
         self,
         pixel_values: Tensor,
-        input_ids: Tensor | CompiledTexts,
+        input_ids: Tensor | CompiledTexts | CompiledLabels,
         attention_mask: Tensor | None = None,
         *,
         prior_weight: float | None = None,
@@ -83,7 +83,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         Args:
             pixel_values: [B, channels, height, width].
             input_ids: [C, L], exactly the tokens that are scored: end-of-sequence included, start token excluded; or
-                what `compile_texts` returned.
+                what `compile_texts` or `compile_labels` returned.
             attention_mask: [C, L] of 0 and 1, padding on either side; found from the padding id if not given.
             prior_weight: weight of log P(T); `config.prior_weight` if not given. 0 ranks by likelihood.
             prior_source: "unconditional" or "reference_images"; `config.prior_source` if not given.
@@ -107,6 +107,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         if not len(pixel_values):
             raise ValueError(f"pixel_values holds no image, got shape {tuple(pixel_values.shape)}")
+        input_ids = input_ids.texts if isinstance(input_ids, CompiledLabels) else input_ids
         if isinstance(input_ids, CompiledTexts):
             if prior_source is not None or reference_pixel_values is not None:
                 raise ValueError(
