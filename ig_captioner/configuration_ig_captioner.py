@@ -44,6 +44,9 @@ CUSTOM_PIPELINES = {
 }
 
 
+PRIOR_SOURCES = ("unconditional", "reference_images")
+
+
 def copy_remote_code(directory: str | Path) -> list[str]:
     """Copies the Python files a saved model refers to, which stand beside this one. Returns their names."""
     here = Path(__file__).parent

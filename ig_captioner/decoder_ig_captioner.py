@@ -16,7 +16,7 @@ Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E e
 V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -137,9 +137,9 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
             key, value = past_key_values.update(key, value, self.self_attn.layer_idx)
         mask, causal = text.mask, text.is_causal
         if image_key is not None and self.has_prefix:
-            texts = len(key) // len(image_key)
-            key = torch.cat([image_key.repeat_interleave(texts, dim=0), key], dim=2)
-            value = torch.cat([image_value.repeat_interleave(texts, dim=0), value], dim=2)
+            if (texts := len(key) // len(image_key)) > 1:
+                image_key, image_value = (part.repeat_interleave(texts, dim=0) for part in (image_key, image_value))
+            key, value = torch.cat([image_key, key], dim=2), torch.cat([image_value, value], dim=2)
             mask = with_visible_prefix(mask, image_key.shape[2])
         attended, _ = self.self_attn(normed, (key, value), mask, text.rotary, is_causal=causal, **kwargs)
         hidden_states = hidden_states + self.dropout(self.self_attn_post_norm(attended))
@@ -247,8 +247,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         text = self._with_positions(self.embed_tokens(tokens), depths, tree_mask(ends), is_causal=False)
         if hidden_states is None:
             return self._run_text_only_layers(text)
-        text.hidden_states = hidden_states
-        return text
+        return replace(text, hidden_states=hidden_states)
 
     def _with_positions(
         self, inputs_embeds: Tensor, position_ids: Tensor, mask: Tensor | None, is_causal: bool

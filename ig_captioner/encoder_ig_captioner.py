@@ -158,10 +158,10 @@ class IGCaptionerAttention(nn.Module):
         return self.o_proj(output.flatten(2)), weights
 
     def _implementation(self, attention_mask: Tensor | None) -> str:
-        """The configured one, but for the mask of a trie, which flash attention has no place for."""
+        """The configured one, but for the mask of a trie, which flash and flex attention have no place for."""
         chosen = self.config._attn_implementation
-        is_tree = isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool and attention_mask.ndim == 4
-        return "sdpa" if is_tree and chosen != "eager" else chosen
+        has_full_mask = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
+        return "sdpa" if has_full_mask and ("flash" in chosen or "flex" in chosen) else chosen
 
 
 class IGCaptionerMLP(nn.Module):

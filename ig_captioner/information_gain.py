@@ -25,15 +25,16 @@ LOGITS_PER_CHUNK = {"cpu": 2**23, "other": 2**26}
 def text_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_id: int | list[int] | None) -> Tensor:
     """Which of `input_ids` [N, L] are real tokens, [N, L] of 0 and 1.
 
-    Where padding and end-of-sequence share an id, a text reaches up to its first end-of-sequence token.
+    Where padding and end-of-sequence share an id, a text reaches up to its first end-of-sequence token, and padding can
+    only be on the right.
     """
     if pad_token_id is None:
         return torch.ones_like(input_ids)
     eos_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    is_pad = input_ids == pad_token_id
     if pad_token_id in eos_ids:
-        return (is_pad.cumsum(dim=-1) - is_pad.long() == 0).long()
-    return (~is_pad).long()
+        is_end = torch.isin(input_ids, torch.tensor(eos_ids, device=input_ids.device))
+        return (is_end.cumsum(dim=-1) - is_end.long() == 0).long()
+    return (input_ids != pad_token_id).long()
 
 
 def shift_right(input_ids: Tensor, start_token_id: int, attention_mask: Tensor | None = None) -> Tensor:

@@ -39,7 +39,8 @@ def compile_labels_once(
     """
     templates = list(templates or [DEFAULT_TEMPLATE])
     root = Path(HF_HOME, "ig_captioner", "labels") if cache_dir is None else Path(cache_dir)
-    key = json.dumps([model.fingerprint(), model.config.prior_source, list(labels), templates])
+    prior = (model.config.prior_source, model.config.num_reference_images)
+    key = json.dumps([model.fingerprint(), prior, list(labels), templates])
     folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
     if folder.is_dir():
         try:
@@ -48,7 +49,7 @@ def compile_labels_once(
             return compiled
         except ValueError as error:
             logger.warning("%s; compiled again", error)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     compiled = compile_labels(model, tokenizer, labels, templates)
     try:
         root.mkdir(parents=True, exist_ok=True)

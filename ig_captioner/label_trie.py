@@ -106,10 +106,16 @@ class CompiledTexts:
     fingerprint: str = ""
 
     def to(self, device: torch.device | str) -> "CompiledTexts":
-        if self.prior_log_likelihood.device == torch.device(device):
+        """On a device; the copy is made once."""
+        device = torch.device(device)
+        if self.prior_log_likelihood.device == device:
             return self
-        states = None if self.text_states is None else self.text_states.to(device)
-        return CompiledTexts(self.trie.to(device), self.prior_log_likelihood.to(device), states, self.fingerprint)
+        copies = self.__dict__.setdefault("_copies", {})
+        if device not in copies:
+            states = None if self.text_states is None else self.text_states.to(device)
+            prior = self.prior_log_likelihood.to(device)
+            copies[device] = CompiledTexts(self.trie.to(device), prior, states, self.fingerprint)
+        return copies[device]
 
 
 def build_trie(
@@ -255,13 +261,18 @@ class CompiledLabels:
             labels, templates = tuple(described["labels"]), tuple(described["templates"])
             if len(trie.text_edges) != len(labels) * len(templates):
                 raise ValueError(f"{len(trie.text_edges)} texts for {len(labels)} labels in {len(templates)} templates")
+            if texts.prior_log_likelihood.shape != trie.text_edges.shape[:1]:
+                raise ValueError(f"{len(trie.text_edges)} texts, but priors {tuple(texts.prior_log_likelihood.shape)}")
+            if texts.text_states is not None and texts.text_states.shape[:2] != trie.tokens.shape:
+                raise ValueError(f"states {tuple(texts.text_states.shape)} of blocks {tuple(trie.tokens.shape)}")
+            return cls(labels, templates, texts, described["tokens_sha256"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
             raise ValueError(f"cannot read compiled labels from {str(directory)!r}: {error}") from error
-        return cls(labels, templates, texts, described["tokens_sha256"])
 
     def check_tokenizer(self, model: Any, tokenizer: PreTrainedTokenizerBase, **kwargs) -> None:
         """Raises ValueError if a tokenizer makes other tokens of the texts than these were compiled from."""
-        encoded = encode_for(model, tokenizer, format_labels(self.labels, self.templates), **kwargs)
+        texts = format_labels(self.labels, self.templates)
+        encoded = encode_texts(tokenizer, texts, max_positions_of(model), **kwargs)
         if _digest(encoded) != self.tokens_sha256:
             raise ValueError(
                 f"these {len(self.labels)} labels ({self.labels[0]!r}, ...) were compiled with another tokenizer, or "
@@ -279,7 +290,7 @@ def compile_labels(
     """Does all of the scoring of labels that needs no image.
 
     Args:
-        model: has `compile_texts`, in evaluation mode.
+        model: has `compile_texts`; in evaluation mode.
         templates: one or more, with `{}` where the label goes.
         options: `prior_source`, `reference_pixel_values` and `chunk_size`, see `score` of the model.
 
@@ -288,9 +299,17 @@ def compile_labels(
     """
     listed = (templates,) if isinstance(templates, str) else tuple(templates)
     encoded = encode_for(model, tokenizer, format_labels(labels, listed))
-    with torch.no_grad():
-        texts = model.compile_texts(**encoded, **options)
-    return CompiledLabels(tuple(labels), listed, texts, _digest(encoded))
+    return CompiledLabels(tuple(labels), listed, model.compile_texts(**encoded, **options), _digest(encoded))
+
+
+def is_compiled(labels: Any) -> bool:
+    """Whether these are `CompiledLabels`, by what they have: in remote code the class is another one."""
+    return hasattr(labels, "tokens_sha256")
+
+
+def max_positions_of(model: Any) -> int | None:
+    """How many tokens a text may have."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def encode_for(model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], **kwargs) -> dict[str, Tensor]:
@@ -298,14 +317,13 @@ def encode_for(model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str],
 
     `kwargs` go to the tokenizer.
     """
-    max_positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    encoded = encode_texts(tokenizer, texts, max_positions, **kwargs)
+    encoded = encode_texts(tokenizer, texts, max_positions_of(model), **kwargs)
     return {name: values.to(model.device) for name, values in encoded.items()}
 
 
 def _digest(encoded: dict[str, Tensor]) -> str:
-    """SHA-256 of tokens and mask [N, L]."""
-    digest = hashlib.sha256(str(tuple(encoded["input_ids"].shape)).encode())
-    for name in ("input_ids", "attention_mask"):
-        digest.update(encoded[name].long().cpu().numpy().tobytes())
+    """SHA-256 of the tokens of each text, padding left out."""
+    mask = encoded["attention_mask"].cpu().bool()
+    digest = hashlib.sha256(mask.sum(dim=-1).numpy().tobytes())
+    digest.update(encoded["input_ids"].cpu().long()[mask].numpy().tobytes())
     return digest.hexdigest()

@@ -177,7 +177,6 @@ class IGCaptionerModelWithHead(IGCaptionerScorer):
         text: IGCaptionerTextConfig = config.text_config
         self.model = IGCaptionerModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=text.head_bias)
-        self.forget_texts()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -191,11 +190,6 @@ class IGCaptionerModelWithHead(IGCaptionerScorer):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
-
-    def train(self, mode: bool = True):
-        """As in torch; weights may change between calls, so what `score` has kept is dropped."""
-        self.forget_texts()
-        return super().train(mode)
 
 
 def is_plain_linear(module: nn.Module) -> bool:

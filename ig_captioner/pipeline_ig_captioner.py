@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForZeroShotImageClassification, ZeroShotImageClassificationPipeline
 from transformers.utils import logging
 
-from .label_trie import CompiledLabels, encode_for
+from .configuration_ig_captioner import PRIOR_SOURCES
+from .label_trie import encode_for, is_compiled
 from .processing_ig_captioner import (
     DEFAULT_TEMPLATE,
     format_labels,
@@ -29,7 +30,6 @@ from .processing_ig_captioner import (
 
 logger = logging.get_logger(__name__)
 
-PRIOR_SOURCES = ("unconditional", "reference_images")
 PARAMETERS = (
     "candidate_labels",
     "hypothesis_template",
@@ -174,10 +174,10 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         # Without labels this is the constructor; its template is checked all the same.
         given = parameters.get("candidate_labels", ["no label yet"])
         labels, templates = given, parameters.get("hypothesis_template", DEFAULT_TEMPLATE)
-        if isinstance(given, CompiledLabels):
+        if is_compiled(given):
             labels, templates = list(given.labels), list(given.templates)
             asked = parameters.get("hypothesis_template", templates)
-            if templates != ([asked] if isinstance(asked, str) else asked):
+            if templates != ([asked] if isinstance(asked, str) else list(asked)):
                 raise ValueError(f"hypothesis_template {asked!r}, but the labels were compiled with {templates!r}")
         texts = format_labels(labels, templates)
         if "candidate_labels" in parameters:
@@ -185,7 +185,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
             if self.tokenizer is not None:  # a pipeline built from a processor gets it after its first check
                 forward["text_inputs"] = self._encode(given, texts, parameters.get("tokenizer_kwargs") or {})
                 forward["num_templates"] = len(texts) // len(labels)
-        if parameters.get("reference_images") is not None:
+        if parameters.get("reference_images") is not None and self.image_processor is not None:
             forward["reference_pixel_values"] = self._reference_pixels(parameters["reference_images"], **preprocess)
         return preprocess, forward, postprocess
 
@@ -196,7 +196,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
 
     def _encode(self, labels: Any, texts: list[str], tokenizer_kwargs: dict[str, Any]) -> dict[str, Any]:
         """What `model.score` takes for N texts: their tokens, on the model's device, or what was compiled before."""
-        if isinstance(labels, CompiledLabels):
+        if is_compiled(labels):
             labels.check_tokenizer(self.model, self.tokenizer, **tokenizer_kwargs)
             return {"input_ids": labels}
         return encode_for(self.model, self.tokenizer, texts, **tokenizer_kwargs)

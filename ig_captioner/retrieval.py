@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .information_gain import information_gain
-from .label_trie import CompiledLabels, encode_for
+from .label_trie import CompiledLabels, encode_for, is_compiled
 
 
 PRIOR_WEIGHTS = tuple(round(0.05 * step, 2) for step in range(31))  # w = 0 ... 1.5
@@ -73,15 +73,15 @@ def iterate_scores(
         raise ValueError("the model is in training mode; call model.eval() first")
     if batch_size < 1 or not len(texts):
         raise ValueError(f"at least one text and one image per batch, got {len(texts)} texts, batch_size {batch_size}")
-    if isinstance(texts, CompiledLabels):
+    given: Any = texts
+    if is_compiled(given):
         if prior:
             raise ValueError(f"compiled labels have their prior already, got {prior!r} with them")
-        texts.check_tokenizer(model, processor.tokenizer)
-        compiled = texts.texts
+        given.check_tokenizer(model, processor.tokenizer)
+        compiled = given.texts
     else:
-        with torch.no_grad():
-            encoded = encode_for(model, processor.tokenizer, list(texts))
-            compiled = model.compile_texts(**encoded, chunk_size=chunk_size, **prior)
+        encoded = encode_for(model, processor.tokenizer, list(given))
+        compiled = model.compile_texts(**encoded, chunk_size=chunk_size, **prior)
     bar = None
     if progress is not None:
         bar = logging.tqdm(total=len(images) if isinstance(images, Sized) else None, desc=progress, unit="image")
@@ -101,7 +101,7 @@ def iterate_scores(
 
 
 def score_pairs(
-    model: Any, processor: Any, images: Iterable[Image.Image], texts: Sequence[str], **options: Any
+    model: Any, processor: Any, images: Iterable[Image.Image], texts: Sequence[str] | CompiledLabels, **options: Any
 ) -> ScoreMatrix:
     """Scores of every pair of B images and N texts. `options`: see [`iterate_scores`].
 

@@ -18,11 +18,17 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .configuration_ig_captioner import IGCaptionerConfig, as_height_width
+from .configuration_ig_captioner import (
+    PRIOR_SOURCES,
+    IGCaptionerConfig,
+    IGCaptionerTextConfig,
+    IGCaptionerVisionConfig,
+    as_height_width,
+)
 from .decoder_ig_captioner import TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, KeyValues
 from .information_gain import information_gain, text_mask
-from .label_trie import CompiledLabels, CompiledTexts, TextTrie, build_trie
+from .label_trie import CompiledLabels, CompiledTexts, TextTrie, build_trie, is_compiled
 
 
 # How many numbers are held at once of what grows with texts and images: logits, and the inner states of an MLP.
@@ -46,7 +52,7 @@ def is_intercepted(module: nn.Module) -> bool:
     # transformers' own, which record hidden states, change nothing
     foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers.")]
     has_adapter = hasattr(module, "disable_adapters") and not isinstance(module, IGCaptionerPreTrainedModel)
-    return bool(foreign) or has_adapter or hasattr(module, "_hf_hook")
+    return bool(foreign) or has_adapter or hasattr(module, "_hf_hook") or "forward" in vars(module)
 
 
 class IGCaptionerScorer(IGCaptionerPreTrainedModel):
@@ -56,10 +62,30 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
     model: Any
     lm_head: Any
 
+    def __init__(self, config: IGCaptionerConfig):
+        super().__init__(config)
+        self.forget_texts()
+
     def forget_texts(self) -> None:
-        """Drops what `score` keeps of texts. Needed only after writes to `parameter.data`, which it cannot see."""
+        """Drops what `score` keeps of texts.
+
+        Needed only after writes to `parameter.data`, which it cannot see; PEFT merges adapters that way.
+        """
         self._kept_texts: dict[tuple, CompiledTexts] = {}  # of the sets of texts scored last
-        self._kept_fingerprint: tuple[tuple | None, str] | None = None
+        self._kept_digest: tuple[tuple | None, str] = (None, "")  # of the weights, and which versions of them
+
+    def train(self, mode: bool = True):
+        """As in torch; weights may change between calls, so what `score` has kept is dropped."""
+        self.forget_texts()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        """As in torch (`to`, `half`, ...); what `score` has kept does not stay behind on another device."""
+        self.forget_texts()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept_texts": {}}
 
     def score(
         self,
@@ -84,7 +110,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             pixel_values: [B, channels, height, width].
             input_ids: [C, L], exactly the tokens that are scored: end-of-sequence included, start token excluded; or
                 what `compile_texts` or `compile_labels` returned.
-            attention_mask: [C, L] of 0 and 1, padding on either side; found from the padding id if not given.
+            attention_mask: [C, L] of 0 and 1, padding on either side; found from the padding id if not given, on the
+                right where that is an end-of-sequence id, too.
             prior_weight: weight of log P(T); `config.prior_weight` if not given. 0 ranks by likelihood.
             prior_source: "unconditional" or "reference_images"; `config.prior_source` if not given.
             reference_pixel_values: [R, channels, height, width], the images over which P(T|I) is averaged to P(T);
@@ -92,14 +119,14 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             reduction: "sum" for nats per text, "mean" for nats per token.
             chunk_size: how many nodes of the trie, times images, the decoder reads at once, but at least one block of
                 about `label_trie.BLOCK_SIZE`; by default what `MAX_NUMBERS_PER_CHUNK` allows. It changes memory and
-                speed, not scores.
+                speed, not scores. Where gradients are asked for, autograd keeps every pass.
 
         Returns:
             [`IGCaptionerScoreOutput`], float32.
 
         Raises:
-            ValueError: for an empty text, a shape or a chunk size that does not fit, an unknown reduction or prior, or
-                texts that were compiled with other weights.
+            ValueError: for an empty text, a token outside the vocabulary, a shape or a chunk size that does not fit, an
+                unknown reduction or prior, or texts that were compiled with other weights.
         """
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
@@ -107,16 +134,15 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         if not len(pixel_values):
             raise ValueError(f"pixel_values holds no image, got shape {tuple(pixel_values.shape)}")
-        input_ids = input_ids.texts if isinstance(input_ids, CompiledLabels) else input_ids
-        if isinstance(input_ids, CompiledTexts):
-            if prior_source is not None or reference_pixel_values is not None:
-                raise ValueError(
-                    f"compiled texts have their prior already, but prior_source {prior_source!r} was given"
-                )
-            texts = self._check_compiled(input_ids)
-        else:
-            references = self._references(prior_source, reference_pixel_values)
+        if isinstance(input_ids, Tensor):
+            references = self._references(prior_source, reference_pixel_values, input_ids.device)
             texts = self._compile_or_recall(input_ids, attention_mask, references, chunk_size)
+        else:
+            if prior_source is not None or reference_pixel_values is not None:
+                given = "reference_pixel_values" if prior_source is None else f"prior_source {prior_source!r}"
+                raise ValueError(f"compiled texts have their prior already, but {given} came with them")
+            compiled: Any = input_ids
+            texts = self._check_compiled(compiled.texts if is_compiled(compiled) else compiled, pixel_values.device)
         caption_log_likelihood = self._log_likelihoods(texts, pixel_values, chunk_size)
         prior_log_likelihood = texts.prior_log_likelihood.clone()
         if reduction == "mean":
@@ -138,12 +164,18 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         reference_pixel_values: Tensor | None = None,
         chunk_size: int | None = None,
     ) -> CompiledTexts:
-        """All of `score` that needs no image, to be passed to it in place of `input_ids`.
+        """All of `score` that needs no image and no gradient, to be passed to it in place of `input_ids`.
 
-        Args, Raises: as for `score`.
+        Args: as for `score`.
+
+        Raises:
+            ValueError: as `score`, and in training mode, where dropout would become part of the result.
         """
-        references = self._references(prior_source, reference_pixel_values)
-        compiled = self._compile(*self._padded_on_the_right(input_ids, attention_mask), references, chunk_size)
+        if self.training:
+            raise ValueError("texts are compiled in evaluation mode, but the model is in training mode: call eval()")
+        with torch.inference_mode(False), torch.no_grad():
+            references = self._references(prior_source, reference_pixel_values, input_ids.device)
+            compiled = self._compile(*self._padded_on_the_right(input_ids, attention_mask), references, chunk_size)
         return dataclasses.replace(compiled, fingerprint=self.fingerprint())
 
     def edge_log_likelihoods(
@@ -153,26 +185,53 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
 
         `texts.trie.text_edges` [C, L] says which edges a text consists of.
         """
-        texts = self._check_compiled(texts)
+        device = texts.prior_log_likelihood.device if pixel_values is None else pixel_values.device
+        texts = self._check_compiled(texts, device)
         if pixel_values is None:
             return self._edges(texts, None, chunk_size)
         return torch.cat([*self._edges_of(texts, pixel_values, chunk_size)])
 
+    @torch.compiler.disable
     def fingerprint(self) -> str:
-        """SHA-256 of what scores depend on: weights, their dtype, and the architecture. Computed once per weights."""
+        """SHA-256 of all that scores depend on: weights and `_circumstances`.
+
+        Weights are read once, and again when they have changed (each time if they were made in inference mode).
+        Offloaded ones cannot be read: then the fingerprint is that of this very object.
+        """
         parameters = self.state_dict()
         version = None
         if not any(parameter.is_inference() for parameter in parameters.values()):
             version = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters.values())
-        if version is None or self._kept_fingerprint is None or self._kept_fingerprint[0] != version:
-            sections = (self.config.vision_config, self.config.text_config)
-            fields = [(name, getattr(section, name)) for section in sections for name in type(section).__annotations__]
-            digest = hashlib.sha256(repr(fields).encode())
+        if version is None or self._kept_digest[0] != version:
+            digest = hashlib.sha256()
             for name, parameter in parameters.items():
                 digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-                digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy())
-            self._kept_fingerprint = version, digest.hexdigest()
-        return self._kept_fingerprint[1]
+                if parameter.is_meta:
+                    digest.update(str(id(self)).encode())
+                else:
+                    digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy())
+            self._kept_digest = version, digest.hexdigest()
+        return hashlib.sha256(repr((self._kept_digest[1], self._circumstances())).encode()).hexdigest()
+
+    def _circumstances(self) -> tuple:
+        """What scores depend on beside weights: the architecture, autocast, hooks and the state of adapters."""
+        sections = (self.config.vision_config, self.config.text_config)
+        own = (IGCaptionerVisionConfig, IGCaptionerTextConfig)
+        fields = [
+            [getattr(section, name) for name in of.__annotations__] for section, of in zip(sections, own, strict=True)
+        ]
+        states = ("disable_adapters", "active_adapters", "merged")  # of peft's layers
+        between = [
+            (name, *module._forward_hooks, *module._forward_pre_hooks, *(str(getattr(module, s, None)) for s in states))
+            for name, module in self.named_modules()
+            if is_intercepted(module)
+        ]
+        return (
+            fields,
+            self.config.decoder_start_token_id,
+            [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)],
+            between,
+        )
 
     def _padded_on_the_right(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Texts [C, L] and their mask as short as they can be, padding last. Raises ValueError for what is no text."""
@@ -188,29 +247,37 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             )
         if not bool(attention_mask.any(dim=-1).all()):
             raise ValueError(f"text {int(attention_mask.any(dim=-1).long().argmin())} of input_ids has no tokens")
+        is_unknown = ((input_ids < 0) | (input_ids >= text.vocab_size)) & attention_mask.bool()
+        if bool(is_unknown.any()):
+            row = int(is_unknown.any(dim=-1).long().argmax())
+            token = int(input_ids[row][is_unknown[row]][0])
+            raise ValueError(f"text {row} of input_ids has token {token}, outside the vocabulary of {text.vocab_size}")
         padding_last = attention_mask.argsort(dim=-1, descending=True, stable=True)
         padding_last = padding_last[:, : int(attention_mask.sum(dim=-1).max())]
         return input_ids.gather(-1, padding_last), attention_mask.gather(-1, padding_last)
 
-    def _references(self, prior_source: str | None, reference_pixel_values: Tensor | None) -> Tensor | None:
+    def _references(
+        self, prior_source: str | None, reference_pixel_values: Tensor | None, device: torch.device
+    ) -> Tensor | None:
         """The images over which the prior is averaged, [R, channels, height, width]; None for the unconditional one."""
         if prior_source is None:
             prior_source = self.config.prior_source if reference_pixel_values is None else "reference_images"
-        if prior_source not in ("unconditional", "reference_images"):
-            raise ValueError(f"prior_source must be 'unconditional' or 'reference_images', got {prior_source!r}")
+        if prior_source not in PRIOR_SOURCES:
+            raise ValueError(f"prior_source must be one of {PRIOR_SOURCES}, got {prior_source!r}")
         if prior_source == "unconditional":
             if reference_pixel_values is not None:
                 raise ValueError("prior_source 'unconditional' uses no reference_pixel_values, but they were given")
             return None
         if reference_pixel_values is not None:
+            if not len(reference_pixel_values):
+                shape = tuple(reference_pixel_values.shape)
+                raise ValueError(f"reference_pixel_values holds no image, got shape {shape}")
             return reference_pixel_values
-        vision = self.config.vision_config
-        size = as_height_width(vision.image_size, "image_size")
-        noise = torch.randn(
-            self.config.num_reference_images, vision.num_channels, *size, generator=torch.Generator().manual_seed(0)
-        )
-        return noise.to(self.lm_head.weight)
+        vision, generator = self.config.vision_config, torch.Generator().manual_seed(0)
+        shape = (vision.num_channels, *as_height_width(vision.image_size, "image_size"))
+        return torch.randn(self.config.num_reference_images, *shape, generator=generator).to(device, self.dtype)
 
+    @torch.compiler.disable
     def _compile_or_recall(
         self,
         input_ids: Tensor,
@@ -220,7 +287,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
     ) -> CompiledTexts:
         input_ids, attention_mask = self._padded_on_the_right(input_ids, attention_mask)
         key = self._key_of_texts(input_ids, attention_mask, references)
-        texts = self._kept_texts.get(key) or self._compile(input_ids, attention_mask, references, chunk_size)
+        texts = self._kept_texts.pop(key, None) or self._compile(input_ids, attention_mask, references, chunk_size)
         if key is not None:
             self._kept_texts[key] = texts
             while len(self._kept_texts) > MAX_KEPT_TEXTS:
@@ -253,13 +320,13 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         for tokens in image_tokens.split(self._images_per_pass(texts.trie, chunk_size)):
             yield self._edges(texts, self.model.decoder.read_image(tokens), chunk_size)
 
-    def _check_compiled(self, texts: CompiledTexts) -> CompiledTexts:
+    def _check_compiled(self, texts: CompiledTexts, device: torch.device) -> CompiledTexts:
         if texts.fingerprint != self.fingerprint():
             raise ValueError(
-                "these texts were compiled with other weights, or in another dtype: compile them again (fingerprint "
-                f"{texts.fingerprint[:12]}..., the model's is {self.fingerprint()[:12]}...)"
+                "these texts were compiled with other weights, another dtype, or other hooks or adapters: compile them "
+                f"again (fingerprint {texts.fingerprint[:12]}..., the model's is {self.fingerprint()[:12]}...)"
             )
-        return texts.to(self.lm_head.weight.device)
+        return texts.to(device)
 
     def _edges(self, texts: CompiledTexts, image_key_values: list[KeyValues] | None, chunk_size: int | None) -> Tensor:
         """log P of every edge of a trie: [B, E] under B images, [1, E] without."""
@@ -302,18 +369,21 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
 
     def _key_of_texts(self, input_ids: Tensor, attention_mask: Tensor, references: Tensor | None) -> tuple | None:
         """Everything that log P(T) depends on, or None if that cannot be told or gradients are wanted."""
-        parameters, device = list(self.parameters()), input_ids.device.type
+        parameters = list(self.parameters())
         if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
             return None
         if any(p.is_inference() for p in parameters) or any(map(is_intercepted, self.modules())):
             return None
+        seen = None
+        if references is not None:
+            seen = tuple(references.shape), hashlib.sha256(references.float().cpu().numpy().tobytes()).digest()
         return (
             input_ids.cpu().numpy().tobytes(),
             attention_mask.cpu().numpy().tobytes(),
-            input_ids.shape,
-            None if references is None else hashlib.sha256(references.float().cpu().numpy().tobytes()).digest(),
-            self.config.decoder_start_token_id,
+            tuple(input_ids.shape),
+            seen,
+            repr(self._circumstances()),
             self.config.text_config._attn_implementation,
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            torch.is_inference_mode_enabled(),
             *((id(p), p.data_ptr(), p.dtype, p._version) for p in parameters),
         )

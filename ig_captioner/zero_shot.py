@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .label_trie import CompiledLabels
+from .label_trie import CompiledLabels, is_compiled
 from .processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 from .retrieval import PRIOR_WEIGHTS, ScoreMatrix, best_of_grid, concatenate, iterate_scores, ranks, true_pairs
 from .shards import Skipped, read_captions, read_decoded, read_image, read_metadata
@@ -81,7 +81,7 @@ def classify_images(
     processor: Any,
     samples: Iterable[tuple[Image.Image, int]],
     class_names: Sequence[str] | CompiledLabels,
-    templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+    templates: str | Sequence[str] | None = None,
     **options: Any,
 ) -> tuple[ScoreMatrix, Tensor]:
     """Scores of C classes under B labelled images.
@@ -89,7 +89,7 @@ def classify_images(
     Args:
         samples: (image, class index) pairs, read once.
         class_names: compiled ones bring their templates.
-        templates: one or more, with `{}` in each.
+        templates: one or more, with `{}` in each; "a photo of a {}." if not given.
         options: see [`iterate_scores`].
 
     Returns:
@@ -98,11 +98,13 @@ def classify_images(
     Raises:
         ValueError: for no images, a label that is no class index, and wrong class names or templates.
     """
-    texts: list[str] | CompiledLabels
-    if isinstance(class_names, CompiledLabels):
-        texts, class_names = class_names, class_names.labels
+    texts: Any = class_names
+    if is_compiled(texts):
+        if templates is not None:
+            raise ValueError(f"compiled class names have their templates already, got {templates!r} with them")
+        class_names = texts.labels
     else:
-        texts = format_labels(list(class_names), templates)
+        texts = format_labels(texts, templates or DEFAULT_TEMPLATE)
     labels: list[int] = []
 
     def images() -> Iterator[Image.Image]:

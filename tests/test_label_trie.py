@@ -1,14 +1,17 @@
 """Tries against the obvious: sets of beginnings of texts, and `score` one text at a time."""
 
+import copy
 import dataclasses
 import json
 import random
+import sys
 
 import PIL.Image
 import pytest
 import torch
 from test_pipeline import LABELS, make_config, make_pipeline
 from test_processing import make_tokenizer
+from transformers import dynamic_module_utils
 
 from ig_captioner import (
     CompiledLabels,
@@ -132,12 +135,18 @@ def test_compiled_labels_are_accepted_where_labels_are(classifier, compiled, pho
     templates = list(compiled.templates)
     plain = classifier(photos, LABELS, hypothesis_template=templates, return_log_likelihoods=True)
     assert classifier(photos, compiled, return_log_likelihoods=True) == plain
-    assert classifier(photos, compiled, hypothesis_template=templates, return_log_likelihoods=True) == plain
+    for given in (templates, tuple(templates)):
+        assert classifier(photos, compiled, hypothesis_template=given, return_log_likelihoods=True) == plain
+    assert (
+        classifier(photos, compiled, tokenizer_kwargs={"padding": "max_length"}, return_log_likelihoods=True) == plain
+    )
     processor = IGCaptionerProcessor(classifier.image_processor, classifier.tokenizer)
     samples = [(photo, index) for index, photo in enumerate(photos)]
     expected, _ = classify_images(classifier.model, processor, samples, LABELS, templates)
     actual, _ = classify_images(classifier.model, processor, samples, compiled)
     assert all(map(torch.equal, actual, expected))
+    with pytest.raises(ValueError, match="have their templates already, got '{}'"):
+        classify_images(classifier.model, processor, samples, compiled, "{}")
     pairs = score_pairs(classifier.model, processor, photos, compiled)
     assert pairs.caption_log_likelihood.shape == (3, 6)
 
@@ -164,15 +173,76 @@ def test_stale_labels_are_refused(classifier, compiled, photos):
         weight.sub_(0.1)
 
 
+def test_compiling_needs_evaluation_mode(classifier):
+    with pytest.raises(ValueError, match="training mode"):
+        compile_labels(classifier.model.train(), classifier.tokenizer, LABELS)
+
+
+def test_whatever_changes_scores_makes_compiled_labels_stale(classifier, compiled, photos):
+    model, fingerprint = classifier.model, compiled.texts.fingerprint
+    assert model.fingerprint() == fingerprint == copy.deepcopy(model).fingerprint()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.fingerprint() != fingerprint
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert model.fingerprint() != fingerprint
+    hook.remove()
+    model.config.text_config.rope_theta = 7.0
+    assert model.fingerprint() != fingerprint
+    model.config.text_config.rope_theta = 10000.0
+    model.config.prior_weight = 0.5  # decides nothing that was compiled
+    assert model.fingerprint() == fingerprint
+
+
+def test_adapters_make_compiled_labels_stale(classifier):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        classifier.model, peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    )
+    model = adapted.get_base_model()
+    active = model.fingerprint()
+    with adapted.disable_adapter():
+        assert model.fingerprint() != active
+    assert model.fingerprint() == active
+
+
+def test_compiled_labels_in_a_pipeline_from_remote_code(classifier, photos, tmp_path, monkeypatch):
+    """Where every class is a copy with another identity."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    classifier.save_pretrained(tmp_path / "model")
+
+    def remote_class(file: str, name: str):
+        return dynamic_module_utils.get_class_from_dynamic_module(f"{file}.{name}", str(tmp_path / "model"))
+
+    model_class = remote_class("modeling_ig_captioner", type(classifier.model).__name__)
+    remote = remote_class("pipeline_ig_captioner", type(classifier).__name__)(
+        model=model_class.from_pretrained(tmp_path / "model"),
+        tokenizer=classifier.tokenizer,
+        image_processor=classifier.image_processor,
+        device="cpu",
+    )
+    assert not isinstance(remote.model, type(classifier.model))
+    compiled = compile_labels(remote.model, remote.tokenizer, LABELS)
+    assert remote(photos, compiled) == remote(photos, LABELS)
+    compiled.save(tmp_path / "labels")
+    assert remote(photos, CompiledLabels.load(tmp_path / "labels")) == remote(photos, LABELS)
+
+
 def test_damaged_folders_are_named(compiled, tmp_path):
     with pytest.raises(ValueError, match="nothing here"):
         CompiledLabels.load(tmp_path / "nothing here")
     compiled.save(tmp_path)
     described = json.loads((tmp_path / "labels.json").read_text())
-    for change, message in [({"format": 99}, "format 99"), ({"labels": ["a"]}, "6 texts for 1 labels")]:
-        (tmp_path / "labels.json").write_text(json.dumps({**described, **change}))
+    changes = [({"format": 99}, "format 99"), ({"labels": ["a"]}, "6 texts for 1 labels")]
+    for change, message in [*changes, ({"tokens_sha256": ...}, "tokens_sha256")]:
+        kept = {name: value for name, value in {**described, **change}.items() if value is not ...}
+        (tmp_path / "labels.json").write_text(json.dumps(kept))
         with pytest.raises(ValueError, match=message):
             CompiledLabels.load(tmp_path)
+    short = dataclasses.replace(compiled.texts, prior_log_likelihood=compiled.texts.prior_log_likelihood[:1])
+    dataclasses.replace(compiled, texts=short).save(tmp_path)
+    with pytest.raises(ValueError, match=r"6 texts, but priors \(1,\)"):
+        CompiledLabels.load(tmp_path)
     compiled.save(tmp_path)
     tensors = tmp_path / "labels.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-10])
@@ -192,14 +262,17 @@ def test_labels_are_compiled_once_per_model_labels_and_templates(classifier, tmp
     assert compiled_equal(once(LABELS), first) and len(calls) == 1
     once(LABELS[:2])
     once(LABELS, ["{}"])
-    assert len(calls) == 3 and len(list(tmp_path.iterdir())) == 3
+    classifier.model.config.num_reference_images += 1
+    once(LABELS)
+    classifier.model.config.num_reference_images -= 1
+    assert len(calls) == 4 and len(list(tmp_path.iterdir())) == 4
     with torch.no_grad():
         classifier.model.lm_head.weight.add_(0.1)
     once(LABELS)
-    assert len(calls) == 4
+    assert len(calls) == 5
     for path in tmp_path.glob("*/labels.json"):
         path.write_text("damaged")
-    assert compiled_equal(once(LABELS), first) and len(calls) == 5
+    assert compiled_equal(once(LABELS), first) and len(calls) == 6
     assert "compiled again" in caplog.text
 
 

@@ -502,5 +502,6 @@ def test_a_saved_pipeline_loads_in_a_clean_process_as_remote_code(classifier, ph
 
 def test_the_file_can_be_remote_code():
     path = pipeline_ig_captioner.__file__
-    assert sorted(get_relative_imports(path)) == ["label_trie", "processing_ig_captioner"]
+    own = ["configuration_ig_captioner", "label_trie", "processing_ig_captioner"]
+    assert sorted(get_relative_imports(path)) == own
     assert set(get_imports(path)) <= {"collections", "math", "numbers", "typing", "torch", "transformers"}

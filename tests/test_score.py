@@ -1,7 +1,10 @@
 """`model.score` against a slow per-pair loop, and everything that must not change a score."""
 
+import copy
+
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
 from tiny import (
@@ -160,6 +163,10 @@ def test_what_lies_between_weights_and_scores_is_noticed():
     with torch.autocast("cpu", torch.bfloat16):
         assert difference() > 1e-3
     assert difference() < 1e-4
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda states: 2 * plain(states)
+    assert difference() > 1e-3
+    del model.lm_head.forward
     hook = model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
     assert difference() > 1e-3
     hook.remove()
@@ -244,6 +251,9 @@ def test_loss_is_the_mean_of_the_same_log_likelihoods():
         ({"input_ids": torch.tensor([[5, 2]]), "chunk_size": 0}, "got 0"),
         ({"input_ids": torch.tensor([[5, 2]]), "pixel_values": torch.zeros(0, 3, 16, 16)}, r"\(0, 3, 16, 16\)"),
         ({"input_ids": torch.full((1, 21), 5)}, "21 tokens"),
+        ({"input_ids": torch.tensor([[5, 2, 61]])}, "text 0 of input_ids has token 61, outside the vocabulary of 61"),
+        ({"input_ids": torch.tensor([[5, 2, -100]])}, "token -100"),
+        ({"input_ids": torch.tensor([[5, 2]]), "reference_pixel_values": torch.zeros(0, 3, 16, 16)}, "no image"),
         ({"input_ids": torch.tensor([[5, 2]]), "prior_source": "noise"}, "'noise'"),
         (
             {
@@ -261,6 +271,59 @@ def test_bad_input_is_named(arguments, message):
     arguments = {"pixel_values": random_images(1), **arguments}
     with pytest.raises(ValueError, match=message):
         tiny_model().score(**arguments)
+
+
+def test_kept_texts_do_not_outlive_what_they_were_made_for():
+    model, images, texts = tiny_model(), random_images(), padded(random_texts())
+    with torch.inference_mode():
+        inside = model.score(images, *texts)
+    pixels = images.clone().requires_grad_()
+    model.requires_grad_(False)
+    with torch.enable_grad():
+        model.score(pixels, *texts).information_gain.sum().backward()
+    assert pixels.grad.abs().sum() > 0
+    assert model._kept_texts and not copy.deepcopy(model)._kept_texts
+    half = model.to(torch.bfloat16).score(images.bfloat16(), *texts)
+    assert (half.prior_log_likelihood - inside.prior_log_likelihood).abs().max() > 1e-3
+
+
+def test_the_texts_scored_last_are_kept():
+    model, images = tiny_model(), random_images()
+    texts = [torch.tensor([[token, EOS]]) for token in range(4, 9)]
+    for number in (0, 1, 2, 3, 0, 4):
+        model.score(images, texts[number])
+    kept = [torch.frombuffer(bytearray(key[0]), dtype=torch.long)[0].item() - 4 for key in model._kept_texts]
+    assert kept == [2, 3, 0, 4]
+
+
+def test_compiled_by_torch():
+    classifier = tiny_model(model_class=HEADS[1])
+    inputs = dict(zip(("input_ids", "attention_mask"), padded(random_texts()), strict=True))
+    expected = classifier(pixel_values=random_images(), **inputs).logits_per_image
+    classifier.forget_texts()
+    actual = torch.compile(classifier, backend="eager")(pixel_values=random_images(), **inputs).logits_per_image
+    torch.testing.assert_close(actual, expected)
+
+
+def test_offloaded_models_score():
+    model, images, texts = tiny_model(), random_images(), padded(random_texts())
+    expected = model.score(images, *texts, prior_source="reference_images")
+    compiled = tiny_model().compile_texts(*texts, prior_source="reference_images")
+    offloaded = cpu_offload(model, torch.device("cpu"))
+    again = offloaded.score(images, *texts, prior_source="reference_images")
+    torch.testing.assert_close(again.information_gain, expected.information_gain)
+    own = offloaded.compile_texts(*texts, prior_source="reference_images")
+    assert torch.equal(offloaded.score(images, own).information_gain, again.information_gain)
+    with pytest.raises(ValueError, match="compile them again"):
+        offloaded.score(images, compiled)
+
+
+@pytest.mark.parametrize("attn", ["flash_attention_2", "flex_attention"])
+def test_attention_without_room_for_a_tree_gives_way_to_sdpa(attn):
+    attention = tiny_model().model.decoder.layers[0].self_attn
+    attention.config._attn_implementation = attn
+    assert attention._implementation(torch.ones(1, 1, 2, 2, dtype=torch.bool)) == "sdpa"
+    assert attention._implementation(None) == attention._implementation(torch.ones(1, 2)) == attn
 
 
 def test_a_new_vocabulary_size_keeps_the_other_scores():
