@@ -14,7 +14,8 @@ has put it, else the docstrings of Python's standard library. The better it know
 
 Modes: `trie`, this package; `pairwise`, each label in a decoder pass of its own over the image encoded once, with all
 logits; `pairwise, image again`, the whole model per label. The last two are measured on a few labels and scaled to K by
-their tokens. On a busy machine take OMP_NUM_THREADS=1: then CPU time is measured.
+their tokens; the image that `pairwise` encodes once is timed apart. On a busy machine take OMP_NUM_THREADS=1: then CPU
+time is measured.
 """
 
 import argparse
@@ -22,7 +23,9 @@ import ast
 import dataclasses
 import itertools
 import json
+import shlex
 import statistics
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,6 +41,7 @@ import ig_captioner
 from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration
 from ig_captioner.information_gain import shift_right
 from ig_captioner.label_trie import CompiledTexts
+from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 from training.train_tokenizer import train_tokenizer
 
 from .measure import DEVICE, circumstances, median_ratio, peak_memory, seconds, take_turns
@@ -55,7 +59,6 @@ DESIGNS = {
     },
 }
 WORDNET = Path("/usr/share/wordnet")
-TEMPLATE = "a photo of a {}."
 PAIRS = 16
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 
@@ -96,7 +99,7 @@ def imagenet_labels(number: int) -> list[str]:
 
 def tokens_of(design: str, number: int, tokenizers: Path) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` [K, L] on the device."""
-    texts = [TEMPLATE.format(label) for label in imagenet_labels(number)]
+    texts = format_labels(imagenet_labels(number), DEFAULT_TEMPLATE)
     return AutoTokenizer.from_pretrained(tokenizers / design)(texts, padding=True, return_tensors="pt").to(DEVICE).data
 
 
@@ -124,23 +127,26 @@ def clip_tower(dtype: torch.dtype) -> CLIPVisionModelWithProjection:
 
 def clip_call(batch: int, dtype: torch.dtype) -> Callable[[], Tensor]:
     tower, images = clip_tower(dtype), random_images(batch, dtype)
-    return lambda: tower(pixel_values=images).image_embeds
+    return torch.no_grad()(lambda: tower(pixel_values=images).image_embeds)
 
 
 def trie_call(design: str, texts: CompiledTexts, batch: int, dtype: torch.dtype) -> Callable[[], Tensor]:
     model, images = captioner(design, dtype), random_images(batch, dtype)
-    return lambda: model.score(images, texts).caption_log_likelihood
+    return torch.no_grad()(lambda: model.score(images, texts).caption_log_likelihood)
 
 
-def pairwise(design: str, tokens: dict[str, Tensor], image: Tensor, again: bool = False) -> Tensor:
-    """log P(T|I) [K] of one image, label by label, with the logits of every position."""
-    model, result = captioner(design, image.dtype), []
+@torch.no_grad()
+def pairwise(design: str, tokens: dict[str, Tensor], dtype: torch.dtype, **image: Tensor) -> Tensor:
+    """log P(T|I) [K] of one image, label by label, with the logits of every position.
+
+    Args:
+        image: `pixel_values`, which every label reads again, or `image_key_values`.
+    """
+    model, result = captioner(design, dtype), []
     start = model.config.decoder_start_token_id
-    known = {} if again else {"image_key_values": model.read_image(image)}
     for ids, mask in zip(tokens["input_ids"], tokens["attention_mask"], strict=True):
         text = ids[None, : int(mask.sum())]
-        given = known or {"pixel_values": image}
-        logits = model(input_ids=shift_right(text, start), use_cache=False, **given).logits
+        logits = model(input_ids=shift_right(text, start), use_cache=False, **image).logits
         result.append(logits.float().log_softmax(dim=-1).gather(-1, text[..., None]).sum())
     return torch.stack(result)
 
@@ -179,20 +185,22 @@ def slow_ways(design: str, tokens: dict[str, Tensor], dtype: torch.dtype, expect
     Raises:
         AssertionError: if the scores are not those of the trie.
     """
-    image, number = random_images(1, dtype), len(tokens["input_ids"])
+    pixels, number = random_images(1, dtype), len(tokens["input_ids"])
     some = torch.arange(0, number, max(1, number // PAIRS), device=DEVICE)
     few = {name: values[some] for name, values in tokens.items()}
     share = float(few["attention_mask"].sum() / tokens["attention_mask"].sum())
-    pairwise(design, {name: values[:1] for name, values in few.items()}, image)  # warms up
-    rows = []
-    for mode, again in (("pairwise", False), ("pairwise, image again", True)):
+    read_image = torch.no_grad()(lambda: captioner(design, dtype).read_image(pixels))
+    once = {"image_key_values": read_image()}
+    pairwise(design, {name: values[:1] for name, values in few.items()}, dtype, **once)  # both warm up
+    reading, rows = seconds(read_image), []
+    for mode, before, image in (("pairwise", reading, once), ("pairwise, image again", 0.0, {"pixel_values": pixels})):
         found: list[Tensor] = []
-        took = seconds(lambda again=again, found=found: found.append(pairwise(design, few, image, again)))
+        took = seconds(lambda image=image, found=found: found.append(pairwise(design, few, dtype, **image)))
         difference = (found[0] - expected[some]).abs().max().item()
         if not difference < TOLERANCE[dtype]:
             raise AssertionError(f"{design}, {mode}: scores differ from the trie's by {difference} nats")
-        row = {"mode": mode, "seconds": took / share, "labels_measured": len(some), "nats_from_trie": difference}
-        rows.append(row)
+        row = {"mode": mode, "seconds": before + took / share, "labels_measured": len(some)}
+        rows.append({**row, "nats_from_trie": difference})
     return rows
 
 
@@ -201,11 +209,12 @@ def trie_in_its_own_process(
 ) -> Callable[[], Any]:
     with torch.no_grad():
         texts = captioner(design, dtype).compile_texts(**tokens_of(design, number, tokenizers))
-    return torch.no_grad()(trie_call(design, texts, batch, dtype))
+    return trie_call(design, texts, batch, dtype)
 
 
 def size_in_mb(texts: CompiledTexts) -> float:
-    tensors = [*(getattr(texts.trie, item.name) for item in dataclasses.fields(texts.trie)), texts.text_states]
+    tensors = [getattr(texts.trie, item.name) for item in dataclasses.fields(texts.trie)]
+    tensors += [texts.prior_log_likelihood, texts.text_states]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None) / 1e6
 
 
@@ -224,6 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and batch sizes: under 3 minutes on 2 cores")
     parser.add_argument("--corpus", type=Path, nargs="+", default=[], metavar="FILE", help="text for the tokenizers")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     options.rounds = 3 if options.quick else 7
     options.dtype, batches = torch.float32, [1] if options.quick else [1, 8]
@@ -235,7 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
         for design, number, batch in itertools.product(DESIGNS, (10, 100, 1000), batches):
             rows += measure(design, number, batch, options, Path(folder))
             print(f"{design}, {number} labels, batch {batch}: done", flush=True)
-    run = circumstances("python -m benchmarks.scoring", corpus=name_of_corpus(options.corpus))
+    command = shlex.join(["python", "-m", "benchmarks.scoring", *arguments])
+    run = circumstances(command, corpus=name_of_corpus(options.corpus))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     text = markdown(rows, run)

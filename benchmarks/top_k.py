@@ -16,6 +16,8 @@ over photos, but `nodes_worst`, the largest share of a photo.
 import argparse
 import heapq
 import json
+import shlex
+import sys
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
@@ -64,18 +66,22 @@ def exact_search(tree: Tree, likelihood: np.ndarray, prior: np.ndarray, weight: 
     most = np.full(len(prior), -np.inf)  # the largest -w log P(T) of the texts that pass through an edge
     for edges, total in zip(tree.edges_of_text, prior_of_text, strict=True):
         most[edges] = np.maximum(most[edges], -total)
-    heap, found, nodes = [(-most.max(), 0, 0.0)], [], 0
+    heap, nodes = [(-most.max(), 0, 0.0)], 0
+    best: list[tuple[float, int]] = []  # a heap of the k best texts found
     while heap:
         bound, node, so_far = heapq.heappop(heap)
-        if len(found) >= k and -bound < heapq.nlargest(k, found)[-1][0]:
+        if len(best) == k and -bound < best[0][0]:
             break
         nodes += 1
         for edge in tree.edges_of_node[node]:
             total = so_far + likelihood[edge]
-            found += [(total - prior_of_text[text], -text) for text in tree.texts_ending[edge]]
+            for text in tree.texts_ending[edge]:
+                heapq.heappush(best, (total - prior_of_text[text], -text))
+                if len(best) > k:
+                    heapq.heappop(best)
             if tree.node_behind[edge] >= 0:
                 heapq.heappush(heap, (-(total + most[edge]), tree.node_behind[edge], total))
-    return nodes, [-text for _, text in heapq.nlargest(k, found)]
+    return nodes, [-text for _, text in sorted(best, reverse=True)]
 
 
 def beam_search(
@@ -116,6 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shards", nargs="+", required=True, metavar="FILE.tar", help="photos")
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="photos read (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     model = load_model(IGCaptionerForConditionalGeneration, options.model, dtype="float32")
     processor = load_processor(options.model)
@@ -133,7 +140,8 @@ def main(arguments: list[str] | None = None) -> None:
     figures = torch.cat(likelihoods).double().numpy(), prior.double().numpy()
     tree = as_tree(texts.trie)
     rows = [row for weight in (0.0, 0.5, 1.0) for row in searches(tree, *figures, weight)]
-    run = circumstances("python -m benchmarks.top_k", photos=len(photos), nodes=len(texts.trie.nodes))
+    command = shlex.join(["python", "-m", "benchmarks.top_k", *arguments])
+    run = circumstances(command, photos=len(photos), nodes=len(texts.trie.nodes))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"rows": rows, "run": run}, indent=2) + "\n", encoding="utf-8")
     for row in rows:

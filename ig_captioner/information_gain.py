@@ -112,6 +112,9 @@ def linear_loss(
 
     Returns:
         The sum of -log P(token) * token_weights, a scalar, and log P(token) in nats without a gradient, [N, L].
+
+    Raises:
+        RuntimeError: in the backward pass, if it is to be differentiated again.
     """
     if not torch.is_grad_enabled():  # else the gradient would be computed all the same
         hidden_states, weight, bias = hidden_states.detach(), weight.detach(), None if bias is None else bias.detach()
@@ -131,12 +134,13 @@ class _LinearLoss(torch.autograd.Function):
         bias_grad = torch.zeros_like(bias, dtype=sums) if needs_bias else None
         log_likelihoods = token_weights.new_zeros(len(tokens))
         # gradients are computed for weights of at most 1: times 1 / tokens, they would vanish in float16
-        scale = token_weights.max().clamp(min=torch.finfo(token_weights.dtype).tiny)
+        labelled = labels != IGNORE_INDEX  # where nothing is, weights are nan, but no token has a gradient
+        scale = token_weights.where(labelled, 0.0).max().clamp(min=torch.finfo(token_weights.dtype).tiny)
         relative = token_weights.flatten() / scale
 
         low_weight, low_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         chunk_size = LOGITS_PER_CHUNK.get(labels.device.type, LOGITS_PER_CHUNK["other"]) // len(weight)
-        for rows in (tokens != IGNORE_INDEX).nonzero()[:, 0].split(max(1, chunk_size)):
+        for rows in labelled.flatten().nonzero()[:, 0].split(max(1, chunk_size)):
             chunk, token = states[rows].to(dtype), tokens[rows, None]
             log_p = F.linear(chunk, low_weight, low_bias).log_softmax(dim=-1, dtype=torch.float32)
             log_likelihoods[rows] = log_p.gather(1, token)[:, 0]
@@ -162,6 +166,8 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, loss_grad, _):
+        if torch.is_grad_enabled():  # once_differentiable would notice only losses that are differentiated further
+            raise RuntimeError("linear_loss has no second derivative (create_graph=True): compute all logits for it")
         scale, states_grad, weight_grad, bias_grad = ctx.saved_tensors
         factor = loss_grad * scale
         return (

@@ -65,6 +65,7 @@ class IGCaptionerCausalLMOutput(ModelOutput):
     unconditional_loss: CE(T), without the image. Their difference is the information gain per token.
     parallel_loss: CE(T|I) over the texts that were predicted in parallel; nan if the draw left none.
     caption_log_likelihood, prior_log_likelihood: log P(T|I) and log P(T) [N] of the labels in nats, without a gradient.
+        Of texts that were predicted in parallel, the first is the sum of log P(token|I), each token without the others.
     logits: [N, L, V]; position i predicts token i of `labels`, or the token after `input_ids[:, i]`. None in training.
     """
 
@@ -420,6 +421,10 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         return shift_right(moved, text.decoder_start_token_id, mask), mask
 
 
+# What transformers may pass to any model, and what this head returns nothing for.
+WITHOUT_EFFECT = ("output_attentions", "output_hidden_states", "return_loss", "use_cache")
+
+
 class IGCaptionerForZeroShotImageClassification(IGCaptionerModelWithHead):
     """The captioner as a classifier of images among candidate texts, with the interface of CLIP and SigLIP."""
 
@@ -433,14 +438,30 @@ class IGCaptionerForZeroShotImageClassification(IGCaptionerModelWithHead):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         prior_weight: float | None = None,
+        prior_source: str | None = None,
+        reference_pixel_values: Tensor | None = None,
+        chunk_size: int | None = None,
         **kwargs,
     ) -> IGCaptionerZeroShotOutput:
-        """Scores texts [C, L] (see `score`) under images [B, channels, height, width].
+        """Scores texts [C, L] under images [B, channels, height, width]; for the other arguments see `score`.
 
         Args:
             labels: [B], index of the right text of each image; gives the cross-entropy over texts as `loss`.
+
+        Raises:
+            TypeError: for unknown arguments, unless they are None. `WITHOUT_EFFECT` are those of all models.
         """
-        scores = self.score(pixel_values, input_ids, attention_mask, prior_weight=prior_weight)
+        if unknown := [name for name in kwargs if name not in WITHOUT_EFFECT and kwargs[name] is not None]:
+            raise TypeError(f"unknown arguments: {', '.join(unknown)}")
+        scores = self.score(
+            pixel_values,
+            input_ids,
+            attention_mask,
+            prior_weight=prior_weight,
+            prior_source=prior_source,
+            reference_pixel_values=reference_pixel_values,
+            chunk_size=chunk_size,
+        )
         logits = scores.information_gain
         return IGCaptionerZeroShotOutput(
             loss=None if labels is None else F.cross_entropy(logits, labels),

@@ -41,7 +41,7 @@ def label_from_field(class_names: Sequence[str], field: str = "class_name") -> F
     return find_label
 
 
-def label_from_caption(class_names: Sequence[str], template: str = "a photo of a {}.") -> FindLabel:
+def label_from_caption(class_names: Sequence[str], template: str = DEFAULT_TEMPLATE) -> FindLabel:
     """Labels stand in the caption, which is `template` with the class name in it, to the letter."""
     texts = format_labels(list(class_names), template)
 

@@ -1,19 +1,24 @@
-"""The benchmarks' bookkeeping, and that the contenders of `benchmarks.training` do what they are said to do."""
+"""The benchmarks' bookkeeping, their searches, and that contenders do what they are said to do."""
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 
 pytest.importorskip("accelerate")
 
-from benchmarks import training_data, training_steps
+from benchmarks import scoring, training_data, training_steps
 from benchmarks.measure import _peak_memory as measure_peak
 from benchmarks.measure import median_ratio, row, take_turns, time_rows, write_report
+from benchmarks.top_k import as_tree, beam_search, exact_search
 from benchmarks.training import full_logits, loss_contenders
 from benchmarks.training_steps import Size, captioner, captioner_step, encoder_decoder, plain_step, random_batch
+from ig_captioner.label_trie import CompiledTexts, build_trie
 
 
 SIZE = Size("tiny", 16, 2, 3)
@@ -88,3 +93,114 @@ def test_both_loaders_give_the_same_kind_of_batch(tmp_path):
     for pixels, texts in ((images, labels), (ours["pixel_values"], ours["labels"])):
         assert -1 <= pixels.min() < -0.5 and 0.5 < pixels.max() <= 1
         assert len(texts) == 32 and 6 < texts.shape[1] <= training_data.MAX_LENGTH
+
+
+# Scoring
+
+
+class Clocked:
+    """A captioner with uniform logits, whose clock counts images read and tokens decoded instead of seconds."""
+
+    config = SimpleNamespace(decoder_start_token_id=0)
+    per_image, per_token, vocabulary = 100.0, 3.0, 7
+
+    def __init__(self):
+        self.now = 0.0
+
+    def seconds(self, run):
+        start = self.now
+        run()
+        return self.now - start
+
+    def read_image(self, pixel_values):
+        self.now += self.per_image
+        return pixel_values
+
+    def __call__(self, input_ids, use_cache, pixel_values=None, image_key_values=None):
+        assert (pixel_values is None) != (image_key_values is None)
+        self.now += self.per_token * input_ids.numel() + (self.per_image if image_key_values is None else 0)
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, self.vocabulary))
+
+
+@pytest.mark.parametrize("pairs", [40, 20, 10])
+def test_slow_ways_measured_on_some_labels_are_scaled_to_all(monkeypatch, pairs):
+    """By the clock, each label costs the same wherever it stands: what is scaled must be what all labels take."""
+    model, lengths = Clocked(), torch.tensor([2, 2, 2, 2, 5, 5, 5, 5] * 5)
+    for name, value in {"PAIRS": pairs, "DEVICE": torch.device("cpu"), "seconds": model.seconds}.items():
+        monkeypatch.setattr(scoring, name, value)
+    monkeypatch.setattr(scoring, "captioner", lambda design, dtype: model)
+    mask = (torch.arange(5) < lengths[:, None]).long()
+    scores = -lengths * torch.tensor(float(model.vocabulary)).log()
+    once, again = scoring.slow_ways("any", {"input_ids": mask, "attention_mask": mask}, torch.float32, scores)
+    assert once["labels_measured"] == again["labels_measured"] == pairs
+    tokens = model.per_token * int(lengths.sum())
+    assert once["seconds"] == pytest.approx(model.per_image + tokens)
+    assert again["seconds"] == pytest.approx(len(lengths) * model.per_image + tokens)
+
+
+def test_calls_keep_nothing_for_gradients(monkeypatch):
+    """Peak memory is measured in a process where nothing else turns gradients off."""
+    layer = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(scoring, "clip_tower", lambda dtype: lambda pixel_values: SimpleNamespace(image_embeds=use()))
+    score = SimpleNamespace(score=lambda images, texts: SimpleNamespace(caption_log_likelihood=use()))
+    monkeypatch.setattr(scoring, "captioner", lambda design, dtype: score)
+
+    def use():
+        return layer(torch.ones(1))
+
+    assert torch.is_grad_enabled() and use().requires_grad
+    for call in (scoring.clip_call(1, torch.float32), scoring.trie_call("any", None, 1, torch.float32)):
+        assert not call().requires_grad
+
+
+def test_size_of_compiled_texts_counts_prior_and_states():
+    trie = build_trie(torch.tensor([[1, 2]]), torch.ones(1, 2), 0)
+    texts = CompiledTexts(trie, torch.zeros(0))
+    size = scoring.size_in_mb(texts)
+    larger = dataclasses.replace(texts, prior_log_likelihood=torch.zeros(250_000), text_states=torch.zeros(500_000))
+    assert size > 0 and scoring.size_in_mb(larger) == pytest.approx(size + 1 + 2)
+
+
+def test_the_report_names_the_command_as_given(monkeypatch, tmp_path):
+    monkeypatch.setattr(scoring, "DESIGNS", {})
+    scoring.main(["--quick", "--output", str(tmp_path / "two words.json")])
+    text = (tmp_path / "two words.md").read_text(encoding="utf-8")
+    assert f"- command: python -m benchmarks.scoring --quick --output '{tmp_path}/two words.json'\n" in text
+
+
+# Searches
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_searches_find_what_ranking_all_scores_finds(seed):
+    """Texts with common beginnings, duplicates and ties; eighths and quarters, so that sums are exact in any order."""
+    random = np.random.default_rng(seed)
+    texts = [random.integers(1, 4, random.integers(1, 6)).tolist() for _ in range(random.integers(1, 30))]
+    texts += texts[: len(texts) // 3]
+    ids = torch.tensor([text + [0] * (5 - len(text)) for text in texts])
+    tree = as_tree(build_trie(ids, (ids > 0).long(), 0))
+    likelihood, prior = -random.integers(0, 9, (2, len(tree.node_behind))) / 8
+    weight, number = random.integers(0, 5) / 4, len(tree.edges_of_node)
+    scores = np.array([(likelihood - weight * prior)[edges].sum() for edges in tree.edges_of_text])
+    ranking = np.argsort(-scores, kind="stable").tolist()
+    before = 0
+    for k in range(1, 6):
+        nodes, found = exact_search(tree, likelihood, prior, weight, k)
+        assert found == ranking[:k]
+        assert 1 <= nodes <= number and before <= nodes
+        before = nodes
+    assert beam_search(tree, likelihood, prior, weight, 10_000) == (number, ranking)
+    nodes, found = beam_search(tree, likelihood, prior, weight, 2)
+    assert nodes <= min(number, 1 + 2 * 4)
+    assert found == [text for text in ranking if text in found]
+
+
+def test_exact_search_skips_what_cannot_win():
+    """Three texts of three tokens: the best needs the root and its own two nodes, all together need all seven."""
+    ids = torch.tensor([[1, 1, 1], [2, 2, 2], [3, 3, 3]])
+    tree = as_tree(build_trie(ids, torch.ones_like(ids), 0))
+    likelihood = np.full(len(tree.node_behind), -1.0)
+    likelihood[tree.edges_of_text[1]] = -0.125
+    prior = np.zeros_like(likelihood)
+    assert exact_search(tree, likelihood, prior, 1.0, 1) == (3, [1])
+    assert exact_search(tree, likelihood, prior, 1.0, 3) == (len(tree.edges_of_node), [1, 0, 2])

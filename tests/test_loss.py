@@ -108,6 +108,14 @@ def test_backward_twice():
     assert torch.equal(torch.autograd.grad(loss, states)[0], once)
 
 
+def test_a_second_derivative_is_refused():
+    head, states, labels, weights = example()
+    loss, _ = linear_loss(states, head.weight, head.bias, labels, weights)
+    for function in (loss, loss**2):
+        with pytest.raises(RuntimeError, match="create_graph"):
+            torch.autograd.grad(function, states, create_graph=True)
+
+
 def test_loss_weights_are_the_means_by_hand():
     labels = torch.tensor([[5, 6, 7], [5, -100, -100], [-100, -100, -100]])
     by_token = [[0.25, 0.25, 0.25], [0.25, 0, 0], [0, 0, 0]]
@@ -120,10 +128,14 @@ def test_loss_weights_are_the_means_by_hand():
         assert loss_weights(torch.full((2, 3), -100), reduction).isnan().all()
 
 
-def test_nothing_labelled_is_nan():
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_nothing_labelled_is_nan_without_gradients(reduction):
+    """One empty batch among those accumulated must not destroy the weights."""
     head, states, labels, _ = example()
     nothing = torch.full_like(labels, IGNORE_INDEX)
-    assert linear_loss(states, head.weight, head.bias, nothing, loss_weights(nothing))[0].isnan()
+    loss, _ = linear_loss(states, head.weight, head.bias, nothing, loss_weights(nothing, reduction))
+    assert loss.isnan()
+    assert not any(gradient.any() for gradient in gradients(loss, head, states))
 
 
 # In the model
@@ -161,6 +173,15 @@ def test_training_is_the_same_with_and_without_logits(variant, reduction, parall
         chunked = model_gradients(model, **batch(images), **extra, skip_logits=True)
         assert_same(chunked[0], full[0])
         assert_same(chunked[1], full[1])
+
+
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_an_empty_batch_leaves_the_weights_alone(skip_logits):
+    model = tiny_model().train()
+    empty = batch() | {"labels": torch.full_like(batch()["labels"], IGNORE_INDEX)}
+    scalars, found = model_gradients(model, **empty, skip_logits=skip_logits)
+    assert scalars["loss"].isnan() and found
+    assert not any(gradient.any() for gradient in found.values())
 
 
 @pytest.mark.parametrize("variant", ["prefix", "cross"])

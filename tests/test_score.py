@@ -110,6 +110,26 @@ def test_heads_agree_and_logits_are_the_information_gain():
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(expected.information_gain, labels))
 
 
+def test_the_classifier_passes_on_what_score_takes_and_refuses_the_rest():
+    model, images, texts = tiny_model(model_class=HEADS[1]), random_images(), padded(random_texts())
+    inputs = {"pixel_values": images, "input_ids": texts[0], "attention_mask": texts[1]}
+    for options in (
+        {"prior_source": "reference_images", "prior_weight": 0.5},
+        {"reference_pixel_values": images[:1], "chunk_size": 1},
+    ):
+        expected = model.score(images, *texts, **options)
+        output = model(**inputs, **options)
+        assert torch.equal(output.logits_per_image, expected.information_gain)
+        assert torch.equal(output.prior_log_likelihood, expected.prior_log_likelihood)
+    with pytest.raises(ValueError, match="chunk_size"):
+        model(**inputs, chunk_size=0)
+    with pytest.raises(TypeError, match="prior_wieght, reduction"):
+        model(**inputs, prior_wieght=0.5, reduction="mean")
+    harmless = {"output_attentions": True, "output_hidden_states": True, "return_loss": True, "position_ids": None}
+    first, *_ = model(**inputs, **harmless, return_dict=False)
+    assert torch.equal(first, model.score(images, *texts).information_gain)
+
+
 def count_calls(monkeypatch, model) -> list[str]:
     """What the decoder does, in order: the text-only layers, and the fusion layers with and without an image."""
     calls, decoder = [], model.model.decoder
