@@ -212,6 +212,35 @@ def trie_in_its_own_process(
     return trie_call(design, texts, batch, dtype)
 
 
+def many_texts(texts: list[str], options: argparse.Namespace, tokenizers: Path) -> list[dict]:
+    """Rows of the fast design on any number of texts: compiling them, and scoring one image."""
+    rows = []
+    for mode, prepare in (("compile", compile_call), ("trie", compiled_trie_call)):
+        call = prepare(texts, options.dtype, tokenizers)
+        row = {"design": "fast", "mode": f"{mode}, texts of {options.texts.name}", "labels": len(texts), "batch": 1}
+        row |= {
+            "device": DEVICE.type,
+            "dtype": str(options.dtype)[6:],
+            "ratio_to_clip": None,
+            "ratio_to_pairwise": None,
+        }
+        row |= {"seconds": seconds(call), "nodes": None}
+        rows.append({**row, "peak_mb": peak_memory(prepare, texts, options.dtype, tokenizers)})
+    return rows
+
+
+def compile_call(texts: list[str], dtype: torch.dtype, tokenizers: Path) -> Callable[[], CompiledTexts]:
+    model, tokenizer = captioner("fast", dtype), AutoTokenizer.from_pretrained(tokenizers / "fast")
+    return lambda: model.compile_texts(
+        **tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(DEVICE)
+    )
+
+
+def compiled_trie_call(texts: list[str], dtype: torch.dtype, tokenizers: Path) -> Callable[[], Tensor]:
+    compiled = compile_call(texts, dtype, tokenizers)()
+    return torch.no_grad()(trie_call("fast", compiled, 1, dtype))
+
+
 def size_in_mb(texts: CompiledTexts) -> float:
     tensors = [getattr(texts.trie, item.name) for item in dataclasses.fields(texts.trie)]
     tensors += [texts.prior_log_likelihood, texts.text_states]
@@ -232,6 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and batch sizes: under 3 minutes on 2 cores")
     parser.add_argument("--corpus", type=Path, nargs="+", default=[], metavar="FILE", help="text for the tokenizers")
+    parser.add_argument("--texts", type=Path, metavar="FILE", help="compile and score its lines, too (fast design)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
@@ -245,6 +275,8 @@ def main(arguments: list[str] | None = None) -> None:
         for design, number, batch in itertools.product(DESIGNS, (10, 100, 1000), batches):
             rows += measure(design, number, batch, options, Path(folder))
             print(f"{design}, {number} labels, batch {batch}: done", flush=True)
+        if options.texts:
+            rows += many_texts(options.texts.read_text(encoding="utf-8").splitlines(), options, Path(folder))
     command = shlex.join(["python", "-m", "benchmarks.scoring", *arguments])
     run = circumstances(command, corpus=name_of_corpus(options.corpus))
     options.output.parent.mkdir(parents=True, exist_ok=True)
