@@ -42,11 +42,7 @@ def build_model(
     """
     source: Path | str | None = checkpoint / "model" if checkpoint else config.init_from
     if source:
-        changes = {} if checkpoint else config.model
-        for key in sorted(set(changes) - set(OBJECTIVE_FIELDS)):
-            raise ValueError(
-                f"model.{key} is fixed by init_from; only {', '.join(OBJECTIVE_FIELDS)} may be set beside it"
-            )
+        changes = {} if checkpoint else objective_of(config.model, IGCaptionerConfig.from_pretrained(source))
         model = IGCaptionerForConditionalGeneration.from_pretrained(
             source, dtype=torch.float32, attn_implementation=config.attn_implementation, **changes
         )
@@ -64,6 +60,19 @@ def build_model(
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
+
+
+def objective_of(values: dict[str, Any], config: IGCaptionerConfig) -> dict[str, Any]:
+    """The part of a `model` section that may change what `init_from` says; raises ValueError if another part would."""
+    for name, value in values.items():
+        if name not in OBJECTIVE_FIELDS:
+            has = getattr(config, name, None)
+            fields = value if isinstance(value, dict) else {name: value}
+            for field, wanted in fields.items():
+                found = getattr(has, field, None) if isinstance(value, dict) else has
+                if found != wanted:
+                    raise ValueError(f"model.{name}: {field} is {wanted!r}, but the model of init_from has {found!r}")
+    return {name: value for name, value in values.items() if name in OBJECTIVE_FIELDS}
 
 
 def freeze(model: torch.nn.Module, patterns: list[str]) -> None:
