@@ -34,10 +34,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-import ig_captioner
 from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration
 from ig_captioner.information_gain import shift_right
 from ig_captioner.label_trie import CompiledTexts
+from ig_captioner.prompts import load_prompts
 from training.train_tokenizer import train_tokenizer
 
 from .measure import DEVICE, circumstances, median_ratio, peak_memory, seconds, take_turns
@@ -89,8 +89,7 @@ def train_tokenizers(folder: Path, files: list[Path]) -> None:
 
 
 def imagenet_labels(number: int) -> list[str]:
-    text = Path(ig_captioner.__file__).with_name("prompts").joinpath("imagenet.json").read_text(encoding="utf-8")
-    names = json.loads(text)["classes"]
+    names = load_prompts("imagenet").class_names
     return [names[i * len(names) // number] for i in range(number)]
 
 
