@@ -50,25 +50,27 @@ def load_prompts(name_or_file: str | Path) -> Prompts:
 
 
 def read_class_names(name_or_file: str) -> list[str]:
-    """Class names of `load_prompts`, or of a text file that is not JSON: a line each."""
-    return _read_lines(name_or_file) or load_prompts(name_or_file).class_names
+    """Class names of `load_prompts`, or of a text file: a line each."""
+    return _read_lines(name_or_file) if is_text_file(name_or_file) else load_prompts(name_or_file).class_names
 
 
 def read_templates(name_or_file: str) -> list[str]:
-    """Templates of `load_prompts`, or of a text file that is not JSON: a line each."""
-    return _read_lines(name_or_file) or load_prompts(name_or_file).templates
+    """Templates of `load_prompts`, or of a text file: a line each."""
+    return _read_lines(name_or_file) if is_text_file(name_or_file) else load_prompts(name_or_file).templates
 
 
-def _read_lines(name: str) -> list[str] | None:
-    """The lines of a text file that are not blank. None if `name` is known, a JSON file or no file."""
-    path = Path(name)
-    if name.lower() in known_prompts() or path.suffix == ".json" or not path.is_file():
-        return None
+def is_text_file(name_or_file: str) -> bool:
+    """Whether it is a file of lines: neither known, nor JSON."""
+    path = Path(name_or_file)
+    return name_or_file.lower() not in known_prompts() and path.suffix != ".json" and path.is_file()
+
+
+def _read_lines(path: str) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8: {error}") from error
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
     lines = [line.strip() for line in lines if line.strip()]
     if not lines:
-        raise ValueError(f"there are no lines in {name}")
+        raise ValueError(f"there are no lines in {path}")
     return lines

@@ -1,0 +1,244 @@
+"""`ig-captioner evaluate`: zero-shot, retrieval. Each writes `results.json`, `results.md`, `model-index.yml`.
+
+Options that all share are declared here once; what is slow to import is imported where it is used.
+"""
+
+import argparse
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import TINY_CHECKPOINT
+
+
+ZERO_SHOT_EXAMPLES = """\
+examples:
+  ig-captioner evaluate zero-shot --data "cifar10-test-*.tar.gz" --class-names cifar10 --output out
+  ig-captioner evaluate zero-shot --data photos/ --class-names names.txt --templates imagenet --output out
+  ig-captioner evaluate zero-shot --data imagenet/val --class-names imagenet --label-field class_id --output out
+  ig-captioner evaluate zero-shot --data photos/ --class-names cifar10 --clip openai/clip-vit-base-patch32 --output out
+"""
+RETRIEVAL_EXAMPLES = """\
+examples:
+  ig-captioner evaluate retrieval --data "flickr8k-val-*.tar" --output out
+  ig-captioner evaluate retrieval --data "flickr8k-val-*.tar" --clip openai/clip-vit-base-patch32 --output out
+"""
+MODEL_HELP = "folder or Hub repository (default: the checkpoint in the package)"
+DATA_HELP = "shards (pattern or folder), a folder of images, or a folder of the datasets library"
+
+AddCommand = Callable[..., argparse.ArgumentParser]
+
+
+def add_evaluate(commands, add_command: AddCommand, positive_integer: Callable[[str], int]) -> None:
+    """Registers the commands with the parser of `ig-captioner`."""
+    summary = "Measure a checkpoint on labelled or captioned images, at prior weight 0, 1 and a tuned one."
+    parser = commands.add_parser("evaluate", help=summary, description=summary)
+    tasks = parser.add_subparsers(metavar="TASK", required=True)
+
+    def add_task(run, usage: str, summary: str, examples: str) -> argparse.ArgumentParser:
+        task = add_command(tasks, run, usage, summary, examples, MODEL_HELP)
+        _add_common(task, positive_integer)
+        return task
+
+    usage = "--data DATA --class-names FILE_OR_NAME --output DIR"
+    task = add_task(zero_shot, usage, "Classify labelled images by their class names.", ZERO_SHOT_EXAMPLES)
+    known = "text file with a line each, JSON file of prompts, or name of a data set whose prompts are in the package"
+    task.add_argument("--class-names", required=True, metavar="FILE_OR_NAME", help=known)
+    task.add_argument(
+        "--templates",
+        metavar="FILE_OR_NAME",
+        help="as for --class-names (default: those of the same prompts; of a text file: 'a photo of a {}.')",
+    )
+    task.add_argument(
+        "--label-field",
+        default="class_name",
+        metavar="NAME",
+        help="field of a sample's JSON, or column, that holds its class name or index; of a folder per class "
+        "class_name (the folder) or class_id (its place in sorted order) (default: %(default)s)",
+    )
+    usage = "--data DATA --output DIR"
+    add_task(retrieval, usage, "Find captions for images, and images for captions.", RETRIEVAL_EXAMPLES)
+
+
+def _add_common(parser: argparse.ArgumentParser, positive_integer: Callable[[str], int]) -> None:
+    parser.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--limit", type=positive_integer, metavar="N", help="samples, a fixed choice by their keys (default: all)"
+    )
+    parser.add_argument(
+        "--held-out-fraction",
+        type=_fraction,
+        default=0.2,
+        metavar="F",
+        help="share of the samples, by hash of the key, that the prior weight is tuned on and that no figure is about "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--clip", metavar="DIR_OR_REPO", help="a CLIP or SigLIP model of transformers to compare with")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    parser.add_argument(
+        "--batch-size",
+        type=positive_integer,
+        default=16,
+        metavar="N",
+        help="images per pass; changes speed and memory, not results (default: %(default)s)",
+    )
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text!r}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+def zero_shot(arguments: argparse.Namespace) -> int:
+    """Top-1, top-5 and mean per class, and pictures of what is taken for what."""
+    from .evaluation import zero_shot_rows
+    from .evaluation_data import Samples, split_by_hash
+    from .prompts import read_class_names
+    from .report import draw_confusion
+    from .zero_shot import classify_images, label_from_field, labelled_decoder
+
+    class_names, templates = read_class_names(arguments.class_names), _templates(arguments)
+    model, processor, clip = _load(arguments)
+    decode = labelled_decoder(label_from_field(class_names, arguments.label_field))
+    samples = Samples(arguments.data, decode, arguments.limit)
+    size = {"batch_size": arguments.batch_size}
+    matrix, labels = classify_images(model, processor, samples, class_names, templates, **size)
+    others = {}
+    if clip is not None:
+        images = clip.embed_images((image for image, _ in samples), **size)
+        others[arguments.clip] = images @ clip.embed_classes(class_names, templates).T
+    split = split_by_hash(samples.keys, arguments.held_out_fraction)
+    rows = zero_shot_rows(matrix, labels, class_names, split, others)
+    confusions = {row["name"]: row.pop("confusion") for row in rows}
+    notes = [
+        "Ties count against; classes of one name are one class. Blind: the class with the likeliest text, log P(T), "
+        "whatever the image."
+    ]
+    data = {"classes": len(class_names), "templates": len(templates)}
+    tables = {f"{len(class_names)} classes": rows}
+    _finish(arguments, model, "Zero-shot classification", tables, notes, samples, split, data)
+    if not draw_confusion(arguments.output / "confusion.png", confusions, class_names):
+        print("no confusion.png: matplotlib is not installed")
+    return 0
+
+
+def _templates(arguments: argparse.Namespace) -> list[str]:
+    from .processing_ig_captioner import DEFAULT_TEMPLATE
+    from .prompts import is_text_file, read_templates
+
+    if arguments.templates is not None:
+        return read_templates(arguments.templates)
+    return [DEFAULT_TEMPLATE] if is_text_file(arguments.class_names) else read_templates(arguments.class_names)
+
+
+def retrieval(arguments: argparse.Namespace) -> int:
+    """Recall and median rank, both ways; an image may have several captions."""
+    from torch import tensor
+
+    from .evaluation import gain_row, image_to_text_rows, text_to_image_rows
+    from .evaluation_data import Samples, split_by_hash
+    from .retrieval import score_pairs, true_pairs
+    from .shards import read_captions, read_image
+
+    model, processor, clip = _load(arguments)
+    # Read three times: the texts have to be known before the first image is scored, and images may not fit in memory.
+    samples = Samples(arguments.data, lambda key, files: (read_image(files), read_captions(files)), arguments.limit)
+    captions = [own for _, own in samples]
+    split = split_by_hash(samples.keys, arguments.held_out_fraction)
+
+    def images_of(indices: list[int]):
+        return (image for index, (image, _) in enumerate(samples) if index in indices)
+
+    def texts_of(indices: list[int]) -> list[str]:
+        return [caption for index in indices for caption in captions[index]]
+
+    def scores(indices: list[int]):
+        texts, options = texts_of(indices), {"batch_size": arguments.batch_size}
+        matrix = score_pairs(model, processor, images_of(indices), texts, **options)
+        return matrix, true_pairs([captions[index] for index in indices], texts)
+
+    held_out, test = map(scores, split)
+    others = {}
+    if clip is not None:
+        images = clip.embed_images(images_of(split[1]), batch_size=arguments.batch_size)
+        others[arguments.clip] = images @ clip.embed_texts(texts_of(split[1])).T
+    owners = tensor([image for image, index in enumerate(split[1]) for _ in captions[index]])
+    tables = {
+        "Image to text": image_to_text_rows(held_out, test, others),
+        "Text to image": text_to_image_rows(*test, owners, others),
+        "True pairs": [gain_row(*test)],
+    }
+    notes = [
+        "Every image ranks the captions of all test images, and every caption all test images; of several right "
+        "answers the best counts, and ties count against. Blind: the likeliest text, log P(T), whatever the image."
+    ]
+    _finish(arguments, model, "Image-text retrieval", tables, notes, samples, split, {"texts": len(owners)})
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all tasks share
+
+
+def _load(arguments: argparse.Namespace):
+    """Model, processor, and the contrastive model if there is one."""
+    from . import IGCaptionerForZeroShotImageClassification
+    from .cli import choose_device, dtype_on
+    from .contrastive import ContrastiveModel
+    from .hub import load_model, load_processor
+
+    device = choose_device(arguments.device)
+    model = load_model(IGCaptionerForZeroShotImageClassification, arguments.model, **dtype_on(device)).to(device).eval()
+    clip = None if arguments.clip is None else ContrastiveModel.load(arguments.clip, device)
+    return model, load_processor(arguments.model), clip
+
+
+def _finish(arguments, model, title: str, tables: dict[str, list], notes: list[str], samples, split, data) -> None:
+    """Writes and prints the results."""
+    from .evaluation import RESAMPLES
+    from .evaluation_data import describe_skipped
+    from .report import describe_run, to_markdown, write_results
+
+    task = arguments.run.__name__.replace("_", "-")
+    held_out, test = map(len, split)
+    described = {
+        "data": arguments.data,
+        "test samples": test,
+        "held-out samples": f"{held_out} (by hash of the key; the tuned prior weight is the best one on these)",
+        "skipped": describe_skipped(samples.skipped) or "none",
+        **({"limit": arguments.limit} if arguments.limit else {}),
+        **data,
+    }
+    intervals = (
+        f"In brackets: 95 % bootstrap intervals over images ({RESAMPLES} resamples, percentiles, a fixed seed). They "
+        "say nothing about other training runs."
+    )
+    results = {
+        "task": task,
+        "title": title,
+        "tables": tables,
+        "notes": [*notes, intervals],
+        "data": described,
+        "run": describe_run(model, arguments.model, _command_line(task, arguments)),
+    }
+    write_results(arguments.output, results)
+    print(to_markdown(results), end="")
+
+
+def _command_line(task: str, arguments: argparse.Namespace) -> str:
+    """The command with the value of every option."""
+    hidden = {"run", "traceback"} | ({"model"} if arguments.model == TINY_CHECKPOINT else set())
+    given: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name not in hidden}
+    options = [[f"--{name.replace('_', '-')}", str(value)] for name, value in given.items() if value is not None]
+    return shlex.join(["ig-captioner", "evaluate", task, *(word for option in options for word in option)])
