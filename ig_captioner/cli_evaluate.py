@@ -1,6 +1,7 @@
-"""`ig-captioner evaluate`: zero-shot, retrieval. Each writes `results.json`, `results.md`, `model-index.yml`.
+"""`ig-captioner evaluate`: zero-shot, retrieval, compositional and linear-probe.
 
-Options that all share are declared here once; what is slow to import is imported where it is used.
+Each writes `results.json`, `results.md` and `model-index.yml` into a folder, and prints the tables. Options that all
+share are declared once; what is slow to import is imported where it is used.
 """
 
 import argparse
@@ -24,6 +25,16 @@ examples:
   ig-captioner evaluate retrieval --data "flickr8k-val-*.tar" --output out
   ig-captioner evaluate retrieval --data "flickr8k-val-*.tar" --clip openai/clip-vit-base-patch32 --output out
 """
+COMPOSITIONAL_EXAMPLES = """\
+examples:
+  ig-captioner evaluate compositional --format sugarcrepe --pairs sugarcrepe/ --output out       # text alone
+  ig-captioner evaluate compositional --format sugarcrepe --pairs sugarcrepe/ --data coco/val2017 --output out
+  ig-captioner evaluate compositional --format winoground --pairs examples.jsonl --data images/ --output out
+"""
+LINEAR_PROBE_EXAMPLES = """\
+examples:
+  ig-captioner evaluate linear-probe --train train/ --data test/ --class-names names.txt --output out
+"""
 MODEL_HELP = "folder or Hub repository (default: the checkpoint in the package)"
 DATA_HELP = "shards (pattern or folder), a folder of images, or a folder of the datasets library"
 
@@ -36,33 +47,51 @@ def add_evaluate(commands, add_command: AddCommand, positive_integer: Callable[[
     parser = commands.add_parser("evaluate", help=summary, description=summary)
     tasks = parser.add_subparsers(metavar="TASK", required=True)
 
-    def add_task(run, usage: str, summary: str, examples: str) -> argparse.ArgumentParser:
-        task = add_command(tasks, run, usage, summary, examples, MODEL_HELP)
-        _add_common(task, positive_integer)
+    def add_task(run, usage: str, summary: str, examples: str, **options) -> argparse.ArgumentParser:
+        task = add_command(tasks, run, f"{usage} --output DIR", summary, examples, MODEL_HELP)
+        _add_common(task, positive_integer, **options)
         return task
 
-    usage = "--data DATA --class-names FILE_OR_NAME --output DIR"
+    usage = "--data DATA --class-names FILE_OR_NAME"
     task = add_task(zero_shot, usage, "Classify labelled images by their class names.", ZERO_SHOT_EXAMPLES)
-    known = "text file with a line each, JSON file of prompts, or name of a data set whose prompts are in the package"
-    task.add_argument("--class-names", required=True, metavar="FILE_OR_NAME", help=known)
+    _add_labels(task)
     task.add_argument(
         "--templates",
         metavar="FILE_OR_NAME",
         help="as for --class-names (default: those of the same prompts; of a text file: 'a photo of a {}.')",
     )
+    add_task(retrieval, "--data DATA", "Find captions for images, and images for captions.", RETRIEVAL_EXAMPLES)
+    usage = "--format FORMAT --pairs FILE_OR_FOLDER [--data DATA]"
+    summary = "Tell the right caption of an image from one that differs in a word or in order."
+    task = add_task(compositional, usage, summary, COMPOSITIONAL_EXAMPLES, data_required=False)
+    task.add_argument("--format", required=True, choices=("sugarcrepe", "aro", "winoground"), help="whose files")
+    task.add_argument("--pairs", type=Path, required=True, metavar="FILE_OR_FOLDER", help="the captions")
+    usage = "--train DATA --data DATA --class-names FILE_OR_NAME"
+    summary = "Classify labelled images by a linear map of frozen features, fitted to a few images per class."
+    task = add_task(linear_probe, usage, summary, LINEAR_PROBE_EXAMPLES)
+    _add_labels(task)
+    task.add_argument("--train", required=True, metavar="DATA", help="where the shots are taken from; forms as --data")
     task.add_argument(
+        "--shots", type=positive_integer, default=10, metavar="N", help="images per class (default: %(default)s)"
+    )
+
+
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    known = "text file with a line each, JSON file of prompts, or name of a data set whose prompts are in the package"
+    parser.add_argument("--class-names", required=True, metavar="FILE_OR_NAME", help=known)
+    parser.add_argument(
         "--label-field",
         default="class_name",
         metavar="NAME",
         help="field of a sample's JSON, or column, that holds its class name or index; of a folder per class "
         "class_name (the folder) or class_id (its place in sorted order) (default: %(default)s)",
     )
-    usage = "--data DATA --output DIR"
-    add_task(retrieval, usage, "Find captions for images, and images for captions.", RETRIEVAL_EXAMPLES)
 
 
-def _add_common(parser: argparse.ArgumentParser, positive_integer: Callable[[str], int]) -> None:
-    parser.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
+def _add_common(
+    parser: argparse.ArgumentParser, positive_integer: Callable[[str], int], data_required: bool = True
+) -> None:
+    parser.add_argument("--data", required=data_required, metavar="DATA", help=DATA_HELP)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--limit", type=positive_integer, metavar="N", help="samples, a fixed choice by their keys (default: all)"
@@ -125,9 +154,9 @@ def zero_shot(arguments: argparse.Namespace) -> int:
         "Ties count against; classes of one name are one class. Blind: the class with the likeliest text, log P(T), "
         "whatever the image."
     ]
-    data = {"classes": len(class_names), "templates": len(templates)}
     tables = {f"{len(class_names)} classes": rows}
-    _finish(arguments, model, "Zero-shot classification", tables, notes, samples, split, data)
+    data = {**_describe(arguments, samples, split), "classes": len(class_names), "templates": len(templates)}
+    _finish(arguments, model, "Zero-shot classification", tables, notes, data)
     if not draw_confusion(arguments.output / "confusion.png", confusions, class_names):
         print("no confusion.png: matplotlib is not installed")
     return 0
@@ -183,7 +212,122 @@ def retrieval(arguments: argparse.Namespace) -> int:
         "Every image ranks the captions of all test images, and every caption all test images; of several right "
         "answers the best counts, and ties count against. Blind: the likeliest text, log P(T), whatever the image."
     ]
-    _finish(arguments, model, "Image-text retrieval", tables, notes, samples, split, {"texts": len(owners)})
+    data = {**_describe(arguments, samples, split), "texts": len(owners)}
+    _finish(arguments, model, "Image-text retrieval", tables, notes, data)
+    return 0
+
+
+def compositional(arguments: argparse.Namespace) -> int:
+    """Shares of items whose right caption wins: by category, and text alone on all of them."""
+    from .compositional import blind_rows, prior_of_texts, read_items
+    from .shards import first_by_hash
+
+    items = read_items(arguments.format, arguments.pairs)
+    if arguments.limit is not None:
+        chosen = first_by_hash(map(str, range(len(items))), arguments.limit)
+        items = [item for index, item in enumerate(items) if str(index) in chosen]
+    model, processor, clip = _load(arguments)
+    priors = prior_of_texts(model, processor.tokenizer, items)
+    tables, data = {}, {"data": str(arguments.pairs), "items": len(items)}
+    if arguments.data is not None:
+        tables, data = _score_items(arguments, items, priors, model, processor, clip)
+    if len(items[0].images) == 1:
+        tables["All items, text alone"] = blind_rows(priors, [item.category for item in items])
+    elif arguments.data is None:
+        raise ValueError(
+            f"--format {arguments.format} asks for nothing that text alone could answer: --data is missing"
+        )
+    notes = [
+        "Shares of items whose right caption scores higher than the wrong ones; ties count against. Blind: the "
+        "likelier text, log P(T), whatever the image; with two images per item it cannot be right."
+    ]
+    _finish(arguments, model, f"Compositional understanding: {arguments.format}", tables, notes, data)
+    return 0
+
+
+def _score_items(arguments: argparse.Namespace, items, priors, model, processor, clip):
+    """The table of the items whose images are there, and what is in it."""
+    from .compositional import compositional_rows, find_name, score_images, stack_scores
+    from .evaluation_data import Samples, describe_skipped, split_by_hash
+    from .retrieval import score_pairs
+    from .shards import read_image
+
+    names = {name for item in items for name in item.images}
+
+    def decode(key: str, files: dict[str, bytes]):
+        name = find_name(key, names)
+        return name, None if name is None else read_image(files)
+
+    def score(image, texts: list[str]):
+        return score_pairs(model, processor, [image], texts).caption_log_likelihood[0]
+
+    def score_by_clip(image, texts: list[str]):
+        return (clip.embed_images([image]) @ clip.embed_texts(texts).T)[0]
+
+    samples = Samples(arguments.data, decode)
+    all_scores = score_images(items, samples, score)
+    there = [index for index, scores in enumerate(all_scores) if scores is not None]
+    if not there:
+        raise ValueError(f"none of {len(items)} items has its images in {arguments.data!r}")
+    matrix = stack_scores([all_scores[index] for index in there], [priors[index] for index in there])
+    others = {}
+    if clip is not None:
+        scores_of_clip = score_images(items, samples, score_by_clip)
+        stacked = stack_scores([scores_of_clip[index] for index in there], [priors[index] for index in there])
+        others[arguments.clip] = stacked.caption_log_likelihood
+    split = split_by_hash([items[index].images[0] for index in there], arguments.held_out_fraction)
+    rows = compositional_rows(matrix, [items[index].category for index in there], split, others)
+    data = {
+        "data": str(arguments.pairs),
+        "images": arguments.data,
+        "items": f"{len(items)}, of which {len(items) - len(there)} are skipped: an image is missing",
+        "test samples": len(split[1]),
+        "held-out samples": f"{len(split[0])} (by hash of the first image's name; they tune the prior weight)",
+        "skipped images": describe_skipped(samples.skipped) or "none",
+    }
+    return {"Items with their images": rows}, data
+
+
+def linear_probe(arguments: argparse.Namespace) -> int:
+    """Top-1, top-5 and mean per class of a linear map, fitted to a few images per class."""
+    from torch import tensor
+
+    from .evaluation_data import Samples, split_by_hash
+    from .linear_probe import choose_shots, count_shots, mean_pooled_features, probe_row
+    from .prompts import read_class_names
+    from .zero_shot import label_from_field, labelled_decoder
+
+    class_names = read_class_names(arguments.class_names)
+    if len(set(class_names)) < len(class_names):
+        raise ValueError(f"{arguments.class_names} has several classes of one name: a probe cannot tell them apart")
+    model, processor, clip = _load(arguments)
+    decode = labelled_decoder(label_from_field(class_names, arguments.label_field))
+    train, test = Samples(arguments.train, decode), Samples(arguments.data, decode, arguments.limit)
+    all_labels = [label for _, label in train]
+    shots = choose_shots(train.keys, all_labels, arguments.shots)
+    labels = tensor([all_labels[index] for index in shots]), tensor([label for _, label in test])
+    split = split_by_hash(test.keys, arguments.held_out_fraction)
+
+    def row(name: str, embed, baseline: bool = False):
+        chosen = set(shots)
+        of_shots = embed((image for index, (image, _) in enumerate(train) if index in chosen))
+        of_test = embed((image for image, _ in test))
+        return probe_row(name, (of_shots, labels[0]), (of_test, labels[1]), split, len(class_names), baseline)
+
+    size = arguments.batch_size
+    rows = [row("mean of the patches", lambda images: mean_pooled_features(model, processor, images, size))]
+    if clip is not None:
+        rows.append(row(arguments.clip, lambda images: clip.embed_images(images, size), baseline=True))
+    data = {
+        **_describe(arguments, test, split, tuned="penalty"),
+        "train": arguments.train,
+        "shots": count_shots(labels[0].tolist()),
+    }
+    notes = [
+        "Ridge regression onto one-hot labels. The shots are one fixed choice by hash of the key; the intervals do not "
+        "say how much another choice would change."
+    ]
+    _finish(arguments, model, "Linear probe", {f"{len(class_names)} classes": rows}, notes, data)
     return 0
 
 
@@ -204,32 +348,37 @@ def _load(arguments: argparse.Namespace):
     return model, load_processor(arguments.model), clip
 
 
-def _finish(arguments, model, title: str, tables: dict[str, list], notes: list[str], samples, split, data) -> None:
+def _describe(arguments: argparse.Namespace, samples, split, tuned: str = "prior weight") -> dict[str, Any]:
+    """How many samples there are, of which kind."""
+    from .evaluation_data import describe_skipped
+
+    held_out, test = map(len, split)
+    limit = {"limit": arguments.limit} if arguments.limit else {}
+    return {
+        "data": arguments.data,
+        "test samples": test,
+        "held-out samples": f"{held_out} (by hash of the key; they tune the {tuned})",
+        "skipped": describe_skipped(samples.skipped) or "none",
+        **limit,
+    }
+
+
+def _finish(arguments: argparse.Namespace, model, title: str, tables: dict, notes: list[str], data: dict) -> None:
     """Writes and prints the results."""
     from .evaluation import RESAMPLES
-    from .evaluation_data import describe_skipped
     from .report import describe_run, to_markdown, write_results
 
     task = arguments.run.__name__.replace("_", "-")
-    held_out, test = map(len, split)
-    described = {
-        "data": arguments.data,
-        "test samples": test,
-        "held-out samples": f"{held_out} (by hash of the key; the tuned prior weight is the best one on these)",
-        "skipped": describe_skipped(samples.skipped) or "none",
-        **({"limit": arguments.limit} if arguments.limit else {}),
-        **data,
-    }
     intervals = (
-        f"In brackets: 95 % bootstrap intervals over images ({RESAMPLES} resamples, percentiles, a fixed seed). They "
-        "say nothing about other training runs."
+        f"In brackets: 95 % bootstrap intervals over test samples ({RESAMPLES} resamples, percentiles, a fixed seed). "
+        "They say nothing about other training runs."
     )
     results = {
         "task": task,
         "title": title,
         "tables": tables,
         "notes": [*notes, intervals],
-        "data": described,
+        "data": data,
         "run": describe_run(model, arguments.model, _command_line(task, arguments)),
     }
     write_results(arguments.output, results)
