@@ -223,7 +223,7 @@ def caption(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     processor = load_processor(arguments.model)
     model = load_model(IGCaptionerForConditionalGeneration, arguments.model, **dtype_on(device)).to(device)
-    options = {"max_new_tokens": _caption_tokens(arguments.max_new_tokens, model.config.text_config)}
+    options = {"max_new_tokens": caption_tokens(arguments.max_new_tokens, model.config.text_config)}
     if arguments.num_beams is not None:
         options["num_beams"] = arguments.num_beams
     failed: list[str] = []
@@ -338,7 +338,7 @@ def _compile_once(classifier, labels: list[str], templates: list[str] | None):
     return compile_labels_once(classifier.model, classifier.tokenizer, labels, templates)
 
 
-def _caption_tokens(wanted: int | None, text_config) -> int:
+def caption_tokens(wanted: int | None, text_config) -> int:
     """Longest caption in tokens: one position is left for end-of-sequence, which is scored too."""
     limit = text_config.max_position_embeddings - 1
     if wanted is not None and wanted > limit:

@@ -1,10 +1,11 @@
-"""`ig-captioner evaluate`: zero-shot, retrieval, compositional and linear-probe.
+"""`ig-captioner evaluate`: zero-shot, retrieval, compositional, captioning and linear-probe.
 
 Each writes `results.json`, `results.md` and `model-index.yml` into a folder, and prints the tables. Options that all
 share are declared once; what is slow to import is imported where it is used.
 """
 
 import argparse
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,10 @@ examples:
   ig-captioner evaluate compositional --format sugarcrepe --pairs sugarcrepe/ --output out       # text alone
   ig-captioner evaluate compositional --format sugarcrepe --pairs sugarcrepe/ --data coco/val2017 --output out
   ig-captioner evaluate compositional --format winoground --pairs examples.jsonl --data images/ --output out
+"""
+CAPTIONING_EXAMPLES = """\
+examples:
+  ig-captioner evaluate captioning --data "flickr8k-val-*.tar" --num-beams 4 --output out
 """
 LINEAR_PROBE_EXAMPLES = """\
 examples:
@@ -66,6 +71,15 @@ def add_evaluate(commands, add_command: AddCommand, positive_integer: Callable[[
     task = add_task(compositional, usage, summary, COMPOSITIONAL_EXAMPLES, data_required=False)
     task.add_argument("--format", required=True, choices=("sugarcrepe", "aro", "winoground"), help="whose files")
     task.add_argument("--pairs", type=Path, required=True, metavar="FILE_OR_FOLDER", help="the captions")
+    summary = "Write captions and compare them with those of people."
+    task = add_task(captioning, "--data DATA", summary, CAPTIONING_EXAMPLES, is_tuned=False)
+    task.add_argument("--num-beams", type=positive_integer, default=1, metavar="N", help="1: greedy (default)")
+    task.add_argument(
+        "--max-new-tokens",
+        type=positive_integer,
+        metavar="N",
+        help="longest caption (default: as ig-captioner caption)",
+    )
     usage = "--train DATA --data DATA --class-names FILE_OR_NAME"
     summary = "Classify labelled images by a linear map of frozen features, fitted to a few images per class."
     task = add_task(linear_probe, usage, summary, LINEAR_PROBE_EXAMPLES)
@@ -89,22 +103,16 @@ def _add_labels(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(
-    parser: argparse.ArgumentParser, positive_integer: Callable[[str], int], data_required: bool = True
+    parser: argparse.ArgumentParser,
+    positive_integer: Callable[[str], int],
+    data_required: bool = True,
+    is_tuned: bool = True,
 ) -> None:
     parser.add_argument("--data", required=data_required, metavar="DATA", help=DATA_HELP)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--limit", type=positive_integer, metavar="N", help="samples, a fixed choice by their keys (default: all)"
     )
-    parser.add_argument(
-        "--held-out-fraction",
-        type=_fraction,
-        default=0.2,
-        metavar="F",
-        help="share of the samples, by hash of the key, that the prior weight is tuned on and that no figure is about "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--clip", metavar="DIR_OR_REPO", help="a CLIP or SigLIP model of transformers to compare with")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument(
         "--batch-size",
@@ -113,6 +121,12 @@ def _add_common(
         metavar="N",
         help="images per pass; changes speed and memory, not results (default: %(default)s)",
     )
+    if is_tuned:
+        held_out = "share of the samples, by hash of the key, for tuning alone; no figure is about them"
+        parser.add_argument(
+            "--held-out-fraction", type=_fraction, default=0.2, metavar="F", help=f"{held_out} (default: %(default)s)"
+        )
+        parser.add_argument("--clip", metavar="DIR_OR_REPO", help="a CLIP or SigLIP of transformers to compare with")
 
 
 def _fraction(text: str) -> float:
@@ -288,6 +302,46 @@ def _score_items(arguments: argparse.Namespace, items, priors, model, processor,
     return {"Items with their images": rows}, data
 
 
+def captioning(arguments: argparse.Namespace) -> int:
+    """CIDEr-D and BLEU-4 of generated captions; the captions go to `captions.jsonl`."""
+    from . import IGCaptionerForConditionalGeneration
+    from .captioning import captioning_row, generate_captions
+    from .cli import caption_tokens, choose_device, dtype_on
+    from .evaluation_data import Samples
+    from .hub import load_model, load_processor
+    from .shards import read_captions, read_image
+
+    device, processor = choose_device(arguments.device), load_processor(arguments.model)
+    model = load_model(IGCaptionerForConditionalGeneration, arguments.model, **dtype_on(device)).to(device).eval()
+    options = {
+        "num_beams": arguments.num_beams,
+        "max_new_tokens": caption_tokens(arguments.max_new_tokens, model.config.text_config),
+    }
+    samples = Samples(arguments.data, lambda key, files: (read_image(files), read_captions(files)), arguments.limit)
+    references: list[list[str]] = []
+
+    def images():
+        for image, captions in samples:
+            references.append(captions)
+            yield image
+
+    captions = generate_captions(model, processor, images(), arguments.batch_size, **options)
+    row = captioning_row(f"{arguments.num_beams} beams" if arguments.num_beams > 1 else "greedy", captions, references)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with open(arguments.output / "captions.jsonl", "w", encoding="utf-8") as file:
+        for key, caption, own in zip(samples.keys, captions, references, strict=True):
+            file.write(json.dumps({"key": key, "caption": caption, "references": own}, ensure_ascii=False) + "\n")
+    notes = [
+        "CIDEr-D at most 1000 %. Words are split without Stanford's PTB tokenizer, so that published figures are not "
+        "strictly comparable; the weights of words come from these images' references."
+    ]
+    if "bleu4" not in row["metrics"]:
+        notes.append("No BLEU: sacrebleu is not installed.")
+    data = {**_describe(arguments, samples), "different captions": len(set(captions))}
+    _finish(arguments, model, "Captioning", {"Captions": [row]}, notes, data)
+    return 0
+
+
 def linear_probe(arguments: argparse.Namespace) -> int:
     """Top-1, top-5 and mean per class of a linear map, fitted to a few images per class."""
     from torch import tensor
@@ -348,18 +402,19 @@ def _load(arguments: argparse.Namespace):
     return model, load_processor(arguments.model), clip
 
 
-def _describe(arguments: argparse.Namespace, samples, split, tuned: str = "prior weight") -> dict[str, Any]:
+def _describe(arguments: argparse.Namespace, samples, split=None, tuned: str = "prior weight") -> dict[str, Any]:
     """How many samples there are, of which kind."""
     from .evaluation_data import describe_skipped
 
-    held_out, test = map(len, split)
-    limit = {"limit": arguments.limit} if arguments.limit else {}
+    held_out = {}
+    if split is not None:
+        held_out = {"held-out samples": f"{len(split[0])} (by hash of the key; they tune the {tuned})"}
     return {
         "data": arguments.data,
-        "test samples": test,
-        "held-out samples": f"{held_out} (by hash of the key; they tune the {tuned})",
+        "test samples": len(samples.keys) if split is None else len(split[1]),
+        **held_out,
         "skipped": describe_skipped(samples.skipped) or "none",
-        **limit,
+        **({"limit": arguments.limit} if arguments.limit else {}),
     }
 
 

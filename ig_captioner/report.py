@@ -37,6 +37,8 @@ METRICS = {
     "recall_at_5": Metric("R@5 %", "recall"),
     "recall_at_10": Metric("R@10 %", "recall"),
     "median_rank": Metric("median rank", "median_rank", scale=1),
+    "cider_d": Metric("CIDEr-D %", "cider"),
+    "bleu4": Metric("BLEU-4 %", "bleu"),
     "nats_per_token": Metric("nats per token", "information_gain", scale=1, digits=3),
 }
 HUB_TASKS = {
