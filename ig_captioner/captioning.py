@@ -90,7 +90,7 @@ def _similarity(caption: Ngrams, reference: Ngrams, weight_of: dict, unseen: flo
     cosines = []
     for n in range(1, LONGEST + 1):
         norms = [math.sqrt(sum(v**2 for ngram, v in vector.items() if len(ngram) == n)) for vector in (ours, theirs)]
-        shared = (ngram for ngram in ours.keys() & theirs.keys() if len(ngram) == n)
+        shared = (ngram for ngram in ours if ngram in theirs and len(ngram) == n)
         dot = sum(min(ours[ngram], theirs[ngram]) * theirs[ngram] for ngram in shared)
         cosines.append(dot / math.prod(norms) if all(norms) else 0.0)
     lengths = [sum(count for ngram, count in ngrams.items() if len(ngram) == 1) for ngrams in (caption, reference)]
@@ -113,7 +113,7 @@ def captioning_row(name: str, captions: Sequence[str], references: Sequence[Sequ
 
 
 def _bleu_statistics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Tensor | None:
-    """Lengths of caption and closest reference, matching and all n-grams, int [B, 2 + 2 * 4]; None without sacrebleu."""
+    """Lengths of caption and closest reference, matching and all n-grams, int [B, 10]; None without sacrebleu."""
     try:
         from sacrebleu.metrics import BLEU
     except ImportError:
