@@ -72,7 +72,7 @@ def read_items(format: str, path: str | Path) -> list[Item]:
     files = sorted(path.glob(f"*{extension}")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"there is no {extension} file in {path}")
-    items = []
+    items: list[Item] = []
     for file in files:
         try:
             items += read(file.stem, file.read_text(encoding="utf-8"))
@@ -187,12 +187,14 @@ def tune_prior_weight(scores: ItemScores, grid: Sequence[float] = PRIOR_WEIGHTS)
 
 def share_row(name: str, right: dict[str, Tensor], prior_weight: float | None = None, baseline: bool = False) -> Row:
     """Shares of right items; intervals are over the items of each column. `right`: bool [M] by column."""
-    metrics = {}
-    for column, values in right.items():
-        shares = values.double()
-        metrics[column] = bootstrap(lambda drawn, shares=shares: {"share": shares[drawn].mean().item()}, len(shares))[
-            "share"
-        ]
+
+    def interval(values: Tensor) -> dict[str, float]:
+        def share(drawn: Tensor) -> dict[str, float]:
+            return {"share": values[drawn].double().mean().item()}
+
+        return bootstrap(share, len(values))["share"]
+
+    metrics = {column: interval(values) for column, values in right.items()}
     return {"name": name, "prior_weight": prior_weight, "baseline": baseline, "metrics": metrics}
 
 

@@ -93,7 +93,7 @@ def _read_dataset(folder: Path) -> Iterator[RawSample]:
         for name, feature in labels.items():
             if row[name] is not None and row[name] >= 0:
                 row.setdefault("class_name", feature.int2str(row[name]))
-        captions = next((row[name] for name in CAPTION_COLUMNS if row.get(name)), [])
+        captions: str | list[str] = next((row[name] for name in CAPTION_COLUMNS if row.get(name)), [])
         row["captions"] = [captions] if isinstance(captions, str) else captions
         key = str(row.get("key", row.get("id", number)))
         yield key, {IMAGE_EXTENSIONS[0]: content, "json": json.dumps(row, default=str).encode()}
@@ -148,7 +148,8 @@ def split_by_hash(keys: Iterable[str], fraction: float) -> tuple[list[int], list
     Raises:
         ValueError: if one of the two is empty.
     """
-    held_out, others = [], []
+    held_out: list[int] = []
+    others: list[int] = []
     for index, key in enumerate(keys):
         (held_out if is_held_out(key, fraction) else others).append(index)
     if not held_out or not others:

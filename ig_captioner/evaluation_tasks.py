@@ -96,7 +96,7 @@ def retrieval(arguments: argparse.Namespace) -> int:
     owners = tensor([image for image, index in enumerate(split[1]) for _ in captions[index]])
     tables = {
         "Image to text": image_to_text_rows(held_out, test, others),
-        "Text to image": text_to_image_rows(*test, owners, others),
+        "Text to image": text_to_image_rows(test[0], test[1], owners, others),
         "True pairs": [gain_row(*test)],
     }
     notes = [

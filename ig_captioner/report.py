@@ -68,12 +68,14 @@ def cpu_model() -> str:
 
 def git_commit() -> str:
     """Commit of the code, "-dirty" if a tracked file was changed; "unknown" where it is in no repository."""
-    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True}
+
+    def git(*arguments: str) -> str:
+        command, folder = ["git", *arguments], Path(__file__).parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        # an environment within some other project's checkout is not tracked there
-        subprocess.run(["git", "ls-files", "--error-unmatch", Path(__file__).name], **options)
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, **options).stdout.strip()
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not in a checkout of something else around it
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

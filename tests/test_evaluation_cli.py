@@ -13,7 +13,7 @@ import transformers
 import yaml
 from PIL import Image
 from test_cli import run  # noqa: F401 (a fixture)
-from test_evaluation import make_images, pair_by_pair, png, slow_accuracy, slow_rank, write_shard
+from test_evaluation import make_images, pair_by_pair, png, real_data, slow_accuracy, slow_rank, write_shard
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from ig_captioner import IGCaptionerForZeroShotImageClassification, IGCaptionerImageProcessor, IGCaptionerProcessor
@@ -328,6 +328,30 @@ def test_clip_goes_through_the_same_harness(evaluate, room):
     assert values(rows[-1]) == slow_accuracy(scores[test], torch.tensor(LABELS)[test], NAMES)
 
 
+def test_siglip_reads_padded_texts(processor):
+    torch.manual_seed(2)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**size, "vocab_size": len(processor.tokenizer), "max_position_embeddings": 12, "projection_size": 16}
+    vision = {**size, "image_size": 16, "patch_size": 8}
+    siglip = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision)).eval()
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    siglip_processor = CLIPProcessor(images, processor.tokenizer)
+    texts, contrastive = (
+        ["a cat", "a photo of a small hot dog and a bird " * 3],
+        ContrastiveModel(siglip, siglip_processor),
+    )
+    inputs = siglip_processor(
+        text=texts, images=make_images(3), padding="max_length", truncation=True, max_length=12, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = siglip(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
+        cosines = (
+            contrastive.embed_images(make_images(3), batch_size=2) @ contrastive.embed_texts(texts, batch_size=1).T
+        )
+        logits = cosines * siglip.logit_scale.exp() + siglip.logit_bias
+    torch.testing.assert_close(logits, expected.logits_per_image, atol=1e-5, rtol=0)
+
+
 def test_only_dual_encoders_are_contrastive(model):
     with pytest.raises(ValueError, match="IGCaptionerForZeroShotImageClassification is no dual encoder"):
         ContrastiveModel(model, None)
@@ -388,3 +412,33 @@ def test_wrong_usage(run, room, tmp_path, monkeypatch, arguments, code, message)
     model = ["--model", str(room / "model")] if len(arguments) > 1 else []
     result, lines, errors = run("evaluate", *arguments, *model)
     assert (result, lines, len(errors)) == (code, [], 1) and re.search(message, errors[0])
+
+
+# The shipped checkpoint on real data
+
+
+@pytest.mark.slow
+def test_every_task_with_the_shipped_checkpoint(run, tmp_path):  # noqa: F811
+    root = real_data()
+    cifar, flickr = ["--data", f"{root}/cifar10-test-*.tar.gz"], ["--data", f"{root}/flickr8k-val-*.tar"]
+    classes, limit = ["--class-names", "cifar10"], ["--limit", "100"]
+    pairs = ["--format", "sugarcrepe", "--pairs", f"{root}/json/sugarcrepe", "--data", f"{root}/smoke-coco-ccby.tar"]
+    tasks = {
+        "zero-shot": [*cifar, *classes, *limit],
+        "retrieval": [*flickr, *limit],
+        "compositional": pairs,
+        "captioning": [*flickr, *limit],
+        "linear-probe": ["--train", f"{root}/cifar10-train-0000.tar.gz", *cifar, *classes, *limit],
+    }
+    results = {}
+    for task, arguments in tasks.items():
+        code, _, errors = run("evaluate", task, *arguments, "--output", str(tmp_path / task))
+        assert (code, errors) == (0, []), task
+        results[task] = json.loads((tmp_path / task / "results.json").read_text())["tables"]
+    top1 = {task: values(results[task]["10 classes"][0])["top1"] for task in ("zero-shot", "linear-probe")}
+    assert top1["zero-shot"] > 0.3 and top1["linear-probe"] > 0.2  # chance: 0.1
+    likelihood, _, tuned, _ = results["retrieval"]["Image to text"]
+    assert values(tuned)["recall_at_10"] > values(likelihood)["recall_at_10"]
+    alone = values(results["compositional"]["All items, text alone"][0])
+    assert len(alone) == 8 and alone["all"] > 0.6  # chance: 0.5
+    assert values(results["captioning"]["Captions"][0])["cider_d"] > 0.05
