@@ -138,7 +138,7 @@ class Samples(Iterable[T]):
 
 
 def describe_skipped(skipped: Counter[str]) -> str:
-    """ "3 x missing image, 1 x bad JSON"; "" if there are none."""
+    """As in "3 x missing image, 1 x bad JSON"; "" if there are none."""
     return ", ".join(f"{count} x {reason}" for reason, count in skipped.most_common())
 
 

@@ -105,6 +105,6 @@ def probe_row(
 
 
 def count_shots(labels: Sequence[int]) -> str:
-    """ "10 per class", or "2 to 10 per class"."""
+    """As in "10 per class", or "2 to 10 per class"."""
     counts = sorted(Counter(labels).values())
     return f"{counts[0]} per class" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]} per class"

@@ -147,7 +147,7 @@ def table_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def format_metric(name: str, estimate: dict[str, float]) -> str:
-    """ "12.3 (11.0 - 13.9)"."""
+    """As in "12.3 (11.0 - 13.9)"."""
     metric = metric_of(name)
     value, low, high = (f"{metric.scale * estimate[part]:.{metric.digits}f}" for part in ("value", "low", "high"))
     return f"{value} ({low} - {high})"

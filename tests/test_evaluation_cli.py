@@ -344,7 +344,7 @@ def test_siglip_reads_padded_texts(processor):
         text=texts, images=make_images(3), padding="max_length", truncation=True, max_length=12, return_tensors="pt"
     )
     with torch.no_grad():
-        expected = siglip(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
+        expected = siglip(**inputs)
         cosines = (
             contrastive.embed_images(make_images(3), batch_size=2) @ contrastive.embed_texts(texts, batch_size=1).T
         )
