@@ -1,8 +1,8 @@
 """Few-shot linear probe: ridge regression from frozen features to one-hot labels, in closed form.
 
-As in the evaluation of CapPa, with these differences: features are the mean over the encoder's patches; they are scaled
-to mean 0 and variance 1 over the shots; the bias is not penalised; the penalty is the best of a grid on held-out images
-of the test data.
+CapPa is evaluated by such a probe with 10 shots. What this one does in detail: features are the mean over the encoder's
+patches, scaled to mean 0 and variance 1 over the shots; the bias is not penalised; the penalty is the best of a grid on
+held-out images of the test data.
 
 Legend: B images, S shots in all, C classes, E width of the features.
 """

@@ -395,6 +395,14 @@ def check_recall(metrics, found):
 # Usage
 
 
+def test_help(run):  # noqa: F811
+    assert run("evaluate", "--help")[::2] == (0, [])
+    for task in ("zero-shot", "retrieval", "compositional", "captioning", "linear-probe"):
+        code, lines, errors = run("evaluate", task, "--help")
+        assert (code, errors) == (0, [])
+        assert "examples:" in lines and any(line.startswith(f"  ig-captioner evaluate {task} ") for line in lines)
+
+
 WRONG = [
     (["zero-shot", "--data", "x", "--output", "o"], 2, "--class-names"),
     (["zero-shot", "--data", "x", "--output", "o", "--class-names", "cifar11"], 1, "'cifar11'.*cifar10"),
