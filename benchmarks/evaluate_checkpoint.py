@@ -8,16 +8,11 @@ Writes `evaluation.json` and `evaluation.md`, and prints the latter.
 """
 
 import argparse
-import hashlib
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +21,7 @@ from PIL import Image
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
 from ig_captioner import TINY_CHECKPOINT, retrieval, zero_shot
+from ig_captioner.report import describe_run, table_row
 from ig_captioner.shards import (
     EmptySourceError,
     Skipped,
@@ -136,61 +132,11 @@ def evaluate_flickr8k(model: Any, processor: Any, options: argparse.Namespace) -
     }
 
 
-# Circumstances
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or not x86
-        return platform.processor() or platform.machine()
-
-
-def git_commit() -> str:
-    """Commit of the code, "-dirty" if a tracked file was changed; "unknown" outside of a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return result.stdout.strip()
-
-
-def weights_digest(model: str) -> str | None:
-    """SHA-256 of the weights, if `model` is a folder."""
-    path = Path(model) / "model.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def describe_run(model: Any, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    device = model.device
-    return {
-        "command": " ".join(["python -m benchmarks.evaluate_checkpoint", *arguments]),
-        "model": options.model,
-        "weights_sha256": weights_digest(options.model),
-        "limit": options.limit,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git_commit": git_commit(),
-        "hardware": {
-            "cpu": cpu_model(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        },
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
-    }
-
-
 # Report
 
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def table_row(cells: Iterable[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 def weight_table(columns: dict[str, str], results: dict[str, dict[str, float]]) -> list[str]:
@@ -290,7 +236,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     model = AutoModelForZeroShotImageClassification.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     model = model.to(options.device).eval()
     processor = AutoProcessor.from_pretrained(options.model)
-    report: dict[str, Any] = {"run": describe_run(model, options, arguments), "seconds": {}}
+    command = " ".join(["python -m benchmarks.evaluate_checkpoint", *arguments])
+    run = {**describe_run(model, options.model, command), "limit": options.limit}
+    report: dict[str, Any] = {"run": run, "seconds": {}}
     for name, evaluate in (("cifar10", evaluate_cifar10), ("flickr8k", evaluate_flickr8k)):
         start = time.perf_counter()
         report[name] = evaluate(model, processor, options)

@@ -4,6 +4,7 @@ A row is `{"name", "value", "unit", "ratio_to", "ratio"}`. Contenders take turns
 hits all of them; the value is the median over the rounds, and the ratio the median of each round's own ratio.
 """
 
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .evaluate_checkpoint import cpu_model, git_commit
+from ig_captioner.report import cpu_model, git_commit
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,6 +88,8 @@ def peak_memory(run: Callable[..., Callable[[], Any]], *arguments: Any) -> float
 def _peak_memory(run: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
     step = run(*arguments)
     gc.collect()
+    with suppress(OSError, AttributeError):  # what glibc has kept of freed memory would hide what the step takes
+        ctypes.CDLL(None).malloc_trim(0)
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

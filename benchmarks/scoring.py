@@ -1,6 +1,6 @@
 """Zero-shot scoring next to CLIP: time, memory and nodes of all ways to score K labels, as ratios inside one run.
 
-    python -m benchmarks.scoring [--quick] [--corpus FILE ...] --output FILE.json
+    python -m benchmarks.scoring [--quick] [--corpus FILE_OR_FOLDER] [--texts FILE] --output FILE.json
 
 1.0 is what a user of CLIP pays per call: the same images through `CLIPVisionModelWithProjection` (ViT-B/16, 224
 pixels). The class embeddings are computed beforehand there, and here what `compile_texts` does. Labels are K of
@@ -9,8 +9,9 @@ ImageNet's names, evenly spread, in "a photo of a {}.". Both designs have a B/16
     wide   decoder 6 x 768, cross-attention, no text-only layers, vocabulary of 32,000
     fast   decoder 6 x 384, prefix fusion, 3 text-only layers, vocabulary of 8,192
 
-The tokenizers are byte-level BPE trained on `--corpus`: text files, by default WordNet where Debian's `wordnet-base`
-has put it, else the docstrings of Python's standard library. The better it knows the names, the fewer nodes they have.
+The tokenizers are byte-level BPE trained on `--corpus`: a text file or a WordNet folder, by default where Debian's
+`wordnet-base` puts one, else the docstrings of Python's standard library. The better it knows the names, the fewer
+nodes they have.
 
 Modes: `trie`, this package; `pairwise`, each label in a decoder pass of its own over the image encoded once, with all
 logits; `pairwise, image again`, the whole model per label. The last two are measured on a few labels and scaled to K by
@@ -37,11 +38,11 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-import ig_captioner
 from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration
 from ig_captioner.information_gain import shift_right
 from ig_captioner.label_trie import CompiledTexts
 from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
+from ig_captioner.prompts import load_prompts
 from training.train_tokenizer import train_tokenizer
 
 from .measure import DEVICE, circumstances, median_ratio, peak_memory, seconds, take_turns
@@ -66,34 +67,38 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 # What is scored
 
 
-def read_corpus(files: list[Path]) -> Iterator[str]:
-    """Lines of the files, or of WordNet's glosses, or docstrings."""
-    if files or WORDNET.is_dir():
-        for path in files or sorted(WORDNET.glob("data.*")):
-            yield from path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        if not {"site-packages", "test", "tests"} & set(path.relative_to(root).parts):
-            nodes = ast.walk(ast.parse(path.read_bytes()))
-            documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            yield from filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, documented)))
+def read_corpus(corpus: Path | None) -> Iterator[str]:
+    """Lines of a text file, or words and glosses of a WordNet folder; docstrings if there is neither."""
+    if corpus is None:
+        root = Path(sysconfig.get_path("stdlib"))
+        for path in sorted(root.rglob("*.py")):
+            if not {"site-packages", "test", "tests"} & set(path.relative_to(root).parts):
+                nodes = ast.walk(ast.parse(path.read_bytes()))
+                documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+                yield from filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, documented)))
+    elif corpus.is_dir():
+        for path in sorted(corpus.glob("data.*")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if not line.startswith(" "):  # the licence
+                    synset, _, gloss = line.partition("|")
+                    fields = synset.split()
+                    words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+                    yield f"{', '.join(words).replace('_', ' ')}: {gloss.strip()}"
+    else:
+        yield from corpus.read_text(encoding="utf-8").splitlines()
 
 
-def name_of_corpus(files: list[Path]) -> str:
-    if files:
-        return ", ".join(map(str, files))
-    return "WordNet (Debian's wordnet-base)" if WORDNET.is_dir() else "docstrings of Python's standard library"
+def name_of_corpus(corpus: Path | None) -> str:
+    return "docstrings of Python's standard library" if corpus is None else str(corpus)
 
 
-def train_tokenizers(folder: Path, files: list[Path]) -> None:
+def train_tokenizers(folder: Path, corpus: Path | None) -> None:
     for name, design in DESIGNS.items():
-        train_tokenizer(read_corpus(files), design["vocab_size"]).save_pretrained(folder / name)
+        train_tokenizer(read_corpus(corpus), design["vocab_size"]).save_pretrained(folder / name)
 
 
 def imagenet_labels(number: int) -> list[str]:
-    text = Path(ig_captioner.__file__).with_name("prompts").joinpath("imagenet.json").read_text(encoding="utf-8")
-    names = json.loads(text)["classes"]
+    names = load_prompts("imagenet").class_names
     return [names[i * len(names) // number] for i in range(number)]
 
 
@@ -260,7 +265,10 @@ def markdown(rows: list[dict], run: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and batch sizes: under 3 minutes on 2 cores")
-    parser.add_argument("--corpus", type=Path, nargs="+", default=[], metavar="FILE", help="text for the tokenizers")
+    wordnet = WORDNET if WORDNET.is_dir() else None
+    parser.add_argument(
+        "--corpus", type=Path, default=wordnet, metavar="FILE_OR_FOLDER", help="text for the tokenizers"
+    )
     parser.add_argument("--texts", type=Path, metavar="FILE", help="compile and score its lines, too (fast design)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -1,4 +1,4 @@
-"""The command line: `ig-captioner classify`, `caption` and `release`.
+"""The command line: `ig-captioner classify`, `caption` and `release`; `evaluate` is in `cli_evaluate.py`.
 
 Exit codes: 0; 1 if something could not be read, done or written; 2 for wrong usage; 130 when interrupted. Errors are
 one line on stderr. A photo that cannot be read is reported there and costs only itself: the other photos are still
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import TINY_CHECKPOINT, __version__
+from .cli_evaluate import add_evaluate
 
 
 TASK = "zero-shot-image-classification"
@@ -100,11 +101,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_classify(commands)
     _add_caption(commands)
     _add_release(commands)
+    add_evaluate(commands, _add_command, _positive_integer)
     return parser
 
 
 def _add_command(commands, run, usage: str, summary: str, examples: str, model_help: str) -> argparse.ArgumentParser:
-    name, usage = run.__name__, f"%(prog)s {usage} [options]"
+    name, usage = run.__name__.replace("_", "-"), f"%(prog)s {usage} [options]"
     parser = commands.add_parser(name, usage=usage, help=summary, description=summary, epilog=examples)
     parser.set_defaults(run=run)
     parser.add_argument("--model", default=TINY_CHECKPOINT, metavar="DIR_OR_REPO", help=model_help)
@@ -220,8 +222,8 @@ def caption(arguments: argparse.Namespace) -> int:
 
     device = choose_device(arguments.device)
     processor = load_processor(arguments.model)
-    model = load_model(IGCaptionerForConditionalGeneration, arguments.model, **_dtype(device)).to(device)
-    options = {"max_new_tokens": _caption_tokens(arguments.max_new_tokens, model.config.text_config)}
+    model = load_model(IGCaptionerForConditionalGeneration, arguments.model, **dtype_on(device)).to(device)
+    options = {"max_new_tokens": caption_tokens(arguments.max_new_tokens, model.config.text_config)}
     if arguments.num_beams is not None:
         options["num_beams"] = arguments.num_beams
     failed: list[str] = []
@@ -304,7 +306,7 @@ def choose_device(name: str):
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
-def _dtype(device) -> dict[str, Any]:
+def dtype_on(device) -> dict[str, Any]:
     """On a CPU half precision is slow and gains nothing: float32 there, elsewhere as stored."""
     return {"dtype": "float32"} if device.type == "cpu" else {}
 
@@ -319,7 +321,7 @@ def _load_classifier(arguments: argparse.Namespace, settings: dict[str, Any]):
     device = choose_device(arguments.device)
     processor = load_processor(arguments.model)
     return IGZeroShotImageClassificationPipeline(
-        model=load_model(IGCaptionerForZeroShotImageClassification, arguments.model, **_dtype(device)),
+        model=load_model(IGCaptionerForZeroShotImageClassification, arguments.model, **dtype_on(device)),
         tokenizer=processor.tokenizer,
         image_processor=processor.image_processor,
         task=TASK,
@@ -336,7 +338,7 @@ def _compile_once(classifier, labels: list[str], templates: list[str] | None):
     return compile_labels_once(classifier.model, classifier.tokenizer, labels, templates)
 
 
-def _caption_tokens(wanted: int | None, text_config) -> int:
+def caption_tokens(wanted: int | None, text_config) -> int:
     """Longest caption in tokens: one position is left for end-of-sequence, which is scored too."""
     limit = text_config.max_position_embeddings - 1
     if wanted is not None and wanted > limit:

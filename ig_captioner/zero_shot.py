@@ -63,6 +63,12 @@ def read_labelled_images(
         ValueError: naming key and label, for a label that is none of the classes: names and data do not fit together.
     """
 
+    return read_decoded(paths, labelled_decoder(find_label), keep=keep)
+
+
+def labelled_decoder(find_label: FindLabel) -> Callable[[str, dict[str, bytes]], tuple[Image.Image, int]]:
+    """The `decode` that gives image and class index; see [`read_labelled_images`]."""
+
     def decode(key: str, files: dict[str, bytes]) -> tuple[Image.Image, int]:
         try:
             label = find_label(files)
@@ -70,7 +76,7 @@ def read_labelled_images(
             raise ValueError(f"sample {key!r}: {error}") from error
         return read_image(files), label
 
-    return read_decoded(paths, decode, keep=keep)
+    return decode
 
 
 # From images to scores
@@ -136,14 +142,23 @@ def class_ranks(matrix: ScoreMatrix, labels: Tensor, class_names: Sequence[str],
 def accuracy(
     matrix: ScoreMatrix, labels: Tensor, class_names: Sequence[str], prior_weight: float = 1.0
 ) -> dict[str, float]:
-    """Shares `top1` and `top5`, and `mean_per_class`: the top-1 share of each class that occurs, averaged."""
-    wrong_before = class_ranks(matrix, labels, class_names, prior_weight)
+    """`accuracies` at a prior weight."""
+    return accuracies(class_ranks(matrix, labels, class_names, prior_weight), labels)
+
+
+def accuracies(wrong_before: Tensor, labels: Tensor) -> dict[str, float]:
+    """Shares `top1` and `top5`, and `mean_per_class`: the top-1 share of each class that occurs, averaged.
+
+    Args:
+        wrong_before: how many wrong classes are ranked before the right one, int [B].
+    """
     correct = (wrong_before < 1).double()
-    per_class = [correct[labels == label].mean().item() for label in labels.unique()]
+    images_of_class = labels.bincount()
+    per_class = labels.bincount(correct) / images_of_class
     return {
         "top1": correct.mean().item(),
         "top5": (wrong_before < 5).double().mean().item(),
-        "mean_per_class": sum(per_class) / len(per_class),
+        "mean_per_class": per_class[images_of_class > 0].mean().item(),
     }
 
 

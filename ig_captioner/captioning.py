@@ -1,0 +1,135 @@
+"""Captions against reference captions: CIDEr-D and BLEU, without Java.
+
+CIDEr-D is here, as no maintained package has it without heavy requirements; BLEU is that of sacrebleu (the extra
+`captioning`). Texts are lower-cased words without punctuation, where published figures come from the PTB tokenizer of
+Stanford, in Java: they are close, not equal. METEOR is left out: it needs Java or WordNet's files.
+
+Legend: B images; n-grams are tuples of words.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .evaluation import Row, make_row
+
+
+LONGEST = 4  # words of an n-gram
+SIGMA = 6.0  # words by which lengths may differ
+
+Ngrams = Counter[tuple[str, ...]]
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased words; "don't" is one."""
+    return re.findall(r"\w+(?:'\w+)*", text.lower())
+
+
+def generate_captions(
+    model: Any, processor: Any, images: Iterable[Image.Image], batch_size: int = 16, **options: Any
+) -> list[str]:
+    """A caption for each image. `options` go to `generate`."""
+    iterator, captions = iter(images), []
+    while batch := list(islice(iterator, batch_size)):
+        pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+        tokens = model.generate(pixel_values=pixel_values, **options)
+        captions += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    return captions
+
+
+# CIDEr-D
+
+
+def count_ngrams(text: str) -> Ngrams:
+    """How often each n-gram of 1 to 4 words occurs."""
+    listed = words(text)
+    spans = ((start, start + n) for n in range(1, LONGEST + 1) for start in range(len(listed) - n + 1))
+    return Counter(tuple(listed[start:end]) for start, end in spans)
+
+
+def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Tensor:
+    """CIDEr-D of each image, float64 [B], 10 at most (Vedantam et al., arXiv 1411.5726, section 4 and appendix).
+
+    N-grams weigh the less, the more images have them among their references. The corpus figure is the mean.
+
+    Args:
+        captions: one for each of B images.
+        references: one or more for each.
+
+    Raises:
+        ValueError: for an image without references, or other numbers of captions than of images.
+    """
+    if len(captions) != len(references) or not all(references):
+        without = sum(not own for own in references)
+        raise ValueError(f"{len(captions)} captions, {len(references)} images, {without} of them without references")
+    counted = [[count_ngrams(text) for text in own] for own in references]
+    images_with = Counter(ngram for own in counted for ngram in set().union(*own))
+    weight_of = {ngram: math.log(len(captions) / count) for ngram, count in images_with.items()}
+    unseen = math.log(len(captions))
+    scores = []
+    for caption, own in zip(captions, counted, strict=True):
+        ngrams = count_ngrams(caption)
+        similar = [_similarity(ngrams, reference, weight_of, unseen) for reference in own]
+        scores.append(10 * sum(similar) / len(similar))
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _similarity(caption: Ngrams, reference: Ngrams, weight_of: dict, unseen: float) -> float:
+    """Mean over n of the clipped cosine, less for different lengths."""
+    ours, theirs = (
+        {ngram: count * weight_of.get(ngram, unseen) for ngram, count in ngrams.items()}
+        for ngrams in (caption, reference)
+    )
+    cosines = []
+    for n in range(1, LONGEST + 1):
+        norms = [math.sqrt(sum(v**2 for ngram, v in vector.items() if len(ngram) == n)) for vector in (ours, theirs)]
+        shared = (ngram for ngram in ours if ngram in theirs and len(ngram) == n)
+        dot = sum(min(ours[ngram], theirs[ngram]) * theirs[ngram] for ngram in shared)
+        cosines.append(dot / math.prod(norms) if all(norms) else 0.0)
+    lengths = [sum(count for ngram, count in ngrams.items() if len(ngram) == 1) for ngrams in (caption, reference)]
+    return sum(cosines) / LONGEST * math.exp(-((lengths[0] - lengths[1]) ** 2) / (2 * SIGMA**2))
+
+
+# Rows
+
+
+def captioning_row(name: str, captions: Sequence[str], references: Sequence[Sequence[str]]) -> Row:
+    """CIDEr-D and, where sacrebleu is installed, BLEU-4; intervals are over images, with the weights of all of them."""
+    scores = cider_d(captions, references)
+    statistics = _bleu_statistics(captions, references)
+
+    def metrics(drawn: Tensor) -> dict[str, float]:
+        bleu = {} if statistics is None else {"bleu4": _bleu(statistics[drawn].sum(dim=0))}
+        return {"cider_d": scores[drawn].mean().item(), **bleu}
+
+    return make_row(name, metrics, len(captions))
+
+
+def _bleu_statistics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Tensor | None:
+    """Lengths of caption and closest reference, matching and all n-grams, int [B, 10]; None without sacrebleu."""
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        return None
+    bleu = BLEU(tokenize="none", effective_order=True)
+    rows = []
+    for caption, own in zip(captions, references, strict=True):
+        score = bleu.sentence_score(" ".join(words(caption)), [" ".join(words(text)) for text in own])
+        rows.append([score.sys_len, score.ref_len, *score.counts, *score.totals])
+    return torch.tensor(rows)
+
+
+def _bleu(statistics: Tensor) -> float:
+    """BLEU-4 of a corpus, 0 to 1, from the sums of `_bleu_statistics` over its images."""
+    from sacrebleu.metrics import BLEU
+
+    length, reference_length, *counts = statistics.tolist()
+    correct, total = counts[:LONGEST], counts[LONGEST:]
+    return BLEU.compute_bleu(correct, total, length, reference_length, smooth_method="none").score / 100

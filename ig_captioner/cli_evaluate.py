@@ -1,0 +1,151 @@
+"""The parser of `ig-captioner evaluate`: zero-shot, retrieval, compositional, captioning and linear-probe.
+
+Each writes `results.json`, `results.md` and `model-index.yml` into a folder, and prints the tables; see
+`evaluation_tasks.py`, which is imported when one of them runs.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+
+ZERO_SHOT_EXAMPLES = """\
+examples:
+  ig-captioner evaluate zero-shot --data "cifar10-test-*.tar.gz" --class-names cifar10 --output out
+  ig-captioner evaluate zero-shot --data photos/ --class-names names.txt --templates imagenet --output out
+  ig-captioner evaluate zero-shot --data imagenet/val --class-names imagenet --label-field class_id --output out
+  ig-captioner evaluate zero-shot --data photos/ --class-names cifar10 --clip openai/clip-vit-base-patch32 --output out
+"""
+RETRIEVAL_EXAMPLES = """\
+examples:
+  ig-captioner evaluate retrieval --data "flickr8k-val-*.tar" --output out
+  ig-captioner evaluate retrieval --data "flickr8k-val-*.tar" --clip openai/clip-vit-base-patch32 --output out
+"""
+COMPOSITIONAL_EXAMPLES = """\
+examples:
+  ig-captioner evaluate compositional --format sugarcrepe --pairs sugarcrepe/ --output out       # text alone
+  ig-captioner evaluate compositional --format sugarcrepe --pairs sugarcrepe/ --data coco/val2017 --output out
+  ig-captioner evaluate compositional --format winoground --pairs examples.jsonl --data images/ --output out
+"""
+CAPTIONING_EXAMPLES = """\
+examples:
+  ig-captioner evaluate captioning --data "flickr8k-val-*.tar" --num-beams 4 --output out
+"""
+LINEAR_PROBE_EXAMPLES = """\
+examples:
+  ig-captioner evaluate linear-probe --train train/ --data test/ --class-names names.txt --output out
+"""
+MODEL_HELP = "folder or Hub repository (default: the checkpoint in the package)"
+DATA_HELP = "shards (pattern or folder), a folder of images, or a folder of the datasets library"
+
+AddCommand = Callable[..., argparse.ArgumentParser]
+Number = Callable[[str], int]
+
+
+def add_evaluate(commands, add_command: AddCommand, positive_integer: Number) -> None:
+    """Registers the commands with the parser of `ig-captioner`."""
+    summary = "Measure a checkpoint on labelled or captioned images, at prior weight 0, 1 and a tuned one."
+    parser = commands.add_parser("evaluate", help=summary, description=summary)
+    tasks = parser.add_subparsers(metavar="TASK", required=True)
+
+    def add_task(name: str, usage: str, summary: str, examples: str, needs_data: bool = True):
+        task = add_command(tasks, _run_later(name), f"{usage} --output DIR", summary, examples, MODEL_HELP)
+        task.add_argument("--data", required=needs_data, metavar="DATA", help=DATA_HELP)
+        task.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+        limit = "a fixed choice of N, by their keys (default: all)"
+        task.add_argument("--limit", type=positive_integer, metavar="N", help=limit)
+        devices = ("auto", "cpu", "cuda")
+        task.add_argument("--device", choices=devices, default="auto", help="auto: a GPU if there is one")
+        return task
+
+    usage = "--data DATA --class-names FILE_OR_NAME"
+    task = add_task("zero_shot", usage, "Classify labelled images by their class names.", ZERO_SHOT_EXAMPLES)
+    _add_labels(task)
+    task.add_argument(
+        "--templates",
+        metavar="FILE_OR_NAME",
+        help="as for --class-names (default: those of the same prompts; of a text file: 'a photo of a {}.')",
+    )
+    _add_tuning(task)
+    _add_batch_size(task, positive_integer)
+
+    summary = "Find captions for images, and images for captions."
+    task = add_task("retrieval", "--data DATA", summary, RETRIEVAL_EXAMPLES)
+    _add_tuning(task)
+    _add_batch_size(task, positive_integer)
+
+    usage = "--format FORMAT --pairs FILE_OR_FOLDER [--data DATA]"
+    summary = "Tell the right caption of an image from one that differs in a word or in order."
+    task = add_task("compositional", usage, summary, COMPOSITIONAL_EXAMPLES, needs_data=False)
+    task.add_argument("--format", required=True, choices=("sugarcrepe", "aro", "winoground"), help="whose files")
+    task.add_argument("--pairs", type=Path, required=True, metavar="FILE_OR_FOLDER", help="the captions")
+    _add_tuning(task)
+
+    summary = "Write captions and compare them with those of people."
+    task = add_task("captioning", "--data DATA", summary, CAPTIONING_EXAMPLES)
+    task.add_argument("--num-beams", type=positive_integer, default=1, metavar="N", help="1: greedy (default)")
+    longest = "longest caption (default: as ig-captioner caption)"
+    task.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help=longest)
+    _add_batch_size(task, positive_integer)
+
+    usage = "--train DATA --data DATA --class-names FILE_OR_NAME"
+    summary = "Classify labelled images by a linear map of frozen features, fitted to a few images per class."
+    task = add_task("linear_probe", usage, summary, LINEAR_PROBE_EXAMPLES)
+    _add_labels(task)
+    task.add_argument("--train", required=True, metavar="DATA", help="where the shots are taken from; forms as --data")
+    shots = "images per class (default: %(default)s)"
+    task.add_argument("--shots", type=positive_integer, default=10, metavar="N", help=shots)
+    _add_tuning(task)
+    _add_batch_size(task, positive_integer)
+
+
+def _run_later(name: str) -> Callable[[argparse.Namespace], int]:
+    """The task of that name; what it needs is imported when it runs."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        from . import evaluation_tasks
+
+        return getattr(evaluation_tasks, name)(arguments)
+
+    run.__name__ = name
+    return run
+
+
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    known = "text file with a line each, JSON file of prompts, or name of a data set whose prompts are in the package"
+    parser.add_argument("--class-names", required=True, metavar="FILE_OR_NAME", help=known)
+    parser.add_argument(
+        "--label-field",
+        default="class_name",
+        metavar="NAME",
+        help="field of a sample's JSON, or column, that holds its class name or index; of a folder per class "
+        "class_name (the folder) or class_id (its place in sorted order) (default: %(default)s)",
+    )
+
+
+def _add_tuning(parser: argparse.ArgumentParser) -> None:
+    held_out = "share of the samples, by hash of the key, for tuning alone; no figure is about them"
+    parser.add_argument(
+        "--held-out-fraction", type=_fraction, default=0.2, metavar="F", help=f"{held_out} (default: %(default)s)"
+    )
+    parser.add_argument("--clip", metavar="DIR_OR_REPO", help="a CLIP or SigLIP of transformers to compare with")
+
+
+def _add_batch_size(parser: argparse.ArgumentParser, positive_integer: Number) -> None:
+    parser.add_argument(
+        "--batch-size",
+        type=positive_integer,
+        default=16,
+        metavar="N",
+        help="images per pass; changes speed and memory, not results (default: %(default)s)",
+    )
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text!r}")
+    return value

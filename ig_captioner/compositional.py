@@ -1,0 +1,244 @@
+"""Compositional sets: does the right caption of an image score higher than one that differs in a word, or in order?
+
+Their public files:
+
+- SugarCrepe: a JSON file per category (or one of them), `{"0": {"filename", "caption", "negative_caption"}, ...}`
+- ARO, Visual Genome Relation and Attribution: JSON files, `[{"image_path", "true_caption", "false_caption", "bbox_x",
+  "bbox_y", "bbox_w", "bbox_h"}, ...]`; the image is cut to the box, where there is one. (ARO makes its order sets from
+  captions at run time; there are no files of them.) Figures are over items; ARO's paper averages over relations.
+- Winoground: `examples.jsonl` with `image_0`, `image_1`, `caption_0`, `caption_1`; caption i belongs to image i.
+
+An item's images are found by file name without extension, which a key may also end in behind an underscore:
+`coco_000000000285` is `000000000285.jpg`.
+
+Legend: M items, I images and K texts of an item. Log-likelihoods are in nats.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .evaluation import Row, bootstrap, weights_of_rows
+from .label_trie import encode_for
+from .retrieval import PRIOR_WEIGHTS, best_of_grid
+
+
+class Item(NamedTuple):
+    """One question: text i belongs to image i, and texts beyond the number of images to none."""
+
+    category: str
+    images: tuple[str, ...]
+    """File names without extension."""
+    texts: tuple[str, ...]
+    box: tuple[int, int, int, int] | None = None
+    """What to cut out of the image: left, top, right, bottom in pixels."""
+
+
+class ItemScores(NamedTuple):
+    """Scores of M items of the same number of images; where an item has fewer texts than others, -inf and 0."""
+
+    caption_log_likelihood: Tensor
+    """log P(T|I), or any other score, [M, I, K]."""
+    prior_log_likelihood: Tensor
+    """log P(T), [M, K]."""
+
+    def information_gain(self, prior_weight: float) -> Tensor:
+        """log P(T|I) - prior_weight * log P(T), [M, I, K]."""
+        return self.caption_log_likelihood - prior_weight * self.prior_log_likelihood[:, None]
+
+    def select(self, items: Sequence[int]) -> "ItemScores":
+        return ItemScores(*(values[list(items)] for values in self))
+
+
+# Files
+
+
+def read_items(format: str, path: str | Path) -> list[Item]:
+    """Items of the file, or of all such files in the folder, at `path`.
+
+    Raises:
+        ValueError: for an unknown format, a file of another form, or a folder without files.
+    """
+    if format not in READERS:
+        raise ValueError(f"format must be one of {', '.join(READERS)}, got {format!r}")
+    extension, read = READERS[format]
+    path = Path(path)
+    files = sorted(path.glob(f"*{extension}")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"there is no {extension} file in {path}")
+    items: list[Item] = []
+    for file in files:
+        try:
+            items += read(file.stem, file.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is no file of {format}: {type(error).__name__}: {error}") from error
+    if not items:
+        raise ValueError(f"there are no items in {path}")
+    return items
+
+
+def _read_sugarcrepe(category: str, text: str) -> Iterable[Item]:
+    for entry in json.loads(text).values():
+        yield Item(category, (Path(entry["filename"]).stem,), (entry["caption"], entry["negative_caption"]))
+
+
+def _read_aro(category: str, text: str) -> Iterable[Item]:
+    for entry in json.loads(text):
+        box = None
+        if "bbox_x" in entry:
+            left, top, width, height = (int(entry[f"bbox_{side}"]) for side in "xywh")
+            box = (left, top, left + width, top + height)
+        yield Item(category, (Path(entry["image_path"]).stem,), (entry["true_caption"], entry["false_caption"]), box)
+
+
+def _read_winoground(category: str, text: str) -> Iterable[Item]:
+    for entry in map(json.loads, filter(str.strip, text.splitlines())):
+        images = tuple(Path(entry[name]).stem for name in ("image_0", "image_1"))
+        yield Item("winoground", images, (entry["caption_0"], entry["caption_1"]))
+
+
+READERS: dict[str, tuple[str, Callable[[str, str], Iterable[Item]]]] = {
+    "sugarcrepe": (".json", _read_sugarcrepe),
+    "aro": (".json", _read_aro),
+    "winoground": (".jsonl", _read_winoground),
+}
+
+
+# Scores
+
+
+def find_name(key: str, names: set[str]) -> str | None:
+    """Which of the image names a sample's key stands for."""
+    base = key.rpartition("/")[2]
+    return next((name for name in (base, base.rpartition("_")[2]) if name in names), None)
+
+
+def score_images(
+    items: Sequence[Item],
+    images: Iterable[tuple[str, Image.Image]],
+    score: Callable[[Image.Image, list[str]], Tensor],
+) -> list[Tensor | None]:
+    """Scores [I, K] of each item, None where an image is missing.
+
+    Args:
+        images: name and image.
+        score: scores [K] of texts under one image; called once per image and box, with the texts of all its items.
+    """
+    wanted: dict[str, list[tuple[int, int]]] = {}
+    for index, item in enumerate(items):
+        for place, name in enumerate(item.images):
+            wanted.setdefault(name, []).append((index, place))
+    found: dict[tuple[int, int], Tensor] = {}
+    for name, image in images:
+        boxes: dict[Any, list[tuple[int, int]]] = {}
+        for index, place in wanted.get(name, []):
+            boxes.setdefault(items[index].box, []).append((index, place))
+        for box, questions in boxes.items():
+            texts = [items[index].texts for index, _ in questions]
+            scores = score(image if box is None else image.crop(box), [text for own in texts for text in own])
+            found |= dict(zip(questions, scores.split(list(map(len, texts))), strict=True))
+    complete = [all((index, place) in found for place in range(len(item.images))) for index, item in enumerate(items)]
+    return [
+        torch.stack([found[index, place] for place in range(len(item.images))]) if complete[index] else None
+        for index, item in enumerate(items)
+    ]
+
+
+def prior_of_texts(model: Any, tokenizer: Any, items: Sequence[Item]) -> list[Tensor]:
+    """log P(T) [K] of each item."""
+    with torch.no_grad():
+        encoded = encode_for(model, tokenizer, [text for item in items for text in item.texts])
+        priors = model.compile_texts(**encoded).prior_log_likelihood.cpu()
+    return list(priors.split([len(item.texts) for item in items]))
+
+
+def stack_scores(scores: Sequence[Tensor], priors: Sequence[Tensor]) -> ItemScores:
+    """`scores`: [I, K] of each of M items, `priors`: [K]."""
+    by_text = [values.T for values in scores]  # [K, I]
+    stacked = pad_sequence(by_text, batch_first=True, padding_value=float("-inf")).transpose(1, 2)
+    return ItemScores(stacked, pad_sequence(list(priors), batch_first=True))
+
+
+# Metrics
+
+
+def text_is_right(scores: Tensor) -> Tensor:
+    """Whether all images of an item prefer their own text, bool [M], from [M, I, K]; ties count against."""
+    own = scores.diagonal(dim1=1, dim2=2)  # [M, I]
+    is_own = torch.eye(*scores.shape[1:], dtype=torch.bool)
+    return ((own[:, :, None] > scores) | is_own).flatten(1).all(dim=1)
+
+
+def image_is_right(scores: Tensor) -> Tensor:
+    """Whether each text that belongs to an image prefers it to the item's others, bool [M]; the prior cancels out."""
+    return text_is_right(scores[:, :, : scores.shape[1]].transpose(1, 2))
+
+
+def tune_prior_weight(scores: ItemScores, grid: Sequence[float] = PRIOR_WEIGHTS) -> float:
+    """The weight with the most items whose texts are right; the first of equals."""
+    return best_of_grid(grid, lambda weight: text_is_right(scores.information_gain(weight)).double().mean().item())
+
+
+def share_row(name: str, right: dict[str, Tensor], prior_weight: float | None = None, baseline: bool = False) -> Row:
+    """Shares of right items; intervals are over the items of each column. `right`: bool [M] by column."""
+
+    def interval(values: Tensor) -> dict[str, float]:
+        def share(drawn: Tensor) -> dict[str, float]:
+            return {"share": values[drawn].double().mean().item()}
+
+        return bootstrap(share, len(values))["share"]
+
+    metrics = {column: interval(values) for column, values in right.items()}
+    return {"name": name, "prior_weight": prior_weight, "baseline": baseline, "metrics": metrics}
+
+
+def right_by_column(scores: Tensor, categories: Sequence[str]) -> dict[str, Tensor]:
+    """Right items by category and over all, from [M, 1, K]; with several images, by text, image and group score."""
+    by_text = text_is_right(scores)
+    if scores.shape[1] > 1:
+        by_image = image_is_right(scores)
+        return {"text": by_text, "image": by_image, "group": by_text & by_image}
+    columns = {
+        category: by_text[[index for index, other in enumerate(categories) if other == category]]
+        for category in sorted(set(categories))
+    }
+    return {**columns, "all": by_text} if len(columns) > 1 else columns
+
+
+def compositional_rows(
+    scores: ItemScores,
+    categories: Sequence[str],
+    split: tuple[list[int], list[int]],
+    others: dict[str, Tensor] | None = None,
+) -> list[Row]:
+    """Rows of shares of right items.
+
+    Args:
+        categories: of the M items.
+        split: indices of the items to tune on, and of those to test on.
+        others: scores [M, I, K] of other models, by name.
+    """
+    held_out, test = split
+    tuned = tune_prior_weight(scores.select(held_out))
+    tested, categories = scores.select(test), [categories[index] for index in test]
+    rows = [
+        share_row(name, right_by_column(tested.information_gain(weight), categories), weight)
+        for name, weight in weights_of_rows(tuned).items()
+    ]
+    blind = tested.prior_log_likelihood[:, None].expand_as(tested.caption_log_likelihood)
+    named = {"blind": blind} | {name: values[test] for name, values in (others or {}).items()}
+    return rows + [
+        share_row(name, right_by_column(values, categories), baseline=True) for name, values in named.items()
+    ]
+
+
+def blind_rows(priors: Sequence[Tensor], categories: Sequence[str]) -> list[Row]:
+    """The one row that needs no images, over all items. `priors`: log P(T) [K] of each."""
+    scores = pad_sequence(list(priors), batch_first=True, padding_value=float("-inf"))[:, None]
+    return [share_row("blind", right_by_column(scores, categories), baseline=True)]

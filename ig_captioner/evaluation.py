@@ -1,0 +1,162 @@
+"""What every evaluation shares: rows at prior weight 0, 1 and a tuned one, and bootstrap intervals.
+
+A row is `{"name", "prior_weight", "metrics": {name: {"value", "low", "high"}}}`; a table is a list of rows. The rows:
+
+- likelihood: log P(T|I) alone, prior weight 0
+- information gain: log P(T|I) - log P(T), prior weight 1
+- tuned: the weight that was best on samples which are in no row
+- blind: log P(T) alone, the likelier text wins; no image is seen, so it shows how far language alone gets. (Its
+  negative, which information gain adds, prefers unlikely texts whatever they say: no guess that anybody would make.)
+- another model, such as CLIP, on the same samples
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import retrieval, zero_shot
+from .retrieval import ScoreMatrix, ranks, true_pairs
+
+
+RESAMPLES = 1000
+Row = dict[str, Any]
+Metrics = Callable[[Tensor], dict[str, float]]
+"""Figures from indices of samples, int [B], which may repeat."""
+
+
+def bootstrap(metrics: Metrics, count: int, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Each metric over all samples, with its 95 % interval over samples drawn with replacement (percentiles).
+
+    The same seed draws the same samples, so that rows of a table can be compared.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = metrics(torch.arange(count))
+    draws = [metrics(torch.randint(count, (count,), generator=generator)) for _ in range(resamples)]
+    intervals = {}
+    for name, value in values.items():
+        drawn = torch.tensor([draw[name] for draw in draws], dtype=torch.float64)
+        low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        intervals[name] = {"value": value, "low": low, "high": high}
+    return intervals
+
+
+def make_row(name: str, metrics: Metrics, count: int, prior_weight: float | None = None, baseline: bool = False) -> Row:
+    """`baseline`: whether the row is there to compare with, and no result of the model."""
+    row = {"name": name, "prior_weight": prior_weight, "baseline": baseline}
+    return {**row, "metrics": bootstrap(metrics, count)}
+
+
+def weights_of_rows(tuned: float) -> dict[str, float]:
+    """Names and prior weights of the rows that every evaluation has."""
+    return {"likelihood": 0.0, "information gain": 1.0, "tuned": tuned}
+
+
+def select_images(matrix: ScoreMatrix, images: list[int]) -> ScoreMatrix:
+    return matrix._replace(caption_log_likelihood=matrix.caption_log_likelihood[images])
+
+
+# Classification
+
+
+def zero_shot_rows(
+    matrix: ScoreMatrix,
+    labels: Tensor,
+    class_names: list[str],
+    split: tuple[list[int], list[int]],
+    others: dict[str, Tensor] | None = None,
+) -> list[Row]:
+    """Rows of top-1, top-5 and mean per class. Also `predicted`, how often each class is, [C], and `confusion`, [C, C].
+
+    Args:
+        matrix: scores of C classes under B images.
+        labels: int [B].
+        split: indices of the images to tune on, and of those to test on.
+        others: scores [B, C] of other models, by name.
+    """
+    held_out, test = split
+    tuned = zero_shot.tune_prior_weight(select_images(matrix, held_out), labels[held_out], class_names)
+    tested, labels = select_images(matrix, test), labels[test]
+    is_true = true_pairs([[name] for name in class_names], class_names)[labels]
+    blind = tested.prior_log_likelihood.expand_as(tested.caption_log_likelihood)
+
+    def row(name: str, scores: Tensor, weight: float | None) -> Row:
+        wrong_before, counts = ranks(scores, is_true), confusion(scores, labels)
+
+        def metrics(drawn: Tensor) -> dict[str, float]:
+            return zero_shot.accuracies(wrong_before[drawn], labels[drawn])
+
+        estimates = make_row(name, metrics, len(test), weight, baseline=weight is None)
+        return {**estimates, "predicted": counts.sum(dim=0).tolist(), "confusion": counts.tolist()}
+
+    rows = [row(name, tested.information_gain(weight), weight) for name, weight in weights_of_rows(tuned).items()]
+    rows.append(row("blind", blind, None))
+    return rows + [row(name, scores[test], None) for name, scores in (others or {}).items()]
+
+
+def confusion(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many images of each class (rows) are taken for each class (columns): counts int [C, C]."""
+    classes = scores.shape[1]
+    pairs = labels * classes + scores.argmax(dim=1)
+    return pairs.bincount(minlength=classes**2).unflatten(0, (classes, classes))
+
+
+# Retrieval
+
+
+def image_to_text_rows(
+    held_out: tuple[ScoreMatrix, Tensor], test: tuple[ScoreMatrix, Tensor], others: dict[str, Tensor] | None = None
+) -> list[Row]:
+    """Rows of recall and median rank; intervals are over images.
+
+    Args:
+        held_out, test: scores of B images and N texts, and which of them belong together, bool [B, N].
+        others: scores [B, N] of other models on the test images, by name.
+    """
+    matrix, is_true = test
+    tuned = retrieval.tune_prior_weight(*held_out)
+    scores: dict[str, tuple[Tensor, float | None]] = {
+        name: (matrix.information_gain(weight), weight) for name, weight in weights_of_rows(tuned).items()
+    }
+    scores["blind"] = matrix.prior_log_likelihood.expand_as(matrix.caption_log_likelihood), None
+    scores |= {name: (values, None) for name, values in (others or {}).items()}
+    return [_recall_row(name, ranks(values, is_true), weight) for name, (values, weight) in scores.items()]
+
+
+def _recall_row(name: str, ranks_of_queries: Tensor, weight: float | None) -> Row:
+    def metrics(drawn: Tensor) -> dict[str, float]:
+        return retrieval.recall_metrics(ranks_of_queries[drawn])
+
+    return make_row(name, metrics, len(ranks_of_queries), weight, baseline=weight is None)
+
+
+def text_to_image_rows(
+    matrix: ScoreMatrix, is_true: Tensor, owners: Tensor, others: dict[str, Tensor] | None = None
+) -> list[Row]:
+    """Rows of recall and median rank: one for all prior weights, as the prior of a text is the same for all images.
+
+    Args:
+        owners: the image of each text, int [N]; intervals are over images, each with all of its texts.
+    """
+    rows: list[Row] = []
+    for name, scores in {"any prior weight": matrix.caption_log_likelihood, **(others or {})}.items():
+        ranks_of_texts = ranks(scores.T, is_true.T)
+
+        def metrics(drawn: Tensor, ranks_of_texts: Tensor = ranks_of_texts) -> dict[str, float]:
+            times = drawn.bincount(minlength=len(is_true))[owners]
+            return retrieval.recall_metrics(ranks_of_texts.repeat_interleave(times))
+
+        rows.append(make_row(name, metrics, len(is_true), baseline=bool(rows)))
+    return rows
+
+
+def gain_row(matrix: ScoreMatrix, is_true: Tensor) -> Row:
+    """Information gain of the true pairs per token, in nats."""
+    gain = matrix.information_gain(1.0).masked_fill(~is_true, 0.0).double().sum(dim=1)
+    tokens = (matrix.text_lengths * is_true).double().sum(dim=1)
+
+    def metrics(drawn: Tensor) -> dict[str, float]:
+        return {"nats_per_token": (gain[drawn].sum() / tokens[drawn].sum()).item()}
+
+    return make_row("information gain", metrics, len(is_true), 1.0)

@@ -1,0 +1,158 @@
+"""Data to evaluate on: WebDataset shards, a folder of images, or a `datasets` data set on disk.
+
+All three come out as `shards.read_shard` gives them, key and files, so that one decoder serves them all:
+
+- shards: patterns with braces and globs, or a folder that holds `.tar` or `.tar.gz` files.
+- a folder of images: the key is the path without extension; `key.txt` and `key.json` beside an image belong to it. The
+  JSON gets `class_name`, the first folder on the path with spaces for underscores, and `class_id`, its place among the
+  sorted folders.
+- a data set that `save_to_disk` wrote: the key is `key` or `id` of the row where it has one, else its number. Columns
+  are the JSON; a column of class labels also gives `class_name`; `caption` or `text` do for `captions`.
+
+Which samples belong to the held-out part, on which prior weights are tuned, is decided by a hash of the key.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from .shards import (
+    IMAGE_EXTENSIONS,
+    EmptySourceError,
+    RawSample,
+    Skipped,
+    decode_item,
+    find_shards,
+    first_by_hash,
+    is_held_out,
+    read_shard,
+)
+
+
+CAPTION_COLUMNS = ("captions", "caption", "text")
+
+T = TypeVar("T")
+
+
+def read_source(data: str) -> Iterator[RawSample | Skipped]:
+    """Key and files of all samples, in a fixed order.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `data`.
+        ValueError: for a folder of several splits, or a data set without a column of images.
+    """
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        return _read_shards(find_shards([data]))
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise ValueError(f"{data} holds several splits: name one of {', '.join(f'{data}/{split}' for split in splits)}")
+    if (folder / "dataset_info.json").is_file():
+        return _read_dataset(folder)
+    shards = sorted(str(path) for path in folder.iterdir() if path.name.endswith((".tar", ".tar.gz")))
+    return _read_shards(shards) if shards else _read_folder(folder)
+
+
+def _read_shards(paths: list[str]) -> Iterator[RawSample | Skipped]:
+    for path in paths:
+        yield from read_shard(path)
+
+
+def _read_folder(folder: Path) -> Iterator[RawSample]:
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder)
+        extension = path.suffix[1:].lower()
+        if extension not in IMAGE_EXTENSIONS or any(part.startswith(".") for part in place.parts):
+            continue
+        files = {extension: path.read_bytes()}
+        for beside in ("txt", "json"):
+            if path.with_suffix(f".{beside}").is_file():
+                files[beside] = path.with_suffix(f".{beside}").read_bytes()
+        if len(place.parts) > 1 and "json" not in files:
+            name = place.parts[0]
+            labels = {"class_name": name.replace("_", " "), "class_id": classes.index(name)}
+            files["json"] = json.dumps(labels).encode()
+        yield place.with_suffix("").as_posix(), files
+
+
+def _read_dataset(folder: Path) -> Iterator[RawSample]:
+    from datasets import ClassLabel, Image, load_from_disk
+
+    data = load_from_disk(str(folder))
+    images = [name for name, feature in data.features.items() if isinstance(feature, Image)]
+    labels = {name: feature for name, feature in data.features.items() if isinstance(feature, ClassLabel)}
+    if not images:
+        raise ValueError(f"{folder} has no column of images, but {', '.join(data.column_names)}")
+    data = data.cast_column(images[0], Image(decode=False)).remove_columns(images[1:])
+    for number, row in enumerate(data):
+        image = row.pop(images[0]) or {}
+        content = image.get("bytes") or (Path(image["path"]).read_bytes() if image.get("path") else b"")
+        for name, feature in labels.items():
+            if row[name] is not None and row[name] >= 0:
+                row.setdefault("class_name", feature.int2str(row[name]))
+        captions: str | list[str] = next((row[name] for name in CAPTION_COLUMNS if row.get(name)), [])
+        row["captions"] = [captions] if isinstance(captions, str) else captions
+        key = str(row.get("key", row.get("id", number)))
+        yield key, {IMAGE_EXTENSIONS[0]: content, "json": json.dumps(row, default=str).encode()}
+
+
+class Samples(Iterable[T]):
+    """What `decode(key, files)` makes of the usable samples of a source; may be read several times.
+
+    Args:
+        data: see `read_source`.
+        decode: raises BrokenSampleError for a sample that cannot be used.
+        limit: how many samples, chosen by a hash of their keys; None: all.
+
+    Attributes:
+        keys: of the samples that have come out, while they are read and afterwards.
+        skipped: how many have not, by reason.
+    """
+
+    def __init__(self, data: str, decode: Callable[[str, dict[str, bytes]], T], limit: int | None = None):
+        self.data, self.decode = data, decode
+        self.keys: list[str] = []
+        self.skipped: Counter[str] = Counter()
+        self.chosen: set[str] | None = None
+        if limit is not None:
+            self.chosen = first_by_hash((item[0] for item in read_source(data) if not isinstance(item, Skipped)), limit)
+
+    def __iter__(self) -> Iterator[T]:
+        self.keys, self.skipped = [], Counter()
+        for item in read_source(self.data):
+            if not isinstance(item, Skipped) and self.chosen is not None and item[0] not in self.chosen:
+                continue
+            result = decode_item(item, self.decode)
+            if isinstance(result, Skipped):
+                self.skipped[result.reason] += 1
+                continue
+            self.keys.append(item[0])
+            yield result
+        if not self.keys:
+            raise EmptySourceError(
+                f"no usable sample in {self.data!r}: {describe_skipped(self.skipped) or 'it is empty'}"
+            )
+
+
+def describe_skipped(skipped: Counter[str]) -> str:
+    """As in "3 x missing image, 1 x bad JSON"; "" if there are none."""
+    return ", ".join(f"{count} x {reason}" for reason, count in skipped.most_common())
+
+
+def split_by_hash(keys: Iterable[str], fraction: float) -> tuple[list[int], list[int]]:
+    """Indices of the held-out keys, and of the others.
+
+    Raises:
+        ValueError: if one of the two is empty.
+    """
+    held_out: list[int] = []
+    others: list[int] = []
+    for index, key in enumerate(keys):
+        (held_out if is_held_out(key, fraction) else others).append(index)
+    if not held_out or not others:
+        parts = f"{len(held_out)} samples to tune on and {len(others)} to test on"
+        raise ValueError(f"a held-out fraction of {fraction:g} makes {parts}: there must be both")
+    return held_out, others

@@ -1,0 +1,110 @@
+"""Few-shot linear probe: ridge regression from frozen features to one-hot labels, in closed form.
+
+CapPa is evaluated by such a probe with 10 shots. What this one does in detail: features are the mean over the encoder's
+patches, scaled to mean 0 and variance 1 over the shots; the bias is not penalised; the penalty is the best of a grid on
+held-out images of the test data.
+
+Legend: B images, S shots in all, C classes, E width of the features.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from .evaluation import Row, make_row
+from .retrieval import best_of_grid, ranks
+from .shards import first_by_hash
+from .zero_shot import accuracies
+
+
+PENALTIES = tuple(4.0**power for power in range(-6, 7))
+
+
+class LinearProbe(NamedTuple):
+    """Scores of features [B, E] are `features @ weight + bias`, [B, C]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return features.double() @ self.weight + self.bias
+
+
+def mean_pooled_features(model: Any, processor: Any, images: Iterable[Image.Image], batch_size: int = 16) -> Tensor:
+    """The encoder's patches, averaged: [B, E], float32 on the CPU.
+
+    Raises:
+        ValueError: for no images.
+    """
+    iterator, parts = iter(images), []
+    while batch := list(islice(iterator, batch_size)):
+        pixel_values = processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            output = model.model.vision_model(pixel_values.to(model.device, model.dtype))
+        parts.append(output.pooler_output.float().cpu())
+    if not parts:
+        raise ValueError("no images to make features of")
+    return torch.cat(parts)
+
+
+def choose_shots(keys: Sequence[str], labels: Sequence[int], shots: int) -> list[int]:
+    """Indices of the first `shots` samples of each class by hash of the key, ascending; fewer where there are fewer."""
+    of_class: dict[int, list[str]] = {}
+    for key, label in zip(keys, labels, strict=True):
+        of_class.setdefault(label, []).append(key)
+    chosen = {label: first_by_hash(own, shots) for label, own in of_class.items()}
+    return [index for index, (key, label) in enumerate(zip(keys, labels, strict=True)) if key in chosen[label]]
+
+
+def fit(features: Tensor, labels: Tensor, num_classes: int, penalty: float) -> LinearProbe:
+    """Minimises the mean over S shots of |scores - one-hot|^2, plus `penalty` * |weights of scaled features|^2.
+
+    Args:
+        features: [S, E].
+        labels: int [S].
+    """
+    mean, scale = features.double().mean(dim=0), features.double().std(dim=0, correction=0).clamp(min=1e-6)
+    scaled = (features.double() - mean) / scale
+    targets = F.one_hot(labels, num_classes).double()
+    average = targets.mean(dim=0)
+    gram = scaled.T @ scaled / len(features) + penalty * torch.eye(features.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve(gram, scaled.T @ (targets - average) / len(features)) / scale[:, None]
+    return LinearProbe(weight, average - mean @ weight)
+
+
+def probe_row(
+    name: str,
+    shots: tuple[Tensor, Tensor],
+    images: tuple[Tensor, Tensor],
+    split: tuple[list[int], list[int]],
+    num_classes: int,
+    baseline: bool = False,
+) -> Row:
+    """Top-1, top-5 and mean per class of the probe with the penalty that is best on the held-out images; with it.
+
+    Args:
+        shots, images: features [S, E] and labels int [S] to fit, and [B, E] and [B] to tune and test on.
+        split: indices of the images to tune on, and of those to test on.
+    """
+    features, labels = images
+
+    def wrong_before(penalty: float, indices: list[int]) -> Tensor:
+        scores = fit(*shots, num_classes, penalty)(features[indices])
+        return ranks(scores, F.one_hot(labels[indices], num_classes).bool())
+
+    penalty = best_of_grid(PENALTIES, lambda value: (wrong_before(value, split[0]) < 1).double().mean().item())
+    found, true = wrong_before(penalty, split[1]), labels[split[1]]
+    row = make_row(name, lambda drawn: accuracies(found[drawn], true[drawn]), len(true), baseline=baseline)
+    return {**row, "penalty": penalty}
+
+
+def count_shots(labels: Sequence[int]) -> str:
+    """As in "10 per class", or "2 to 10 per class"."""
+    counts = sorted(Counter(labels).values())
+    return f"{counts[0]} per class" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]} per class"

@@ -1,0 +1,76 @@
+"""Class names and templates of data sets: those of CLIP's evaluation are here, a JSON file each; yours may be anywhere.
+
+A file has the form `{"source": ..., "classes": [...], "templates": [...]}`. The order of the classes is that of the
+data set's class indices.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+
+FOLDER = Path(__file__).parent
+
+
+class Prompts(NamedTuple):
+    """What the classes of a data set are called, and the sentences that the names are put in."""
+
+    class_names: list[str]
+    templates: list[str]
+
+
+def known_prompts() -> list[str]:
+    """Names of the data sets whose prompts are here: "cifar10", "imagenet", ..."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def load_prompts(name_or_file: str | Path) -> Prompts:
+    """Prompts of a known data set, or of a file of the same form. Case does not matter in a name.
+
+    A class with several names (facial emotions have some) goes by the first.
+
+    Raises:
+        ValueError: naming what is known, if it is neither; naming the file, if that has another form.
+    """
+    path = FOLDER / f"{str(name_or_file).lower()}.json"
+    if str(name_or_file).lower() not in known_prompts():
+        path = Path(name_or_file)
+        if not path.is_file():
+            known = ", ".join(known_prompts())
+            raise ValueError(f"no prompts {str(name_or_file)!r}: there is no such file, and known are {known}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        class_names = [names if isinstance(names, str) else names[0] for names in content["classes"]]
+        templates = list(content["templates"])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} does not hold prompts: {type(error).__name__}: {error}") from error
+    if not class_names or not templates or not all(isinstance(text, str) for text in class_names + templates):
+        raise ValueError(f"{path} does not hold prompts: classes and templates must be lists of texts")
+    return Prompts(class_names, templates)
+
+
+def read_class_names(name_or_file: str) -> list[str]:
+    """Class names of `load_prompts`, or of a text file: a line each."""
+    return _read_lines(name_or_file) if is_text_file(name_or_file) else load_prompts(name_or_file).class_names
+
+
+def read_templates(name_or_file: str) -> list[str]:
+    """Templates of `load_prompts`, or of a text file: a line each."""
+    return _read_lines(name_or_file) if is_text_file(name_or_file) else load_prompts(name_or_file).templates
+
+
+def is_text_file(name_or_file: str) -> bool:
+    """Whether it is a file of lines: neither known, nor JSON."""
+    path = Path(name_or_file)
+    return name_or_file.lower() not in known_prompts() and path.suffix != ".json" and path.is_file()
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise ValueError(f"there are no lines in {path}")
+    return lines

@@ -1,0 +1,214 @@
+"""Results of an evaluation as `results.json`, `results.md` and `model-index.yml`, with all that led to them.
+
+Results are `{"task", "title", "notes", "data", "tables": {title: rows}, "run"}`; see `evaluation` for the rows.
+"""
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+
+from . import __version__
+
+
+class Metric(NamedTuple):
+    """How a metric is shown."""
+
+    heading: str
+    type: str
+    """The metric's name on the Hub."""
+    scale: float = 100.0
+    digits: int = 1
+
+
+METRICS = {
+    "top1": Metric("top-1 %", "accuracy"),
+    "top5": Metric("top-5 %", "accuracy"),
+    "mean_per_class": Metric("mean per class %", "accuracy"),
+    "recall_at_1": Metric("R@1 %", "recall"),
+    "recall_at_5": Metric("R@5 %", "recall"),
+    "recall_at_10": Metric("R@10 %", "recall"),
+    "median_rank": Metric("median rank", "median_rank", scale=1),
+    "cider_d": Metric("CIDEr-D %", "cider"),
+    "bleu4": Metric("BLEU-4 %", "bleu"),
+    "nats_per_token": Metric("nats per token", "information_gain", scale=1, digits=3),
+}
+HUB_TASKS = {
+    "zero-shot": ("zero-shot-image-classification", "Zero-shot image classification"),
+    "retrieval": ("image-text-retrieval", "Image-text retrieval"),
+    "compositional": ("image-text-matching", "Compositional image-text matching"),
+    "captioning": ("image-to-text", "Image captioning"),
+    "linear-probe": ("image-classification", "Linear probe"),
+}
+
+
+def metric_of(name: str) -> Metric:
+    """How a metric is shown; what is not known is a share of right answers, under its own name."""
+    return METRICS.get(name, Metric(f"{name} %", "accuracy"))
+
+
+# Circumstances
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not x86
+        return platform.processor() or platform.machine()
+
+
+def git_commit() -> str:
+    """Commit of the code, "-dirty" if a tracked file was changed; "unknown" where it is in no repository."""
+
+    def git(*arguments: str) -> str:
+        command, folder = ["git", *arguments], Path(__file__).parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not in a checkout of something else around it
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def weights_digest(model: str) -> str | None:
+    """SHA-256 of the weights, if `model` is a folder."""
+    path = Path(model) / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def describe_run(model: Any, name: str, command: str) -> dict[str, Any]:
+    """Command, weights, date, commit, hardware and versions."""
+    device = model.device
+    return {
+        "command": command,
+        "model": name,
+        "weights_sha256": weights_digest(name),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "hardware": {
+            "cpu": cpu_model(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        },
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": {"python": platform.python_version(), "ig_captioner": __version__}
+        | {name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+# Markdown
+
+
+def table_row(cells: Iterable[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    run = results["run"]
+    hardware, versions = (
+        ", ".join(f"{name} {value}" for name, value in run[field].items()) for field in ("hardware", "versions")
+    )
+    lines = [f"# {results['title']}", ""]
+    for title, rows in results["tables"].items():
+        lines += [f"## {title}", "", *table_lines(rows), ""]
+    lines += [f"{note}\n" for note in results["notes"]]
+    lines += [
+        "## Run",
+        "",
+        *(f"- {name}: {value}" for name, value in results["data"].items()),
+        f"- `{run['command']}`",
+        f"- {run['date']}, commit {run['git_commit']}",
+        f"- model {run['model']}, SHA-256 of its weights: {run['weights_sha256'] or 'unknown'}",
+        f"- hardware: {hardware}; {run['dtype']}",
+        f"- versions: {versions}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """One line per row; each figure with its interval in brackets."""
+    columns = list(rows[0]["metrics"])
+    headings = ["", "prior weight", *(metric_of(name).heading for name in columns)]
+    lines = [table_row(headings), table_row(["---"] * len(headings))]
+    for row in rows:
+        weight = "" if row["prior_weight"] is None else f"{row['prior_weight']:g}"
+        lines.append(table_row([row["name"], weight, *(format_metric(name, row["metrics"][name]) for name in columns)]))
+    return lines
+
+
+def format_metric(name: str, estimate: dict[str, float]) -> str:
+    """As in "12.3 (11.0 - 13.9)"."""
+    metric = metric_of(name)
+    value, low, high = (f"{metric.scale * estimate[part]:.{metric.digits}f}" for part in ("value", "low", "high"))
+    return f"{value} ({low} - {high})"
+
+
+# Metadata
+
+
+def model_index(results: dict[str, Any]) -> str:
+    """The `model-index` of a model card, as YAML, to be merged into its metadata."""
+    task, task_name = HUB_TASKS[results["task"]]
+    data = results["data"]["data"]
+    evaluations = [
+        EvalResult(
+            task_type=task,
+            task_name=task_name,
+            dataset_type=Path(data).name,
+            dataset_name=f"{Path(data).name}: {title}",
+            metric_type=metric_of(name).type,
+            metric_name=f"{metric_of(name).heading}, {row['name']}",
+            metric_value=round(metric_of(name).scale * estimate["value"], 3),
+            metric_args={"prior_weight": row["prior_weight"]} if row["prior_weight"] is not None else None,
+        )
+        for title, rows in results["tables"].items()
+        for row in rows
+        if not row["baseline"]
+        for name, estimate in row["metrics"].items()
+    ]
+    name = Path(results["run"]["model"]).name
+    return ModelCardData(model_name=name, eval_results=evaluations).to_yaml() + "\n"
+
+
+# Files
+
+
+def write_results(directory: Path, results: dict[str, Any]) -> None:
+    """`results.json`, `results.md` and `model-index.yml`, in a folder that is made if it is missing."""
+    directory.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "results.json": json.dumps(results, indent=2, allow_nan=False) + "\n",
+        "results.md": to_markdown(results),
+        "model-index.yml": model_index(results),
+    }
+    for name, content in contents.items():
+        (directory / name).write_text(content, encoding="utf-8")
+
+
+def draw_confusion(path: Path, confusions: dict[str, list[list[int]]], class_names: list[str]) -> bool:
+    """A picture of the counts [C, C] of each row, true classes downwards. Returns False where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(5 * len(confusions), 5.5), layout="constrained")
+    for axes, (name, counts) in zip(
+        figure.subplots(1, len(confusions), squeeze=False)[0], confusions.items(), strict=True
+    ):
+        axes.imshow(counts, cmap="viridis", interpolation="nearest")
+        axes.set(title=name, xlabel="predicted", ylabel="true")
+        if len(class_names) <= 40:
+            axes.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=7)
+            axes.set_yticks(range(len(class_names)), class_names, fontsize=7)
+    figure.savefig(path, dpi=120)
+    return True
