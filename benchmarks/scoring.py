@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    options.rounds = 3 if options.quick else 7
+    options.rounds = 3 if options.quick else 5
     options.dtype, batches = torch.float32, [1] if options.quick else [1, 8]
     if DEVICE.type == "cuda":
         options.dtype, batches = torch.bfloat16, [1, 32] if options.quick else [1, 8, 32, 128, 256]
