@@ -22,7 +22,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -40,7 +40,7 @@ SHARD_REASONS = (BROKEN_SHARD, UNREACHABLE_SHARD)  # of a Skipped that stands fo
 MAX_PIXELS = 50_000_000  # of an image; above it, a decompression bomb is likelier than a photo
 
 T = TypeVar("T")
-Encode = Callable[[str], list[int]]
+Encode = Callable[[list[str]], list[list[int]]]
 RawSample = tuple[str, dict[str, bytes]]  # key, {extension: content}
 
 
@@ -59,12 +59,25 @@ class BrokenSampleError(Exception):
     """Raised while a sample is decoded; the argument is the reason."""
 
 
+class EncodedCaptions(Sequence[list[int]]):
+    """Captions that become token ids when they are asked for: a stream uses one of each sample's."""
+
+    def __init__(self, texts: list[str], encode: Encode):
+        self.texts, self.encode = texts, encode
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.encode([self.texts[index]])[0]
+
+
 class Sample(NamedTuple):
     """One image with its captions: uint8 [H, W, 3], or as it was decoded; `captions` are token ids in scored form."""
 
     key: str
     image: np.ndarray | Image.Image
-    captions: list[list[int]]
+    captions: Sequence[list[int]]
 
 
 def describe_empty(name: str, paths: list[str], reasons: Counter[str]) -> str:
@@ -256,13 +269,16 @@ def sample_decoder(
     """The `decode` of `read_decoded` that gives pixels and caption tokens.
 
     Args:
-        size: see `shrink`; the pixels are then uint8 [H, W, 3], which takes less memory than the image as decoded.
+        size: see `shrink`; for samples that are kept: the pixels are then uint8 [H, W, 3], which takes less memory than
+            the image as decoded, and all captions are encoded at once.
     """
 
     def decode(key: str, files: dict[str, bytes]) -> Sample:
         image = read_image(files, max_pixels)
-        captions = [encode(caption) for caption in read_captions(files)]
-        return Sample(key, image if size is None else np.asarray(shrink(image, size)), captions)
+        captions = read_captions(files)
+        if size is None:
+            return Sample(key, image, EncodedCaptions(captions, encode))
+        return Sample(key, np.asarray(shrink(image, size)), encode(captions))
 
     return decode
 
@@ -280,14 +296,15 @@ def read_samples(
 
 
 def make_encoder(tokenizer: Any, max_length: int) -> Encode:
-    """Text to token ids in scored form: tokens and EOS, no start token, at most `max_length`, EOS kept."""
+    """Texts to token ids in scored form: tokens and EOS, no start token, at most `max_length`, EOS kept."""
     if not gives_scored_form(tokenizer):
         raise ValueError(
             f"the tokenizer must add EOS and nothing else; it turns 'a' into {tokenizer('a')['input_ids']}"
         )
 
-    def encode(text: str) -> list[int]:
-        tokens = tokenizer(text)["input_ids"]
-        return tokens if len(tokens) <= max_length else [*tokens[: max_length - 1], tokenizer.eos_token_id]
+    def encode(texts: list[str]) -> list[list[int]]:
+        eos = tokenizer.eos_token_id
+        rows = tokenizer(texts)["input_ids"]
+        return [tokens if len(tokens) <= max_length else [*tokens[: max_length - 1], eos] for tokens in rows]
 
     return encode

@@ -104,7 +104,7 @@ def test_json_captions_win_over_the_text_file(tmp_path, tokenizer):
     members = [("k.png", image_bytes()), ("k.txt", b"text"), ("k.json", metadata)]
     path = write_shard(tmp_path / "s.tar", members)
     (sample,) = read_samples([str(path)], make_encoder(tokenizer, 32), max_pixels=1000)
-    assert sample.captions == [tokenizer(text)["input_ids"] for text in ("one", "two")]
+    assert list(sample.captions) == [tokenizer(text)["input_ids"] for text in ("one", "two")]
 
 
 def test_transparency_becomes_white(tmp_path, tokenizer):
@@ -183,7 +183,7 @@ def test_held_out_keys_are_never_drawn(tmp_path, tokenizer):
 
 def test_encoder_cuts_long_captions_but_keeps_eos(tokenizer):
     encode = make_encoder(tokenizer, 4)
-    tokens = encode(CAPTIONS[3])
+    (tokens,) = encode([CAPTIONS[3]])
     assert len(tokens) == 4 and tokens[-1] == tokenizer.eos_token_id
     assert tokens[:3] == tokenizer(CAPTIONS[3])["input_ids"][:3]
 
