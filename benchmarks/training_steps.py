@@ -103,10 +103,26 @@ def captioner_step(
 ) -> Callable[[], None]:
     """As `training.train` does a step: captions padded to the longest, loss without full logits."""
     optimizers = make_optimizers(model, config or OptimizerConfig())
-    whole = {"pixel_values": batch["pixel_values"], "labels": pad_labels(batch["captions"])}
+    return step_of(model, optimizers, batch["pixel_values"], pad_labels(batch["captions"]))
+
+
+def plain_step(model: torch.nn.Module, batch: dict[str, Any], length: int = 0) -> Callable[[], None]:
+    """The loop of a tutorial: captions padded to `length`, or 0 for the longest, one batch, loss over all logits."""
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3)]
+    labels = pad_labels(batch["captions"])
+    if length:
+        labels = torch.nn.functional.pad(labels, (0, length - labels.shape[1]), value=-100)
+    return step_of(model, optimizers, batch["pixel_values"], labels)
+
+
+def step_of(
+    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], pixel_values: Tensor, labels: Tensor
+) -> Callable[[], None]:
+    """What all contenders have in common, from the batch on the CPU to the new weights."""
 
     def step() -> None:
-        inputs = {name: tensor.to(DEVICE, non_blocking=True) for name, tensor in whole.items()}
+        inputs = {"pixel_values": pixel_values.to(DEVICE, non_blocking=True)}
+        inputs["labels"] = labels.to(DEVICE, non_blocking=True)
         with autocast():
             loss = model(**inputs).loss
         loss.backward()
@@ -114,25 +130,5 @@ def captioner_step(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-
-    return step
-
-
-def plain_step(model: torch.nn.Module, batch: dict[str, Any], length: int = 0) -> Callable[[], None]:
-    """The loop of a tutorial: captions padded to `length`, or 0 for the longest, one batch, loss over all logits."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    labels = pad_labels(batch["captions"])
-    if length:
-        labels = torch.nn.functional.pad(labels, (0, length - labels.shape[1]), value=-100)
-    whole: dict[str, Tensor] = {"pixel_values": batch["pixel_values"], "labels": labels}
-
-    def step() -> None:
-        inputs = {name: tensor.to(DEVICE, non_blocking=True) for name, tensor in whole.items()}
-        with autocast():
-            loss = model(**inputs).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
 
     return step

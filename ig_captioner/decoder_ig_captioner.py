@@ -16,7 +16,7 @@ Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E e
 V vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -231,7 +231,8 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
             # a prefix is put in front of the mask, and parallel texts open it: both need it spelled out
             allow_is_causal_skip=self.config.fusion == "cross_attention" and parallel_rows is None,
         )
-        text = self._with_positions(inputs_embeds, position_ids, mask, is_causal=True)
+        hidden_states = self._with_positions(inputs_embeds, position_ids)
+        text = TextStates(hidden_states, mask, self._rotary(position_ids), is_causal=True)
         if parallel_rows is not None:
             text.mask, text.is_causal = self._open_mask(mask, parallel_rows)
         return self._run_text_only_layers(text, past_key_values=past_key_values, **kwargs)
@@ -244,19 +245,20 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         Args:
             hidden_states: [G, Q, D], what an earlier call returned for the same blocks; saves the text-only layers.
         """
-        text = self._with_positions(self.embed_tokens(tokens), depths, tree_mask(ends), is_causal=False)
-        if hidden_states is None:
-            return self._run_text_only_layers(text)
-        return replace(text, hidden_states=hidden_states)
+        mask, rotary = tree_mask(ends), self._rotary(depths)
+        if hidden_states is not None:
+            return TextStates(hidden_states, mask, rotary, is_causal=False)
+        embedded = self._with_positions(self.embed_tokens(tokens), depths)
+        return self._run_text_only_layers(TextStates(embedded, mask, rotary, is_causal=False))
 
-    def _with_positions(
-        self, inputs_embeds: Tensor, position_ids: Tensor, mask: Tensor | None, is_causal: bool
-    ) -> TextStates:
+    def _with_positions(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
+        return inputs_embeds if self.embed_positions is None else inputs_embeds + self.embed_positions(position_ids)
+
+    def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.embed_positions is not None:
-            return TextStates(inputs_embeds + self.embed_positions(position_ids), mask, None, is_causal)
+            return None
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        rotary = rotary_embedding(position_ids, head_dim, self.config.rope_theta)
-        return TextStates(inputs_embeds, mask, rotary, is_causal)
+        return rotary_embedding(position_ids, head_dim, self.config.rope_theta)
 
     def _run_text_only_layers(self, text: TextStates, **kwargs) -> TextStates:
         for layer in self.layers[: self.config.num_text_only_layers]:

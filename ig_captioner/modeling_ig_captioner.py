@@ -195,7 +195,7 @@ class IGCaptionerModelWithHead(IGCaptionerScorer):
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling `module` does nothing but multiply by its weight and add its bias (no FSDP unit of its own)."""
-    watched = module._backward_hooks or module._backward_pre_hooks or "forward" in vars(module)
+    watched = module._backward_hooks or module._backward_pre_hooks
     return type(module) is nn.Linear and not watched and not is_intercepted(module)
 
 

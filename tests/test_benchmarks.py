@@ -45,7 +45,7 @@ def allocate(megabytes):
     return lambda: torch.ones(int(megabytes * 250_000)).add(kept[0])
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's record of peak memory")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs a resettable VmHWM (Linux)")
 def test_peak_memory_counts_what_a_step_allocates():
     assert 190 < measure_peak(allocate, 100) < 220
 

@@ -130,6 +130,7 @@ class MetricsLog:
 
     def add_part(self, outputs: Any, share: Tensor, labels: Tensor) -> None:
         """Losses of a part of a batch. Sums stay on the device, so that adding costs no synchronisation."""
+        # the head's share depends on the labels, which are on the device here: add_step adds it
         self.flops += training_flops(self.model_config, *labels.shape, 0, self.frozen_encoder)
         for name in LOSSES:
             value = getattr(outputs, name)
