@@ -1,0 +1,115 @@
+"""Runs the experiments of `plan.py`, several at a time, and writes tables and pictures."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ig_captioner.shards import find_shards
+from training.train_tokenizer import read_all_captions, train_tokenizer
+
+from .evaluate import CLASS_NAMES, TRAIN_SHARDS
+from .long_tail import write_long_tail
+from .plan import LONG_TAIL_SHARD, Recipe, Run, ablation_runs, comparison_runs, load_recipe, long_tail_runs, search_runs
+from .report import write_report
+
+
+HERE = Path(__file__).parent
+EXPERIMENTS = ("comparison", "long_tail", "ablations")
+
+
+class Workshop:
+    """Where runs lie, and how they are started. A run is a process with one thread; finished ones are not repeated."""
+
+    def __init__(self, options: argparse.Namespace, recipe: Recipe):
+        self.options, self.recipe, self.folder = options, recipe, options.output_dir.resolve()
+        self.tokenizer, self.long_tail = self.folder / "tokenizer", self.folder / LONG_TAIL_SHARD
+        self.holdout = recipe.train["data"]["sources"]["cifar10"]["holdout_fraction"]
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def prepare(self) -> None:
+        """Tokenizer and long-tailed shard."""
+        shards = find_shards(TRAIN_SHARDS.values(), self.options.data_root)
+        if not (self.tokenizer / "tokenizer.json").is_file():
+            captions = read_all_captions(shards, self.holdout)
+            train_tokenizer(captions, self.recipe.vocab_size).save_pretrained(self.tokenizer)
+        if not self.long_tail.is_file():
+            cifar10 = find_shards([TRAIN_SHARDS["cifar10"]], self.options.data_root)
+            write_long_tail(cifar10, self.long_tail, CLASS_NAMES, self.recipe.long_tail_ratio, self.holdout)
+
+    def run_all(self, runs: list[Run]) -> list[dict[str, Any]]:
+        """The metrics of each. Raises RuntimeError, once all have ended, naming the log of one that failed."""
+        with ThreadPoolExecutor(self.options.workers) as pool:
+            return list(pool.map(self.run, runs))
+
+    def run(self, run: Run) -> dict[str, Any]:
+        folder = self.folder / run.name
+        if not (folder / "metrics.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            order = {
+                "run": run._asdict(),
+                "recipe": str(self.options.recipe.resolve()),
+                "tokenizer": str(self.tokenizer),
+            }
+            order |= {"long_tail": str(self.long_tail), "data_root": str(Path(self.options.data_root).resolve())}
+            (folder / "run.json").write_text(json.dumps(order))
+            command = [sys.executable, "-m", "benchmarks.small_scale.run", str(folder)]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(self.options.threads)}
+            with open(folder / "run.log", "w") as log:
+                code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+            if code:
+                raise RuntimeError(f"run {run.name} failed with exit code {code}, see {folder / 'run.log'}")
+        metrics = json.loads((folder / "metrics.json").read_text())
+        print(f"{run.name}: {metrics['minutes']} minutes, held-out quality {metrics['quality']:.4f}", flush=True)
+        return metrics
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS)
+    parser.add_argument("--recipe", type=Path, default=HERE / "cpu.yaml", help="cpu.yaml or gpu.yaml beside this file")
+    parser.add_argument("--data_root", default=os.environ.get("IG_CAPTIONER_DATA", "data"))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/small_scale"))
+    parser.add_argument("--results", type=Path, default=HERE.parent / "results" / "small_scale")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a run")
+    parser.add_argument("--ablation_seeds", type=int, default=1, help="of the recipe's seeds, the first so many")
+    options = parser.parse_args(arguments)
+    recipe = load_recipe(options.recipe)
+    workshop = Workshop(options, recipe)
+    workshop.prepare()
+    command = "python -m benchmarks.small_scale " + " ".join(options.experiments)
+    rates = None
+    if set(options.experiments) & {"comparison", "ablations"}:
+        searched = workshop.run_all(search_runs(recipe))
+        rates = choose_rates(searched)
+        compared = workshop.run_all(comparison_runs(recipe, rates))
+    if "comparison" in options.experiments:
+        write_report(options.results, "comparison", searched + compared, recipe, command)
+    if "long_tail" in options.experiments:
+        write_report(options.results, "long_tail", workshop.run_all(long_tail_runs(recipe)), recipe, command)
+    if "ablations" in options.experiments:
+        seeds = recipe.seeds[: options.ablation_seeds]
+        changed = workshop.run_all(ablation_runs(recipe, rates, seeds))
+        unchanged = [each for each in compared if each["run"]["seed"] in seeds and each["run"]["arm"] != "CLIP"]
+        write_report(options.results, "ablations", unchanged + changed, recipe, command)
+
+
+def choose_rates(searched: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each arm the factor with the best held-out quality."""
+    best: dict[str, dict[str, Any]] = {}
+    for each in searched:
+        arm = each["run"]["arm"]
+        if arm not in best or each["quality"] > best[arm]["quality"]:
+            best[arm] = each
+    return {arm: each["run"]["rate_factor"] for arm, each in best.items()}
+
+
+if __name__ == "__main__":
+    main()
