@@ -15,8 +15,9 @@ from training.train_tokenizer import read_all_captions, train_tokenizer
 
 from .evaluate import CLASS_NAMES, TRAIN_SHARDS
 from .long_tail import write_long_tail
+from .pictures import draw_comparison, draw_long_tail
 from .plan import LONG_TAIL_SHARD, Recipe, Run, ablation_runs, comparison_runs, load_recipe, long_tail_runs, search_runs
-from .report import write_report
+from .report import ablations, comparison, long_tail, write_report
 
 
 HERE = Path(__file__).parent
@@ -85,20 +86,24 @@ def main(arguments: list[str] | None = None) -> None:
     workshop = Workshop(options, recipe)
     workshop.prepare()
     command = "python -m benchmarks.small_scale " + " ".join(options.experiments)
-    rates = None
+    folder = options.results
     if set(options.experiments) & {"comparison", "ablations"}:
         searched = workshop.run_all(search_runs(recipe))
         rates = choose_rates(searched)
         compared = workshop.run_all(comparison_runs(recipe, rates))
     if "comparison" in options.experiments:
-        write_report(options.results, "comparison", searched + compared, recipe, command)
+        text = comparison(compared, searched, recipe)
+        write_report(folder, "comparison", text, searched + compared, command)
+        draw_comparison(folder / "comparison.png", compared)
     if "long_tail" in options.experiments:
-        write_report(options.results, "long_tail", workshop.run_all(long_tail_runs(recipe)), recipe, command)
+        uneven = workshop.run_all(long_tail_runs(recipe))
+        write_report(folder, "long_tail", long_tail(uneven, recipe), uneven, command)
+        draw_long_tail(folder / "long_tail.png", uneven, recipe)
     if "ablations" in options.experiments:
         seeds = recipe.seeds[: options.ablation_seeds]
-        changed = workshop.run_all(ablation_runs(recipe, rates, seeds))
         unchanged = [each for each in compared if each["run"]["seed"] in seeds and each["run"]["arm"] != "CLIP"]
-        write_report(options.results, "ablations", unchanged + changed, recipe, command)
+        all_runs = unchanged + workshop.run_all(ablation_runs(recipe, rates, seeds))
+        write_report(folder, "ablations", ablations(all_runs), all_runs, command)
 
 
 def choose_rates(searched: list[dict[str, Any]]) -> dict[str, float]:
