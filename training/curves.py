@@ -26,7 +26,7 @@ def draw_curves(log: Path, picture: Path) -> bool:
     for name, label in (("captioning_loss", "CE(T|I)"), ("unconditional_loss", "CE(T)")):
         draw(losses, {label: [(row["step"], row.get(name)) for row in metrics]})
     sources = sorted({name for row in metrics for name in row["sources"]})
-    draw(gains, {"all": [(row["step"], row["information_gain"]) for row in metrics]})
+    draw(gains, {"all": [(row["step"], row.get("information_gain")) for row in metrics]})
     for source in sources if len(sources) > 1 else []:
         points = [(row["step"], row["sources"].get(source, {}).get("information_gain")) for row in metrics]
         draw(gains, {source: points}, linewidth=0.8)

@@ -40,9 +40,14 @@ def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def summary(row: dict[str, Any]) -> str:
+    shown = {
+        "captioning_loss": "cap {:.3f}",
+        "unconditional_loss": "uncond {:.3f}",
+        "information_gain": "IG/token {:.4f}",
+    }
+    losses = " ".join(text.format(row[name]) for name, text in shown.items() if name in row)
     return (
-        f"step {row['step']} cap {row['captioning_loss']:.3f} uncond {row['unconditional_loss']:.3f} "
-        f"IG/token {row['information_gain']:.4f} {row['images_per_second']:.0f} img/s "
+        f"step {row['step']} {losses} {row['images_per_second']:.0f} img/s "
         f"{row['tokens_per_second']:.0f} tok/s MFU {row['mfu']:.0%} {row['peak_memory_gib']:.1f} GiB "
         f"waited {row['data_wait']:.0%}"
     )
@@ -192,7 +197,8 @@ class MetricsLog:
 
     def write(self, progress: Any, seconds: float, fraction: float, factor: float) -> dict[str, Any]:
         means = {name: torch.div(*self.accelerator.reduce(sums)).item() for name, sums in self.means.items()}
-        gain = means.get("unconditional_loss", float("nan")) - means.get("captioning_loss", float("nan"))
+        if {"captioning_loss", "unconditional_loss"} <= means.keys():  # one is missing where its weight is 0
+            means["information_gain"] = means["unconditional_loss"] - means["captioning_loss"]
         skipped = sum((Counter(counts) for counts in gather_object([dict(progress.skipped)])), Counter[str]())
         row = {
             "step": progress.step,
@@ -201,7 +207,6 @@ class MetricsLog:
             "progress": round(fraction, 5),
             "learning_rate_factor": round(factor, 5),
             **{name: round(value, 5) for name, value in means.items()},
-            "information_gain": round(gain, 5),
             **self.speeds(),
             "skipped_samples": skipped.total(),
             "skipped": dict(sorted(skipped.items())),

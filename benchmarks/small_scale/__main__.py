@@ -46,7 +46,8 @@ class Workshop:
     def run_all(self, runs: list[Run]) -> list[dict[str, Any]]:
         """The metrics of each. Raises RuntimeError, once all have ended, naming the log of one that failed."""
         with ThreadPoolExecutor(self.options.workers) as pool:
-            return list(pool.map(self.run, runs))
+            futures = [pool.submit(self.run, run) for run in runs]
+        return [future.result() for future in futures]
 
     def run(self, run: Run) -> dict[str, Any]:
         folder = self.folder / run.name
