@@ -19,7 +19,7 @@ from training.checkpoint import list_checkpoints, load_state, save_checkpoint
 from training.config import OptimizerConfig, TrainConfig, load_config, parse_overrides
 from training.curves import draw_curves
 from training.evaluation import evaluate_held_out, rank_of_target
-from training.metrics import sums_by_source, weight_in_mean
+from training.metrics import read_rows, sums_by_source, weight_in_mean
 from training.optim import (
     MovingAverage,
     group_parameters,
@@ -495,3 +495,10 @@ def test_losses_that_a_part_of_a_batch_does_not_have_are_left_out(workspace, tmp
         conditional = (row["loss"] - 0.5 * row["unconditional_loss"]) / 1.5
         low, high = sorted([row["captioning_loss"], row["parallel_loss"]])
         assert low < conditional < high
+
+
+def test_a_captioner_without_the_unconditional_loss_trains_and_logs(workspace, tmp_path):
+    train(run_config(workspace, tmp_path / "run", **{"model.unconditional_weight": 0.0}))
+    rows = read_rows(tmp_path / "run" / "log.jsonl")
+    assert rows and all("captioning_loss" in row for row in rows)
+    assert not any("unconditional_loss" in row or "information_gain" in row for row in rows)
