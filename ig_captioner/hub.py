@@ -311,7 +311,8 @@ def _commit(
         # Not upload_folder, which may make several commits: in between, code and weights would not belong together.
         return str(api.create_commit(repo_id, operations, commit_message=message, revision=branch).commit_url)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # ... as the ways to upload raise them
-        reason = " ".join(str(error.__cause__ or error).split())
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # of an upload in a thread
+        reason = " ".join(str(cause or error).split())
         raise OSError(f"{repo_id!r} was not pushed to {constants.ENDPOINT}: {reason}") from error
 
 

@@ -257,7 +257,8 @@ class Handler(BaseHTTPRequestHandler):
         if not is_large(name):
             return self.reply(content, headers={**headers, "ETag": f'"{blob_id(content)}"'})
         oid = hashlib.sha256(content).hexdigest()
-        headers |= {"Location": f"{self.server.url}/lfs/{oid}", "X-Linked-ETag": f'"{oid}"'}
+        elsewhere = self.server.url.replace("127.0.0.1", "localhost")  # large files come from another host
+        headers |= {"Location": f"{elsewhere}/lfs/{oid}", "X-Linked-ETag": f'"{oid}"'}
         self.reply(b"", 302, {**headers, "X-Linked-Size": str(len(content))})
 
     def large_file(self, oid: str) -> None:
