@@ -243,8 +243,7 @@ def _copy_card(source: Path, folder: Path, license: str | None) -> None:
         write_facts(
             folder, facts if license is None else replace(facts, license=license, license_name=None, license_link=None)
         )
-    if (source / RESULTS_FOLDER).is_dir():
-        shutil.copytree(source / RESULTS_FOLDER, folder / RESULTS_FOLDER, copy_function=shutil.copyfile)
+    add_results(folder, (source / RESULTS_FOLDER).glob("*.json"), None)  # they have been checked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,11 +288,10 @@ def push_release(
     with TemporaryDirectory() as temporary:
         if not _is_release(release):
             release = save_release(Path(temporary, "release"), release, repo_id=repo_id)
-        model = load_model(IGCaptionerForZeroShotImageClassification, release)
         contents: dict[str, Path | bytes] = {name: release / name for name in _names_of_files(release)}
-        contents[CARD_FILE] = make_card(release, model, repo_id)
+        card = make_card(release, load_model(IGCaptionerForZeroShotImageClassification, release), repo_id)
         message = commit_message or f"Release by ig_captioner {__version__}"
-        return _commit(HfApi(token=token), repo_id, contents, private, revision, message)
+        return _commit(HfApi(token=token), repo_id, {**contents, CARD_FILE: card}, private, revision, message)
 
 
 def _commit(

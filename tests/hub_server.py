@@ -34,9 +34,9 @@ ROUTES = {  # method and path: function of the handler, called with the groups
 
 
 class HubError(Exception):
-    def __init__(self, status: int, code: str, message: str):
+    def __init__(self, status: int, code: str, message: str, **headers: str):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.headers = status, {"X-Error-Code": code, "X-Error-Message": message, **headers}
 
 
 class Repository:
@@ -116,8 +116,7 @@ class Handler(BaseHTTPRequestHandler):
                         return getattr(self, name)(*match.groups())
             raise HubError(404, "EntryNotFound", "no such route")
         except HubError as error:
-            headers = {"X-Error-Code": error.code, "X-Error-Message": str(error)}
-            self.reply({"error": str(error)}, error.status, headers)
+            self.reply({"error": str(error)}, error.status, error.headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
@@ -253,7 +252,7 @@ class Handler(BaseHTTPRequestHandler):
         sha = repository.resolve(revision)
         content, headers = repository.commits[sha].get(name), {"X-Repo-Commit": sha}
         if content is None:
-            raise HubError(404, "EntryNotFound", f"{name} does not exist")
+            raise HubError(404, "EntryNotFound", f"{name} does not exist", **headers)  # so that this is cached, too
         if not is_large(name):
             return self.reply(content, headers={**headers, "ETag": f'"{blob_id(content)}"'})
         oid = hashlib.sha256(content).hexdigest()

@@ -237,9 +237,9 @@ def test_pushed_twice_loaded_pinned_saved_and_offline(server, checkpoint, tmp_pa
     online = elsewhere({**pinned, "save_to": "saved"}, {"model": REPO})
     requests = server.take_requests()
     needed = {*RELEASE_FILES} - {"README.md", "generation_config.json"}
-    for sha in (revision, newer):
-        assert {f"GET /{REPO}/resolve/{sha}/{name}" for name in needed} <= {*requests}
-    assert sum(request.startswith("GET /lfs/") for request in requests) == 2
+    assert {f"GET /{REPO}/resolve/{revision}/{name}" for name in needed} <= {*requests}
+    assert not [request for request in requests if request.startswith(f"GET /{REPO}/resolve/{newer}/")]  # the same ...
+    assert sum(request.startswith("GET /lfs/") for request in requests) == 2  # ... but for the weights
 
     offline = elsewhere(pinned, {"model": REPO}, {"model": "saved"}, offline=True)
     assert not server.requests
@@ -252,5 +252,6 @@ def test_a_cached_model_is_asked_after_but_not_downloaded(server, checkpoint, el
     push_release(checkpoint, REPO)
     first = elsewhere({"model": REPO})
     assert elsewhere({"model": REPO}) == first
-    print(*server.take_requests(), sep="\n")
-    assert 0
+    asked = f"GET /api/models/{REPO}"
+    about_it = sorted(request for request in server.take_requests() if REPO in request)
+    assert about_it == [asked, f"{asked}/tree/main", f"{asked}/tree/main/additional_chat_templates"]
