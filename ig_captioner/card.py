@@ -12,7 +12,6 @@ takes in further results (files `results.json`) and writes the card of the check
 import argparse
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -37,6 +36,7 @@ RESULTS_FOLDER = "results"
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md")
 PIPELINE_TAG = "zero-shot-image-classification"
 TAGS = [PIPELINE_TAG, "image-to-text", "image-captioning", "information-gain", "ig-captioner"]
+LOCAL_FOLDERS = re.compile(r"""(?<![\w:/.])(?:/[^\s'"/]+)+/(?=[^\s'"/])""")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -110,6 +110,8 @@ def _read_result(path: Path) -> dict[str, Any]:
 def add_results(folder: Path, paths: Iterable[str | Path], digest: str | None) -> None:
     """Copies files `results.json` to `results/`, under the names of their folders; others keep their own.
 
+    Of absolute paths only the last part is copied: where files lie on this machine is nobody's business.
+
     Args:
         digest: SHA-256 of the checkpoint's weights, if it is known.
 
@@ -123,7 +125,8 @@ def add_results(folder: Path, paths: Iterable[str | Path], digest: str | None) -
             raise ValueError(f"{path} was measured with other weights: SHA-256 {measured}, here {digest}")
         name = path.resolve().parent.name if path.name == "results.json" else path.stem
         (folder / RESULTS_FOLDER).mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / RESULTS_FOLDER / f"{name}.json")
+        text = LOCAL_FOLDERS.sub("", path.read_text(encoding="utf-8"))
+        (folder / RESULTS_FOLDER / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 # The card

@@ -175,6 +175,18 @@ def test_results_are_in_metadata_and_text(source, tmp_path):
     assert (again / "results" / "probe.json").read_bytes() == probe.read_bytes()
 
 
+def test_results_tell_no_folders_of_this_machine(source, tmp_path):
+    path = write_measured(tmp_path / "out", source, classes=[0.1, 0.2])
+    results = json.loads(path.read_text())
+    told = results["run"]
+    told |= {"model": str(source), "command": f"evaluate --data {tmp_path}/b.tar --clip a/b --more 'hf://x/y/z.tar'"}
+    told["hardware"]["cpu"] = "a/b 1 / 2"
+    path.write_text(json.dumps(results))
+    folder = save_release(tmp_path / "tiny", source, results=[path])
+    told |= {"model": "source", "command": "evaluate --data b.tar --clip a/b --more 'hf://x/y/z.tar'"}
+    assert read_results(folder) == [results] and str(tmp_path) not in (folder / "README.md").read_text()
+
+
 def test_results_of_other_weights_or_of_nothing_are_refused(source, tmp_path):
     path = write_measured(tmp_path / "out", source, classes=[0.1, 0.2])
     results = json.loads(path.read_text())
