@@ -270,21 +270,24 @@ def test_no_code_of_a_checkpoint_is_run(checkpoint):
 
 # Clean processes
 
-IN_ANOTHER_PROCESS = """
-import importlib.abc, json, re, sys
-from pathlib import Path
-
-package, save_to, *folders = sys.argv[1:]
+WITHOUT_THE_PACKAGE = """
+import importlib.abc, sys
 
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "ig_captioner":
             raise ImportError("the package is not installed here")
 
+sys.meta_path.insert(0, Blocked())
+"""
+
+IN_ANOTHER_PROCESS = """
+import json, re, sys
+from pathlib import Path
+
+package, save_to, *folders = sys.argv[1:]
 if package == "installed":
     import ig_captioner
-else:
-    sys.meta_path.insert(0, Blocked())
 
 import torch
 import transformers
@@ -350,16 +353,23 @@ print(json.dumps(results))
 """
 
 
-def run_elsewhere(room: Path, package: str, save_to: str, *folders: str) -> dict[str, dict]:
-    """What [`IN_ANOTHER_PROCESS`] prints. The package is importable only where it is said to be installed."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(room / "home"), "HF_MODULES_CACHE": str(room / "modules"), "HF_HUB_OFFLINE": "1"}
-    if package == "installed":
-        environment["PYTHONPATH"] = str(Path(ig_captioner.__file__).parents[1])
-    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, package, save_to, *folders]
+def run_python(room: Path, code: str, *arguments: str, **variables: str):
+    """The JSON that `code` prints last, in a process of its own with caches of its own in `room`."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
+    environment |= {"HF_HOME": str(room / "home"), "HF_MODULES_CACHE": str(room / "modules"), **variables}
+    command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=room, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_elsewhere(room: Path, package: str, save_to: str, *folders: str) -> dict[str, dict]:
+    """What [`IN_ANOTHER_PROCESS`] prints. The package is importable only where it is said to be installed."""
+    arguments, variables = (package, save_to, *folders), {"HF_HUB_OFFLINE": "1"}
+    if package == "installed":
+        variables["PYTHONPATH"] = str(Path(ig_captioner.__file__).parents[1])
+        return run_python(room, IN_ANOTHER_PROCESS, *arguments, **variables)
+    return run_python(room, WITHOUT_THE_PACKAGE + IN_ANOTHER_PROCESS, *arguments, **variables)
 
 
 def test_releases_load_save_and_load_again_in_clean_processes(checkpoint, room):
