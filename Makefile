@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENVS ?= .venv
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wheel-check clean
 
 demo: $(VENVS)/demo/installed
 	$(VENVS)/demo/bin/python examples/demo.py --output_dir demo_output
@@ -22,6 +22,17 @@ $(VENVS)/%/installed: setup.cfg constraints.txt
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
+
+# The wheel of a clean clone, in an empty environment outside the checkout, with what it asks for.
+wheel-check:
+	set -e; here=$$PWD; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	git clone --quiet . "$$folder/clone"; \
+	cd "$$folder"; $(PYTHON) -m venv venv; \
+	venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir . ./clone; \
+	venv/bin/python -m pip install --quiet --constraint "$$here/constraints.txt" torch; \
+	venv/bin/python -m pip install --quiet --constraint "$$here/constraints.txt" ./*.whl; \
+	cp clone/docs/images/demo.png .; rm -rf clone; \
+	venv/bin/ig-captioner classify demo.png --labels cat dog horse
 
 clean:
 	rm -rf $(VENVS) build dist *.egg-info demo_output

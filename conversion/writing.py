@@ -11,7 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration, IGCaptionerTextConfig
-from ig_captioner.hub import CARD_FILE, fill_card, load_model
+from ig_captioner.card import CARD_FILE, CardFacts, make_card, write_facts
+from ig_captioner.hub import load_model
 
 from .reading import ConversionError
 
@@ -113,8 +114,9 @@ def write_card(
 ) -> None:
     """The package's card, with where the weights come from: a sentence, and `facts` as a table."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    section = f"\n## Source\n\n{summary}\n\n| | |\n|---|---|\n{rows}\n"
-    (folder / CARD_FILE).write_text(str(fill_card(model, name, license)).rstrip() + "\n" + section, encoding="utf-8")
+    source = f"{summary}\n\n| | |\n|---|---|\n{rows}"
+    write_facts(folder, CardFacts(license=license or "unknown", source=source))
+    (folder / CARD_FILE).write_bytes(make_card(folder, model, name))
 
 
 def push(directory: Path, repository: str) -> None:

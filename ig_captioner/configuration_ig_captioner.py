@@ -359,5 +359,7 @@ def _of_text_config(name: str) -> property:
 for _name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "mask_token_id"):
     setattr(IGCaptionerConfig, _name, _of_text_config(_name))
 
+IGCaptionerVisionConfig.register_for_auto_class("AutoConfig")  # an encoder saved alone brings its code along
+
 
 __all__ = ["IGCaptionerConfig", "IGCaptionerTextConfig", "IGCaptionerVisionConfig"]

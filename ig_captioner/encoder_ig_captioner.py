@@ -360,3 +360,6 @@ class IGCaptionerVisionModel(IGCaptionerPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         patches = hidden_states[:, : hidden_states.shape[1] - self.config.num_register_tokens]
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=patches.mean(dim=1))
+
+
+IGCaptionerVisionModel.register_for_auto_class("AutoModel")  # saved alone, it brings its code along

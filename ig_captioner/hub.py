@@ -1,7 +1,7 @@
-"""Checkpoints in and out: loading one from a folder or the Hub, and writing the complete folder that the Hub expects.
+"""Checkpoints in and out: loading one from a folder or the Hub, and the complete folder that the Hub expects.
 
 A released folder needs nothing but transformers: weights, configuration, tokenizer, processor, a card, and the code
-that `trust_remote_code=True` runs. What it must hold stands in `RELEASE_FILES`.
+that `trust_remote_code=True` runs. What it must hold stands in `RELEASE_FILES`; `push_release` uploads it.
 
 Nothing here runs code from a checkpoint: the package's own classes read it, pickled weights are refused.
 """
@@ -11,14 +11,26 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    constants,
+    get_token,
+    snapshot_download,
+)
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import validate_repo_id
 
 from . import (
     TINY_CHECKPOINT,
@@ -27,13 +39,15 @@ from . import (
     IGCaptionerForZeroShotImageClassification,
     IGCaptionerPreTrainedModel,
     IGCaptionerProcessor,
+    __version__,
 )
+from .card import CARD_FILE, FACTS_FILE, RESULTS_FOLDER, CardFacts, add_results, make_card, read_facts, write_facts
 from .configuration_ig_captioner import AUTO_MAP, CUSTOM_PIPELINES, REMOTE_CODE_FILES
+from .report import weights_digest
 
 
 Model = TypeVar("Model", bound=IGCaptionerPreTrainedModel)
 
-CARD_FILE = "README.md"
 # Every released folder holds these and, in one file or in shards, the weights `model*.safetensors`.
 RELEASE_FILES = (
     CARD_FILE,
@@ -44,10 +58,15 @@ RELEASE_FILES = (
     "tokenizer_config.json",
     *REMOTE_CODE_FILES,
 )
-
-# The card of checkpoints that have none of their own. The file of the same name in the repository's root is a copy for
-# readers, made with `cp`; a test compares them.
-CARD_TEMPLATE = Path(__file__).with_name("model_card.md")
+CARD_FILES = (CARD_FILE, FACTS_FILE, f"{RESULTS_FOLDER}/*.json")
+# All that a release may hold, of other versions of this package, too: what `push_release` removes if it is outdated.
+RELEASE_PATTERNS = (
+    *RELEASE_FILES,
+    *CARD_FILES,
+    "*_ig_captioner.py",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,10 +126,12 @@ def save_release(
     overwrite: bool = False,
     repo_id: str | None = None,
     license: str | None = None,
+    results: Sequence[str | Path] = (),
 ) -> Path:
     """Writes the complete Hub folder of a checkpoint, and loads it again to be sure.
 
-    The folder appears under its name only once it has been verified; an error leaves nothing behind.
+    The folder appears under its name only once it has been verified; an error leaves nothing behind. Its card is filled
+    from `card.yaml` and `results/` beside the checkpoint (see `card`); a card without those is kept as it is.
 
     Args:
         directory: missing or empty, unless `overwrite` says that an earlier release there, whatever files it holds,
@@ -118,12 +139,14 @@ def save_release(
         model: a folder or a repository on the Hub, of either head; weights keep their dtype.
         repo_id: the name that the card's examples load; the folder's own by default.
         license: the Hub's name of a licence, for the card's metadata.
+        results: files `results.json` of `ig-captioner evaluate`, for the card.
 
     Returns:
         The folder's absolute path.
 
     Raises:
-        ValueError: the folder may not be written, or the checkpoint is incomplete or of another kind.
+        ValueError: the folder may not be written, the checkpoint is incomplete or of another kind, or the results are
+            not its own.
         OSError: reading or writing failed.
     """
     directory = Path(directory).expanduser().resolve()
@@ -133,11 +156,13 @@ def save_release(
     # A checkpoint may come from elsewhere: what it says about code must fit the code it gets.
     loaded.config.auto_map = dict(AUTO_MAP)
     loaded.config.custom_pipelines = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
-    card = _read_card(os.fspath(model), license) or str(fill_card(loaded, repo_id or directory.name, license))
+    source = _card_source(os.fspath(model))
     with new_folder(directory) as folder:
         loaded.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / CARD_FILE).write_bytes(card.encode("utf-8"))
+        _copy_card(source, folder, license)
+        add_results(folder, results, weights_digest(os.fspath(model)))
+        (folder / CARD_FILE).write_bytes(make_card(folder, loaded, repo_id or directory.name))
         for weights in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
             weights.chmod((folder / CARD_FILE).stat().st_mode)
         _verify(folder, loaded, processor)
@@ -156,7 +181,7 @@ def check_target(directory: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{directory} is not empty; overwrite (--overwrite) replaces an earlier release")
-    folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
+    folders = sorted(path.name for path in directory.iterdir() if path.is_dir() and not _holds_results(path))
     try:
         model_type = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
@@ -164,6 +189,10 @@ def check_target(directory: Path, overwrite: bool) -> None:
     if folders or model_type != IGCaptionerConfig.model_type:
         reason = f"it holds the folder {folders[0]!r}" if folders else "it is no folder of an IG Captioner"
         raise ValueError(f"{directory} is not overwritten, because {reason}; remove it or name another")
+
+
+def _holds_results(folder: Path) -> bool:
+    return folder.name == RESULTS_FOLDER and all(path.suffix == ".json" for path in folder.iterdir())
 
 
 @contextmanager
@@ -187,51 +216,122 @@ def new_folder(directory: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _read_card(model: str, license: str | None) -> str | None:
-    """The checkpoint's own card, if it has one. Raises LocalEntryNotFoundError if the Hub cannot be asked."""
-    path = Path(model, CARD_FILE)
-    if not Path(model).is_dir():
-        try:
-            path = Path(hf_hub_download(model, CARD_FILE))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            return None
-    elif not path.is_file():
-        return None
-    text = path.read_bytes().decode("utf-8")  # line ends as they are
-    if license is None:
-        return text
-    card = ModelCard(text)
-    card.data.license = license
-    return str(card)
+def _card_source(model: str) -> Path:
+    """A folder with the card of a checkpoint and what it is made from, if there is any.
+
+    Raises:
+        OSError: the Hub cannot be asked, which is not to be taken for a checkpoint without a card.
+    """
+    return Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=[*CARD_FILES]))
 
 
-def fill_card(model: IGCaptionerPreTrainedModel, repo_id: str, license: str | None = None) -> ModelCard:
-    """The template with what a model's configuration says; a licence that is not given is "unknown"."""
-    vision, text = model.config.vision_config, model.config.text_config
+def _copy_card(source: Path, folder: Path, license: str | None) -> None:
+    """The facts and results, or the card if it was made from none."""
+    facts = read_facts(source)
+    if facts is None and (source / CARD_FILE).is_file():
+        text = (source / CARD_FILE).read_bytes().decode("utf-8")  # line ends as they are
+        if license is not None:
+            card = ModelCard(text)
+            card.data.license = license
+            text = str(card)
+        (folder / CARD_FILE).write_bytes(text.encode("utf-8"))
+        return
+    if facts is not None and license is None:
+        shutil.copyfile(source / FACTS_FILE, folder / FACTS_FILE)
+    else:
+        facts = facts or CardFacts()
+        write_facts(
+            folder, facts if license is None else replace(facts, license=license, license_name=None, license_link=None)
+        )
+    add_results(folder, (source / RESULTS_FOLDER).glob("*.json"), None)  # they have been checked
 
-    def pixels(size) -> str:
-        height, width = (size, size) if isinstance(size, int) else size
-        return f"{height} x {width}"
 
-    return ModelCard.from_template(
-        ModelCardData(),
-        template_path=str(CARD_TEMPLATE),
-        model_id=repo_id,
-        license=license or "unknown",
-        prior_weight=f"{model.config.prior_weight:g}",
-        num_parameters=f"{model.num_parameters():,}",
-        dtype=str(model.dtype).removeprefix("torch."),
-        image_size=pixels(vision.image_size),
-        patch_size=pixels(vision.patch_size),
-        vision_layers=vision.num_hidden_layers,
-        vision_width=vision.hidden_size,
-        text_layers=text.num_hidden_layers,
-        text_width=text.hidden_size,
-        fusion=text.fusion.replace("_", " "),
-        max_tokens=text.max_position_embeddings,
-        vocab_size=f"{text.vocab_size:,}",
+# ---------------------------------------------------------------------------------------------------------------------
+# To the Hub
+
+
+def push_release(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Uploads a checkpoint as a complete repository, in one commit.
+
+    A folder that holds a release and nothing else goes up as it is; of any other checkpoint a release is made first.
+    Either way a card that is filled by code names `repo_id`. Files that an earlier release had and this one has not
+    are removed; what else is in the repository stays.
+
+    Args:
+        repo_id: `owner/name`; made if there is no such repository.
+        private: whether a new repository is; by default as its owner has it.
+        token: by default that of `hf auth login` or the variable HF_TOKEN.
+        revision: a branch, made if it is missing; main by default.
+
+    Returns:
+        The URL of the commit, whose last part is a `revision` to pin.
+
+    Raises:
+        ValueError: no valid name, or as in [`save_release`].
+        OSError: no such folder, no token, or the Hub is out of reach or refuses.
+    """
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"a repository is named owner/name, got {repo_id!r}")
+    token = token or get_token()
+    if not token:
+        raise PermissionError("no token for the Hub: `hf auth login` stores one, the variable HF_TOKEN gives one")
+    release = Path(_folder_or_repository(Path(folder).expanduser()))
+    with TemporaryDirectory() as temporary:
+        if not _is_release(release):
+            release = save_release(Path(temporary, "release"), release, repo_id=repo_id)
+        contents: dict[str, Path | bytes] = {name: release / name for name in _names_of_files(release)}
+        card = make_card(release, load_model(IGCaptionerForZeroShotImageClassification, release), repo_id)
+        message = commit_message or f"Release by ig_captioner {__version__}"
+        return _commit(HfApi(token=token), repo_id, {**contents, CARD_FILE: card}, private, revision, message)
+
+
+def _commit(
+    api: HfApi, repo_id: str, contents: dict[str, Path | bytes], private: bool | None, branch: str | None, message: str
+) -> str:
+    """Makes what a repository holds of releases equal to `contents`. Returns the URL of the commit."""
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if branch is not None:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        there = api.list_repo_files(repo_id, revision=branch)
+        outdated = [name for name in there if name not in contents and _is_of_a_release(name)]
+        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        operations += [CommitOperationDelete(name) for name in outdated]
+        # Not upload_folder, which may make several commits: in between, code and weights would not belong together.
+        return str(api.create_commit(repo_id, operations, commit_message=message, revision=branch).commit_url)
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # ... as the ways to upload raise them
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # of an upload in a thread
+        reason = " ".join(str(cause or error).split())
+        raise OSError(f"{repo_id!r} was not pushed to {constants.ENDPOINT}: {reason}") from error
+
+
+def _is_release(folder: Path) -> bool:
+    """Whether a folder holds a release and nothing else."""
+    names = _names_of_files(folder)
+    if not set(RELEASE_FILES) <= set(names) or not all(map(_is_of_a_release, names)):
+        return False
+    _check_code_references(folder)
+    return True
+
+
+def _names_of_files(folder: Path) -> list[str]:
+    """Of all files below a folder, as the Hub names them."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _is_of_a_release(name: str) -> bool:
+    return any(
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")  # `*` would match slashes
+        for pattern in RELEASE_PATTERNS
     )
 
 

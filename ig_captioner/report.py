@@ -156,16 +156,18 @@ def format_metric(name: str, estimate: dict[str, float]) -> str:
 # Metadata
 
 
-def model_index(results: dict[str, Any]) -> str:
-    """The `model-index` of a model card, as YAML, to be merged into its metadata."""
+def evaluations(results: dict[str, Any]) -> list[EvalResult]:
+    """The results of the model, not of those it is compared with, as entries of a card's metadata."""
     task, task_name = HUB_TASKS[results["task"]]
-    data = results["data"]["data"]
-    evaluations = [
+    data = Path(results["data"]["data"]).name
+    return [
         EvalResult(
             task_type=task,
             task_name=task_name,
-            dataset_type=Path(data).name,
-            dataset_name=f"{Path(data).name}: {title}",
+            dataset_type=data,
+            dataset_name=f"{data}: {title}",
+            dataset_config=title,  # entries of one type, configuration and split share a name
+            dataset_args={"command": results["run"]["command"]},
             metric_type=metric_of(name).type,
             metric_name=f"{metric_of(name).heading}, {row['name']}",
             metric_value=round(metric_of(name).scale * estimate["value"], 3),
@@ -176,8 +178,12 @@ def model_index(results: dict[str, Any]) -> str:
         if not row["baseline"]
         for name, estimate in row["metrics"].items()
     ]
+
+
+def model_index(results: dict[str, Any]) -> str:
+    """The `model-index` of a model card, as YAML, to be merged into its metadata."""
     name = Path(results["run"]["model"]).name
-    return ModelCardData(model_name=name, eval_results=evaluations).to_yaml() + "\n"
+    return ModelCardData(model_name=name, eval_results=evaluations(results)).to_yaml() + "\n"
 
 
 # Files

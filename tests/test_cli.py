@@ -173,7 +173,7 @@ def test_release(run, tmp_path):
     code, lines, errors = run("release", "out", "--repo-id", "acme/tiny", "--license", "mit")
     assert (code, errors) == (0, [])
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {*RELEASE_FILES, "model.safetensors"} == {line.split()[0] for line in lines[2:]}
+    assert names == {*RELEASE_FILES, "card.yaml", "model.safetensors"} == {line.split()[0] for line in lines[2:]}
     assert str(tmp_path / "out") in lines[0]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# acme/tiny" in card and "license: mit" in card

@@ -11,7 +11,6 @@ import PIL.Image
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from test_pipeline import make_config, make_image_processor
 from test_processing import make_tokenizer
@@ -21,9 +20,10 @@ from ig_captioner import (
     IGCaptionerForConditionalGeneration,
     IGCaptionerForZeroShotImageClassification,
     IGCaptionerProcessor,
+    IGCaptionerVisionModel,
     hub,
 )
-from ig_captioner.hub import CARD_TEMPLATE, RELEASE_FILES, load_model, load_processor, save_release
+from ig_captioner.hub import RELEASE_FILES, load_model, load_processor, save_release
 
 
 HEADS = [IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification]
@@ -69,7 +69,7 @@ def test_a_release_is_complete_and_keeps_weights(tmp_path, room, head, dtype):
     before = contents(checkpoint)
     folder = save_release(room / "new" / "tiny", checkpoint)
     assert folder == room / "new" / "tiny" and contents(checkpoint) == before
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*RELEASE_FILES, "model.safetensors"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*RELEASE_FILES, "card.yaml", "model.safetensors"])
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
     source, written = (load_file(path / "model.safetensors") for path in (checkpoint, folder))
     assert source.keys() == written.keys()
@@ -88,7 +88,9 @@ def test_relative_folders_and_strings(checkpoint, room, monkeypatch):
     assert save_release("empty", str(checkpoint)) == room / "empty"
     assert save_release("other", "empty") == room / "other"
     assert sorted(os.listdir(room)) == ["empty", "other"]
-    assert contents(room / "empty") == contents(room / "other")  # the card too: it is the first one's own
+    first, second = contents(room / "empty"), contents(room / "other")
+    assert first.pop("README.md").replace(b"empty", b"other") == second.pop("README.md")  # its examples load the folder
+    assert first == second
 
 
 def test_references_to_code_are_those_of_this_package(checkpoint, room):
@@ -101,49 +103,13 @@ def test_references_to_code_are_those_of_this_package(checkpoint, room):
     assert list(written["custom_pipelines"]) == ["zero-shot-image-classification"]
 
 
-def test_the_template_is_at_the_top_of_the_repository():
-    path = Path(__file__).parents[1] / "model_card.md"
-    assert path.read_text(encoding="utf-8") == CARD_TEMPLATE.read_text(encoding="utf-8")
-    data = ModelCard(CARD_TEMPLATE.read_text(encoding="utf-8")).data  # valid metadata before it is filled, too
-    assert (data.pipeline_tag, data.library_name) == ("zero-shot-image-classification", "transformers")
-
-
-def test_a_card_is_filled_from_the_configuration(checkpoint, room):
-    text = (save_release(room / "tiny", checkpoint, repo_id="acme/tiny") / "README.md").read_text()
-    assert "{{" not in text and "}}" not in text
-    for part in ('model="acme/tiny"', "0.75 in this", "16 x 24 pixels, patches of 8 x 8", "float32", "up to 12 tokens"):
-        assert part in text
-    number = sum(weight.numel() for weight in load_file(checkpoint / "model.safetensors").values())
-    assert f"{number:,}" in text
-    data = ModelCard(text).data
-    assert data.license == "unknown" and "information-gain" in data.tags
-    assert ModelCard.load(save_release(room / "other", checkpoint, license="mit") / "README.md").data.license == "mit"
-
-
 def test_a_card_of_its_own_is_kept(checkpoint, room):
     card = "---\nlicense: cc0-1.0\nlibrary_name: transformers\n---\r\n\n# Schön\n{{ not a template }}\n".encode()
     (checkpoint / "README.md").write_bytes(card)
     assert (save_release(room / "a", checkpoint) / "README.md").read_bytes() == card
     changed = ModelCard.load(save_release(room / "b", checkpoint, license="mit") / "README.md")
     assert changed.data.license == "mit" and "{{ not a template }}" in changed.text
-
-
-def test_the_card_of_a_repository(monkeypatch, tmp_path):
-    def fails(error):
-        def download(repository, name):
-            assert (repository, name) == ("acme/tiny", "README.md")
-            raise error
-
-        return download
-
-    monkeypatch.setattr(hub, "hf_hub_download", fails(EntryNotFoundError("404")))
-    assert hub._read_card("acme/tiny", None) is None
-    monkeypatch.setattr(hub, "hf_hub_download", fails(LocalEntryNotFoundError("offline")))
-    with pytest.raises(OSError, match="offline"):  # rather than a card that is not the checkpoint's
-        hub._read_card("acme/tiny", None)
-    (tmp_path / "README.md").write_text("# card")
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *_: str(tmp_path / "README.md"))
-    assert hub._read_card("acme/tiny", None) == "# card"
+    assert not (room / "a" / "card.yaml").exists()
 
 
 # What is refused, and what is left behind
@@ -156,19 +122,24 @@ def test_only_an_earlier_release_is_overwritten(checkpoint, room, monkeypatch):
     with pytest.raises(FileExistsError, match=r"tiny is not empty.*--overwrite"):
         save_release(folder, checkpoint)
     assert contents(room) == before
+    (folder / "results").mkdir()
+    (folder / "results" / "zero-shot.json").write_text("{}")
     save_release(folder, checkpoint, overwrite=True)
-    assert "tiny/old.txt" not in contents(room) and len(os.listdir(room)) == 1
+    assert not {"tiny/old.txt", "tiny/results"} & contents(room).keys() and len(os.listdir(room)) == 1
 
     save_release(checkpoint, checkpoint, overwrite=True)  # completed in place
     assert set(RELEASE_FILES) <= set(os.listdir(checkpoint))
     (checkpoint / ".git").mkdir()
+    other = save_release(room / "other", folder)
+    (other / "results").mkdir()
+    (other / "results" / "cat.jpg").write_text("cat")
     (room / "photos").mkdir()
     (room / "photos" / "cat.jpg").write_text("cat")
     (room / "file").write_text("file")
     before = contents(room.parent)
     monkeypatch.chdir(folder)
     refused = {checkpoint: "holds the folder '.git'", room / "photos": "no folder of an IG Captioner"}
-    refused |= {folder: "current folder", room: "holds the folder"}
+    refused |= {folder: "current folder", room: "holds the folder", other: "holds the folder 'results'"}
     for target, message in refused.items():
         with pytest.raises(ValueError, match=message):
             save_release(target, folder, overwrite=True)
@@ -299,21 +270,24 @@ def test_no_code_of_a_checkpoint_is_run(checkpoint):
 
 # Clean processes
 
-IN_ANOTHER_PROCESS = """
-import importlib.abc, json, re, sys
-from pathlib import Path
-
-package, save_to, *folders = sys.argv[1:]
+WITHOUT_THE_PACKAGE = """
+import importlib.abc, sys
 
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "ig_captioner":
             raise ImportError("the package is not installed here")
 
+sys.meta_path.insert(0, Blocked())
+"""
+
+IN_ANOTHER_PROCESS = """
+import json, re, sys
+from pathlib import Path
+
+package, save_to, *folders = sys.argv[1:]
 if package == "installed":
     import ig_captioner
-else:
-    sys.meta_path.insert(0, Blocked())
 
 import torch
 import transformers
@@ -353,17 +327,24 @@ def scores_of(folder):
     tokens = loaded["AutoModelForImageTextToText"].generate(pixel_values=inputs["pixel_values"], max_new_tokens=5)
     return {"rows": rows, "caption": tokens.tolist()}
 
+def features_of(folder):
+    model = transformers.AutoModel.from_pretrained(folder, **TRUST).eval()
+    assert type(model).__name__ == "IGCaptionerVisionModel"
+    with torch.no_grad():
+        return model(torch.ones(1, 3, 16, 24)).pooler_output.tolist()
+
 def save_again(folder, target):
     loaded = load_all(folder)
     loaded["AutoModelForZeroShotImageClassification"].save_pretrained(target + "/model")
     loaded["AutoProcessor"].save_pretrained(target + "/model")
     pipeline(model=folder, **TRUST).save_pretrained(target + "/pipeline")
+    transformers.AutoModel.from_pretrained("vision", **TRUST).save_pretrained(target + "/vision")
 
 def run_card(folder):
     for code in re.findall("```python\\n(.*?)```", Path(folder, "README.md").read_text(), flags=re.DOTALL):
         exec(code, {})
 
-results = {folder: scores_of(folder) for folder in folders}
+results = {folder: (features_of if "vision" in folder else scores_of)(folder) for folder in folders}
 if save_to != "-":
     run_card(folders[0])
     save_again(folders[0], save_to)
@@ -372,16 +353,23 @@ print(json.dumps(results))
 """
 
 
-def run_elsewhere(room: Path, package: str, save_to: str, *folders: str) -> dict[str, dict]:
-    """What [`IN_ANOTHER_PROCESS`] prints. The package is importable only where it is said to be installed."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(room / "home"), "HF_MODULES_CACHE": str(room / "modules"), "HF_HUB_OFFLINE": "1"}
-    if package == "installed":
-        environment["PYTHONPATH"] = str(Path(ig_captioner.__file__).parents[1])
-    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, package, save_to, *folders]
+def run_python(room: Path, code: str, *arguments: str, **variables: str):
+    """The JSON that `code` prints last, in a process of its own with caches of its own in `room`."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
+    environment |= {"HF_HOME": str(room / "home"), "HF_MODULES_CACHE": str(room / "modules"), **variables}
+    command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=room, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_elsewhere(room: Path, package: str, save_to: str, *folders: str) -> dict[str, dict]:
+    """What [`IN_ANOTHER_PROCESS`] prints. The package is importable only where it is said to be installed."""
+    arguments, variables = (package, save_to, *folders), {"HF_HUB_OFFLINE": "1"}
+    if package == "installed":
+        variables["PYTHONPATH"] = str(Path(ig_captioner.__file__).parents[1])
+        return run_python(room, IN_ANOTHER_PROCESS, *arguments, **variables)
+    return run_python(room, WITHOUT_THE_PACKAGE + IN_ANOTHER_PROCESS, *arguments, **variables)
 
 
 def test_releases_load_save_and_load_again_in_clean_processes(checkpoint, room):
@@ -389,9 +377,10 @@ def test_releases_load_save_and_load_again_in_clean_processes(checkpoint, room):
     noise = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     PIL.Image.fromarray(noise).resize((30, 20)).save(room / "photo.jpg")
     save_release(room / "acme" / "tiny", checkpoint, repo_id="acme/tiny")  # so that the card's examples find it
-    results = [run_elsewhere(room, "blocked", "without", "acme/tiny")]
+    IGCaptionerVisionModel.from_pretrained(checkpoint).save_pretrained(room / "vision")
+    results = [run_elsewhere(room, "blocked", "without", "acme/tiny", "vision")]
     results += [run_elsewhere(room, "installed", "with", "acme/tiny", "without/model", "without/pipeline")]
-    again = [f"{saved}/{kind}" for saved in ("without", "with") for kind in ("model", "pipeline")]
+    again = [f"{saved}/{kind}" for saved in ("without", "with") for kind in ("model", "pipeline", "vision")]
     results += [run_elsewhere(room, "blocked", "-", *again)]
 
     model, processor = load_model(HEADS[1], checkpoint), load_processor(checkpoint)
@@ -400,7 +389,12 @@ def test_releases_load_save_and_load_again_in_clean_processes(checkpoint, room):
         scores = model.score(**processor(images=str(room / "photo.jpg"), text=texts, return_tensors="pt"))
     expected = torch.stack([scores.caption_log_likelihood[0], scores.information_gain[0]]).repeat(3, 1)
     first = results[0]["acme/tiny"]
+    with torch.no_grad():
+        features = model.model.vision_model(torch.ones(1, 3, 16, 24)).pooler_output
     for folder, result in (pair for part in results for pair in part.items()):
+        if "vision" in folder:
+            torch.testing.assert_close(torch.tensor(result), features, atol=1e-5, rtol=0)
+            continue
         torch.testing.assert_close(torch.tensor(result["rows"]), expected, atol=1e-5, rtol=0)
         difference = torch.tensor(result["rows"]).double() - torch.tensor(first["rows"]).double()
         assert difference.abs().max() <= 1e-6, folder
