@@ -12,7 +12,14 @@ import torch
 from test_hub import save_checkpoint
 
 import ig_captioner
-from ig_captioner import IGCaptionerForConditionalGeneration, IGZeroShotImageClassificationPipeline, cli, label_cache
+from ig_captioner import (
+    IGCaptionerForConditionalGeneration,
+    IGZeroShotImageClassificationPipeline,
+    cli,
+    cli_arguments,
+    label_cache,
+)
+from ig_captioner.cli_output import columns
 from ig_captioner.hub import RELEASE_FILES, load_model, load_processor
 from ig_captioner.processing_ig_captioner import load_rgb_image
 
@@ -30,7 +37,7 @@ def checkpoint(tmp_path_factory) -> str:
 def here(tmp_path, monkeypatch, checkpoint):
     """A folder with three photos and a broken one, and a small model as the default."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "TINY_CHECKPOINT", checkpoint)
+    monkeypatch.setattr(cli_arguments, "TINY_CHECKPOINT", checkpoint)
     monkeypatch.setattr(label_cache, "HF_HOME", str(tmp_path / "cache"))
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)):
         PIL.Image.fromarray(pixels).resize((30, 20)).save(f"{i}.png")
@@ -107,7 +114,7 @@ def test_wide_and_unprintable_text_stays_aligned(run):
     labels = ["猫", "a\x1b[31m\nb", "🐱🐱", "cafe\u0301", "cat"]
     code, lines, _ = run("classify", "0.png", "--labels", *labels)
     assert code == 0 and len(lines) == 2 + len(labels) + 1
-    assert {cli._columns(line) for line in lines[1:-1]} == {cli._columns(lines[1])}
+    assert {columns(line) for line in lines[1:-1]} == {columns(lines[1])}
     assert not any("\x1b" in line for line in lines) and any(r"a\x1b[31m\nb" in line for line in lines)
     result = json.loads(run("classify", "0.png", "--json", "--labels", *labels)[1][0])
     assert {entry["label"] for entry in result["predictions"]} == set(labels)
@@ -246,12 +253,12 @@ def test_wrong_input(run, tmp_path, arguments, message):
 def test_devices(monkeypatch):
     for available in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        assert cli.choose_device("auto").type == ("cuda" if available else "cpu")
-        assert cli.choose_device("cpu").type == "cpu"
-    assert cli.choose_device("cuda").type == "cuda"
+        assert cli_arguments.choose_device("auto").type == ("cuda" if available else "cpu")
+        assert cli_arguments.choose_device("cpu").type == "cpu"
+    assert cli_arguments.choose_device("cuda").type == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no GPU"):
-        cli.choose_device("cuda")
+        cli_arguments.choose_device("cuda")
 
 
 def test_unexpected_errors_are_one_line_too(run, monkeypatch):
