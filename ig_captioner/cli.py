@@ -11,14 +11,32 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from . import __version__
 from .cli_arguments import Parser, UsageError, add_command, positive_integer
 from .cli_evaluate import add_evaluate
 from .cli_output import quiet, report
-from .cli_predict import add_caption, add_classify
-from .cli_release import add_release
+from .cli_predict import add_caption, add_classify, add_demo, add_retrieve, add_score
+from .cli_release import add_compile_labels, add_info, add_push, add_release
+
+
+EXAMPLES = """\
+examples:
+  ig-captioner classify photo.jpg --labels cat dog horse
+  ig-captioner caption photos/
+  ig-captioner retrieve photos/ --query "a dog on a beach"
+  ig-captioner classify --help                            # options and more examples; so for every command
+
+exit codes: 0; 1 if anything could not be read, done or written; 2 for wrong usage; 130 when interrupted
+"""
+COMPLETION_EXAMPLES = """\
+examples:
+  eval "$(ig-captioner completion bash)"     # for this shell
+  ig-captioner completion bash > ~/.local/share/bash-completion/completions/ig-captioner
+  ig-captioner completion zsh > ~/.zfunc/_ig-captioner          # a folder of $fpath
+"""
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,19 +63,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report(str(error) if expected and str(error) else f"{type(error).__name__}: {error}")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog="ig-captioner",
-        description="Zero-shot image classification and captions by an image captioner.",
-        epilog="ig-captioner COMMAND --help shows examples.",
+        description="Image captioners as zero-shot classifiers that rank texts by information gain.",
+        epilog=EXAMPLES,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    add_classify(commands)
-    add_caption(commands)
-    add_release(commands)
+    for add in (add_classify, add_caption, add_score, add_retrieve, add_demo):
+        add(commands)
     add_evaluate(commands, add_command, positive_integer)
+    for add in (add_info, add_compile_labels, add_release, add_push):
+        add(commands)
+    summary = "Print what makes a shell complete commands, options and files with the tab key."
+    shells = add_command(commands, completion, "SHELL", summary, COMPLETION_EXAMPLES)
+    shells.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     return parser
+
+
+def completion(arguments: argparse.Namespace) -> int:
+    """Prints the completion script of a shell."""
+    try:
+        import shtab
+    except ImportError as error:
+        raise ValueError("completion needs shtab: pip install 'ig_captioner[cli]'") from error
+    parser = build_parser()
+    for action in _actions(parser):
+        names = str(action.metavar)
+        if "DIR" in names or "FILE" in names or "FOLDER" in names or names in ("PHOTO", "DATA"):
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, shell=arguments.shell))
+    return 0
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Arguments of a parser and of all its commands."""
+    for action in parser._actions:
+        yield action
+        for command in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
+            yield from _actions(command)
 
 
 if __name__ == "__main__":
