@@ -12,7 +12,8 @@ from torch import tensor
 
 from . import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
 from .captioning import captioning_row, generate_captions
-from .cli import caption_tokens, choose_device, dtype_on
+from .cli_arguments import choose_device, dtype_on
+from .cli_predict import caption_tokens
 from .compositional import (
     blind_rows,
     compositional_rows,

@@ -1,7 +1,7 @@
-"""Compiled labels kept on disk between runs: in `HF_HOME/ig_captioner/labels`, a folder per model, labels, templates.
+"""Compiled labels kept on disk between runs: in `HF_HOME/ig_captioner/labels`.
 
-A folder that is damaged, or whose tokenizer was another one, is compiled again. Nothing is ever evicted: it is a cache,
-delete it as you like.
+There is a folder for each model, tokenizer, labels and templates; a damaged one is compiled again. Nothing is ever
+evicted: it is a cache, delete it as you like.
 """
 
 import hashlib
@@ -40,13 +40,11 @@ def compile_labels_once(
     templates = list(templates or [DEFAULT_TEMPLATE])
     root = Path(HF_HOME, "ig_captioner", "labels") if cache_dir is None else Path(cache_dir)
     prior = (model.config.prior_source, model.config.num_reference_images)
-    key = json.dumps([model.fingerprint(), prior, list(labels), templates])
+    key = json.dumps([model.fingerprint(), prior, list(labels), templates, *_rules_of(tokenizer)])
     folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
     if folder.is_dir():
         try:
-            compiled = CompiledLabels.load(folder)
-            compiled.check_tokenizer(model, tokenizer)
-            return compiled
+            return CompiledLabels.load(folder)
         except ValueError as error:
             logger.warning("%s; compiled again", error)
             shutil.rmtree(folder, ignore_errors=True)
@@ -59,3 +57,11 @@ def compile_labels_once(
     except OSError as error:  # a read-only home, a full disk, or another process that was faster
         logger.warning("compiled labels were not kept: %s", error)
     return compiled
+
+
+def _rules_of(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """All that tokens of a text depend on."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    # What the last call has left there; the limit that counts is that of every call.
+    rules |= {"truncation": None, "padding": None}
+    return [rules, tokenizer.model_max_length]

@@ -1,9 +1,12 @@
-"""The command line in this process: output, exit codes, and errors of one line."""
+"""`ig-captioner classify` and `caption` in this process: output, exit codes, and errors of one line."""
 
+import csv
 import io
 import json
 import re
+import shlex
 import sys
+import weakref
 
 import numpy as np
 import PIL.Image
@@ -12,9 +15,20 @@ import torch
 from test_hub import save_checkpoint
 
 import ig_captioner
-from ig_captioner import IGCaptionerForConditionalGeneration, IGZeroShotImageClassificationPipeline, cli, label_cache
-from ig_captioner.hub import RELEASE_FILES, load_model, load_processor
+from ig_captioner import (
+    IGCaptionerForConditionalGeneration,
+    IGZeroShotImageClassificationPipeline,
+    cli,
+    cli_arguments,
+    cli_output,
+    cli_release,
+    label_cache,
+    label_trie,
+)
+from ig_captioner.cli_output import columns
+from ig_captioner.hub import load_model, load_processor
 from ig_captioner.processing_ig_captioner import load_rgb_image
+from ig_captioner.prompts import load_prompts
 
 
 FIELDS = ["label", "score", "caption_log_likelihood", "prior_log_likelihood", "information_gain"]
@@ -26,15 +40,24 @@ def checkpoint(tmp_path_factory) -> str:
     return str(save_checkpoint(tmp_path_factory.mktemp("cli") / "tiny", dtype=torch.float16))
 
 
+def write_photo(path, seed: int) -> None:
+    """A small photo of noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).resize((30, 20)).save(path)
+
+
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch, checkpoint):
     """A folder with three photos and a broken one, and a small model as the default."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "TINY_CHECKPOINT", checkpoint)
+    monkeypatch.setattr(cli_arguments, "TINY_CHECKPOINT", checkpoint)
+    monkeypatch.setattr(cli_release, "TINY_CHECKPOINT", checkpoint)
     monkeypatch.setattr(label_cache, "HF_HOME", str(tmp_path / "cache"))
-    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)):
-        PIL.Image.fromarray(pixels).resize((30, 20)).save(f"{i}.png")
+    for seed in range(3):
+        write_photo(tmp_path / f"{seed}.png", seed)
     (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    return tmp_path
 
 
 @pytest.fixture
@@ -42,6 +65,7 @@ def run(capsys):
     """Runs a command. Gives the exit code, and the lines of stdout and of stderr."""
 
     def command(*arguments: str) -> tuple[int, list[str], list[str]]:
+        capsys.readouterr()  # what the test itself has caused
         code = cli.main(list(arguments))
         out, err = capsys.readouterr()
         return code, out.splitlines(), err.splitlines()
@@ -54,7 +78,7 @@ def run(capsys):
 
 def test_json_is_what_the_pipeline_says(run, checkpoint):
     options = ["--top-k", "3", "--prior-weight", "0.5", "--template", "{}", "a photo of a {}."]
-    code, lines, errors = run("classify", "0.png", "1.png", "--json", "--labels", *LABELS, *options)
+    code, lines, errors = run("classify", "0.png", "1.png", "--format", "jsonl", "--labels", *LABELS, *options)
     assert (code, errors) == (0, [])
     processor = load_processor(checkpoint)
     classifier = IGZeroShotImageClassificationPipeline(
@@ -73,22 +97,35 @@ def test_json_is_what_the_pipeline_says(run, checkpoint):
             assert prediction == pytest.approx(entry, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "weight"), [([], "(IG = log P(T|I) - 0.75 * log P(T))"), (["--prior-weight", "1"], "")]
-)
+@pytest.mark.parametrize(("options", "weight"), [([], 0.75), (["--prior-weight", "1"], 1)])
 def test_tables(run, options, weight):
     code, lines, errors = run("classify", "0.png", "1.png", "--labels", *LABELS, *options)
     assert (code, errors) == (0, [])
-    assert len(lines) == 2 * (2 + len(LABELS) + 1) and lines[6] == lines[-1] == ""
-    for title, table in ((lines[0], lines[1:6]), (lines[7], lines[8:13])):
-        assert title.startswith(("0.png", "1.png")) and title.endswith(weight or "png")
-        assert table[0].split("  ")[1].strip() == "label" and table[0].count("[nats]") == 3
-        assert len({len(row) for row in table}) == 1  # aligned
-        figures = [[float(cell) for cell in row.split()[-4:]] for row in table[1:]]
-        gains = [row[2] for row in figures]
-        assert gains == sorted(gains, reverse=True) and sum(row[3] for row in figures) == pytest.approx(1, abs=0.01)
-        for caption, prior, gain, _ in figures:
-            assert gain == pytest.approx(caption - (0.75 if weight else 1) * prior, abs=0.02)
+    formula = "IG = log P(T|I) - 0.75 * log P(T)" if weight < 1 else "IG = log P(T|I) - log P(T)"
+    assert lines[:2] == [f"{formula}, in nats; score: softmax of IG over the labels", ""]
+    assert [lines[2], lines[8], lines[9]] == ["0.png", "", "1.png"] and len(lines) == 15
+    for table in (lines[3:8], lines[10:15]):
+        assert table[0].split("  ")[-1] == "label"
+        ends = {re.search(r"( +[\d.-]+){4}  ", row).end() for row in table[1:]}  # aligned
+        assert ends == {table[0].index("label")}
+        figures = [[float(cell) for cell in row.split()[:4]] for row in table[1:]]
+        gains = [row[3] for row in figures]
+        assert gains == sorted(gains, reverse=True) and sum(row[0] for row in figures) == pytest.approx(1, abs=0.01)
+        for _, caption, prior, gain in figures:
+            assert gain == pytest.approx(caption - weight * prior, abs=0.02)
+
+
+def test_csv_has_the_figures_of_json(run):
+    photos, labels = ["0.png", "1.png"], ["--labels", "cat", 'a "dog",\nhot', "--top-k", "1"]
+    objects = [json.loads(line) for line in run("classify", *photos, *labels, "--format", "jsonl")[1]]
+    code, lines, errors = run("classify", *photos, *labels, "--format", "csv")
+    assert (code, errors) == (0, [])
+    rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
+    assert list(rows[0]) == ["image", *FIELDS] and [row["image"] for row in rows] == photos
+    for row, result in zip(rows, objects, strict=True):
+        (prediction,) = result["predictions"]
+        assert row["label"] == prediction["label"]
+        assert [float(row[name]) for name in FIELDS[1:]] == [prediction[name] for name in FIELDS[1:]]
 
 
 def test_batches_change_nothing(run):
@@ -98,19 +135,29 @@ def test_batches_change_nothing(run):
 
 def test_labels_from_a_file_come_after_those_of_the_command_line(run, tmp_path):
     (tmp_path / "labels.txt").write_bytes("\ufeffdog\r\n\n  a photo \nof".encode())
-    code, lines, _ = run("classify", "0.png", "--json", "--labels", "cat", "--labels-file", "labels.txt")
-    assert code == 0 and lines == run("classify", "0.png", "--json", "--labels", "cat", "dog", "a photo", "of")[1]
-    assert run("classify", "0.png", "--json", "--labels", "cat", "dog", "--labels", "a photo", "of")[1] == lines
+    code, lines, _ = run("classify", "0.png", "--format", "jsonl", "--labels", "cat", "--labels-file", "labels.txt")
+    assert (
+        code == 0
+        and lines == run("classify", "0.png", "--format", "jsonl", "--labels", "cat", "dog", "a photo", "of")[1]
+    )
+    assert (
+        run("classify", "0.png", "--format", "jsonl", "--labels", "cat", "dog", "--labels", "a photo", "of")[1] == lines
+    )
 
 
-def test_wide_and_unprintable_text_stays_aligned(run):
+def test_wide_and_unprintable_text_puts_nothing_out_of_line(run):
     labels = ["猫", "a\x1b[31m\nb", "🐱🐱", "cafe\u0301", "cat"]
     code, lines, _ = run("classify", "0.png", "--labels", *labels)
-    assert code == 0 and len(lines) == 2 + len(labels) + 1
-    assert {cli._columns(line) for line in lines[1:-1]} == {cli._columns(lines[1])}
-    assert not any("\x1b" in line for line in lines) and any(r"a\x1b[31m\nb" in line for line in lines)
-    result = json.loads(run("classify", "0.png", "--json", "--labels", *labels)[1][0])
+    assert code == 0 and len(lines) == 4 + len(labels)
+    assert not any("\x1b" in line for line in lines) and any(line.endswith(r"  a\x1b[31m\nb") for line in lines)
+    result = json.loads(run("classify", "0.png", "--format", "jsonl", "--labels", *labels)[1][0])
     assert {entry["label"] for entry in result["predictions"]} == set(labels)
+
+
+def test_columns_of_a_terminal():
+    assert [columns(text) for text in ("cat", "猫", "🐱🐱", "cafe\u0301")] == [3, 2, 4, 4]
+    lines = cli_output.table([["猫", "a"], ["b", "猫"], ["1234", "c"]]).splitlines()
+    assert lines == ["    猫  a", "     b  猫", "  1234  c"]
 
 
 def test_output_survives_an_encoding_that_lacks_the_characters(monkeypatch):
@@ -122,24 +169,99 @@ def test_output_survives_an_encoding_that_lacks_the_characters(monkeypatch):
 
 
 def test_a_photo_that_cannot_be_read_costs_only_itself(run):
-    arguments = ["--json", "--labels", *LABELS]
+    arguments = ["--format", "jsonl", "--labels", *LABELS]
     good = run("classify", "0.png", "1.png", *arguments)[1]
-    for command, rest in (("classify", arguments), ("caption", ["--json"])):
-        photos = ["missing.png", "0.png", "broken.png", ".", "1.png"]
+    for command, rest in (("classify", arguments), ("caption", arguments[:2])):
+        photos = ["missing.png", "0.png", "broken.png", "1.png", "*.gif"]
         code, lines, errors = run(command, *photos, *rest, "--batch-size", "2")
         assert code == 1 and [json.loads(line)["image"] for line in lines] == ["0.png", "1.png"]
         assert command == "caption" or lines == good
-        for error, name in zip(errors, ["missing.png", "broken.png", "."], strict=True):
+        assert errors[0] == "ig-captioner: error: no images in the pattern '*.gif'"
+        for error, name in zip(errors[1:], ["missing.png", "broken.png"], strict=True):
             assert error.startswith(f"ig-captioner: error: cannot read the image '{name}'")
     code, lines, errors = run("classify", "missing.png", *arguments)
     assert (code, lines, len(errors)) == (1, [], 1)
+
+
+def test_folders_and_patterns(run, here):
+    for index, name in enumerate(["b.JPG", "a/2.png", "a/10.webp", ".hidden.png", ".thumbs/1.png", "a/x[1].png"]):
+        write_photo(here / "photos" / name, index)
+    (here / "photos" / "notes.txt").write_text("no photo")
+    (here / "photos" / "a" / "folder.png").mkdir()
+    (here / "empty").mkdir()
+
+    def read(*photos):
+        code, lines, errors = run("classify", *photos, "--labels", "cat", "--format", "jsonl")
+        return code, [json.loads(line)["image"] for line in lines], errors
+
+    everything = ["photos/a/10.webp", "photos/a/2.png", "photos/a/x[1].png", "photos/b.JPG"]
+    assert read("photos") == (0, everything, []) and read("photos/") == (0, everything, [])
+    assert read("photos/**") == (0, everything, []) and read("photos/**/*.png") == (0, everything[1:3], [])
+    assert read("photos/*") == (0, everything[3:], [])
+    assert read("photos/a/x[1].png", "0.png") == (0, [everything[2], "0.png"], [])  # a name, no pattern
+    code, names, errors = read("empty", "1.png")
+    assert (code, names, errors) == (1, ["1.png"], ["ig-captioner: error: no images in the folder 'empty'"])
+
+
+def test_every_image_kind_of_a_folder_is_one_that_pillow_knows():
+    PIL.Image.init()
+    assert set(cli_arguments.IMAGE_SUFFIXES) - set(PIL.Image.EXTENSION) <= {".heic", ".heif"}
+
+
+@pytest.mark.parametrize("command", [["classify", "--labels", "cat"], ["caption"], ["score", "--texts", "a"]])
+def test_a_batch_does_not_hold_its_photos(run, monkeypatch, command):
+    still_open, most = set(), []
+    load = load_rgb_image
+
+    def load_and_count(name, *args, **kwargs):
+        image = load(name, *args, **kwargs)
+        if isinstance(name, str):
+            weakref.finalize(image, still_open.discard, len(most))
+            still_open.add(len(most))
+            most.append(len(still_open))
+        return image
+
+    monkeypatch.setattr("ig_captioner.processing_ig_captioner.load_rgb_image", load_and_count)
+    assert run(command[0], *["0.png", "1.png", "2.png"] * 3, "--batch-size", "9", *command[1:])[0] == 0
+    assert len(most) == 9 and max(most) <= 3  # what loops and frames still name
+
+
+# compiled labels
+
+
+def test_labels_of_a_file_are_compiled_once_and_tokenised_once_more(run, here, monkeypatch):
+    (here / "labels.txt").write_text("\n".join(LABELS))
+    arguments = ["classify", "0.png", "1.png", "2.png", "--labels-file", "labels.txt", "--batch-size", "1"]
+    first = run(*arguments)
+    assert first[0] == 0 and len(list((here / "cache").rglob("labels.json"))) == 1
+    encode, calls = label_trie.encode_texts, []
+    monkeypatch.setattr(
+        label_trie, "encode_texts", lambda *args, **kwargs: calls.append(args[1]) or encode(*args, **kwargs)
+    )
+    assert run(*arguments) == first and calls == [[f"a photo of a {label}." for label in LABELS]]
+    assert len(list((here / "cache").rglob("labels.json"))) == 1
+
+
+def test_labels_and_templates_of_a_data_set(run):
+    options = ["--format", "jsonl", "--labels-file", "stl10", "--templates-file", "stl10"]
+    code, lines, errors = run("classify", "0.png", *options)
+    prompts = load_prompts("stl10")
+    assert (code, errors) == (0, [])
+    assert {row["label"] for row in json.loads(lines[0])["predictions"]} == set(prompts.class_names)
+    given = run(
+        "classify", "0.png", "--format", "jsonl", "--labels", *prompts.class_names, "--template", *prompts.templates
+    )
+    for row, other in zip(json.loads(lines[0])["predictions"], json.loads(given[1][0])["predictions"], strict=True):
+        assert row == pytest.approx(other, abs=1e-4)
 
 
 # caption
 
 
 def test_captions_and_their_scores(run, checkpoint):
-    code, lines, errors = run("caption", "0.png", "1.png", "--json", "--max-new-tokens", "4", "--num-beams", "2")
+    code, lines, errors = run(
+        "caption", "0.png", "1.png", "--format", "jsonl", "--max-new-tokens", "4", "--num-beams", "2"
+    )
     assert (code, errors) == (0, [])
     model = load_model(IGCaptionerForConditionalGeneration, checkpoint, dtype="float32")
     processor = load_processor(checkpoint)
@@ -153,10 +275,13 @@ def test_captions_and_their_scores(run, checkpoint):
             scores = model.score(pixels, **processor(text=[result["caption"]], return_tensors="pt"))
         for field in FIELDS[2:]:
             assert result[field] == pytest.approx(scores[field].item(), abs=1e-4)
-    code, table, _ = run("caption", "0.png", "--max-new-tokens", "4", "--num-beams", "2")
-    first = json.loads(lines[0])
-    assert code == 0 and table[0] == f"0.png: {first['caption']}"
-    assert f"log P(T|I) {first['caption_log_likelihood']:.2f}" in table[1] and table[1].endswith("nats")
+    code, table, _ = run("caption", "0.png", "1.png", "--max-new-tokens", "4", "--num-beams", "2")
+    assert code == 0 and table[0] == "IG = log P(T|I) - 0.75 * log P(T), in nats"
+    assert table[2].split("  ")[-1] == "image: caption" and len(table) == 5
+    for line, written in zip(lines, table[3:], strict=True):
+        result = json.loads(line)
+        assert written.endswith(f"  {result['image']}: {result['caption']}")
+        assert written.split()[:3] == [f"{result[name]:.2f}" for name in FIELDS[2:]]
 
 
 def test_captions_fit_the_model(run):
@@ -166,34 +291,42 @@ def test_captions_fit_the_model(run):
     assert (code, lines, len(errors)) == (1, [], 1) and "12" in errors[0] and "11 tokens at most" in errors[0]
 
 
-# release
-
-
-def test_release(run, tmp_path):
-    code, lines, errors = run("release", "out", "--repo-id", "acme/tiny", "--license", "mit")
-    assert (code, errors) == (0, [])
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {*RELEASE_FILES, "card.yaml", "model.safetensors"} == {line.split()[0] for line in lines[2:]}
-    assert str(tmp_path / "out") in lines[0]
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "# acme/tiny" in card and "license: mit" in card
-    code, lines, errors = run("release", "out")
-    assert (code, lines, len(errors)) == (1, [], 1) and "--overwrite" in errors[0]
-    assert run("release", "out", "--model", "out", "--overwrite")[0] == 0
-    assert run("classify", "0.png", "--labels", "cat", "--model", "out")[0] == 0
-
-
 # usage
+
+
+TASKS = ("zero-shot", "retrieval", "compositional", "captioning", "linear-probe")
+COMMANDS = (
+    *("classify", "caption", "score", "retrieve", "demo", "info", "compile-labels", "release", "push", "completion"),
+    *(f"evaluate {task}" for task in TASKS),
+)
 
 
 def test_help_and_version(run):
     code, lines, errors = run("--version")
     assert (code, lines, errors) == (0, [f"ig-captioner {ig_captioner.__version__}"], [])
     assert run("--help")[0] == 0
-    for command in ("classify", "caption", "release"):
-        code, lines, errors = run(command, "--help")
+    for command in COMMANDS:
+        code, lines, errors = run(*command.split(), "--help")
         assert (code, errors) == (0, [])
-        assert "examples:" in lines and any(line.startswith(f"  ig-captioner {command} ") for line in lines)
+        assert "examples:" in lines and any(line.startswith(f"  ig-captioner {command}") for line in lines)
+        assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_of_the_help_parse(command):
+    """Every line of examples that calls the command, as a shell splits it."""
+    parser = cli.build_parser()
+    for name in command.split():
+        (commands,) = (action for action in parser._actions if isinstance(action.choices, dict))
+        parser = commands.choices[name]
+    lines = [line.split(" | ")[0].split(" > ")[0] for line in parser.epilog.splitlines()]
+    called = [shlex.split(line, comments=True) for line in lines if line.startswith("  ig-captioner ")]
+    assert called
+    for words in called:
+        assert (
+            cli.build_parser().parse_args(words[1:]).run.__name__.replace("_", "-")
+            == words[1 + (words[1] == "evaluate")]
+        )
 
 
 WRONG_USAGE = [
@@ -210,8 +343,23 @@ WRONG_USAGE = [
     (["classify", "0.png", "--labels", "cat", "--prior-weight", "-1"], "prior-weight.*'-1'"),
     (["classify", "0.png", "--labels", "cat", "--prior-weight", "nan"], "prior-weight.*'nan'"),
     (["classify", "0.png", "--labels", "cat", "--device", "tpu"], "tpu"),
+    (["classify", "0.png", "--labels", "cat", "--prior-weight", "1e300"], "prior-weight.*0 to 100.*'1e300'"),
+    (["classify", "0.png", "--labels", "cat", "--batch-size", "9" * 5000], "batch-size.*at most 65536.*9"),
+    (["classify", "0.png", "--labels", "cat", "--format", "xml"], "format.*xml"),
+    (["classify", "0.png", "--compiled-labels", "x", "--labels", "cat"], "--compiled-labels brings.*--labels is given"),
+    (["classify", "0.png", "--top-k", "1", "a\nb\x1b[31m"], r"arguments: a b\\x1b\[31m; photos"),
     (["caption"], "PHOTO"),
-    (["release"], "DIR"),
+    (["caption", "0.png", "--num-beams", "65"], "num-beams.*at most 64"),
+    (["score", "0.png", "1.png"], "no texts: give --texts or --texts-file"),
+    (["score", "--texts", "a", "0.png"], "photos come before the options: PHOTO... --texts"),
+    (["retrieve", "0.png"], "--query --texts-file"),
+    (["retrieve", "0.png", "--query", "a", "--texts-file", "b"], "not allowed with"),
+    (["retrieve", "0.png", "--query", "a", "1.png"], "1.png.*photos come before"),
+    (["demo", "--port", "65536"], "port.*at most 65535"),
+    (["compile-labels", "out"], "no labels"),
+    (["push", "folder"], "REPO"),
+    (["completion", "fish"], "fish"),
+    (["release"], "DIR$|DIR "),
 ]
 
 
@@ -219,15 +367,24 @@ WRONG_USAGE = [
 def test_wrong_usage(run, arguments, message):
     code, lines, errors = run(*arguments)
     assert (code, lines, len(errors)) == (2, [], 1)
-    assert errors[0].startswith("ig-captioner") and "error: " in errors[0]
+    assert errors[0].startswith("ig-captioner") and "error: " in errors[0] and len(errors[0]) < 1200
     assert re.search(message, errors[0])
+
+
+def test_only_commands_with_photos_speak_of_them(run):
+    for arguments in (["release", "a", "b"], ["info", "a", "b"], ["caption", "0.png", "--colour"]):
+        code, _, (error,) = run(*arguments)
+        assert code == 2 and "unrecognized" in error and "photos" not in error
+        assert error.startswith(f"ig-captioner {arguments[0]}: error: ")
 
 
 WRONG_INPUT = [
     (["--labels", "cat", "--template", "a photo"], "hypothesis_template.*'a photo'"),
-    (["--labels-file", "missing.txt"], "missing.txt"),
+    (["--labels-file", "missing.txt"], "missing.txt.*no such file.*imagenet"),
     (["--labels-file", "0.png"], "0.png is not UTF-8"),
-    (["--labels-file", "empty.txt"], "no labels in empty.txt"),
+    (["--labels-file", "empty.txt"], "no lines in empty.txt"),
+    (["--labels", "\udc80"], r"not UTF-8: '\\udc80'"),
+    (["--compiled-labels", "folder"], "cannot read compiled labels from 'folder'"),
     (["--labels", "cat", "--model", "./missing"], "no such model folder: './missing'"),
     (["--labels", "cat", "--model", "folder"], "no model in the folder 'folder'"),
     (["--labels", "cat", "--model", "0.png"], "not a file: '0.png'"),
@@ -246,12 +403,12 @@ def test_wrong_input(run, tmp_path, arguments, message):
 def test_devices(monkeypatch):
     for available in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        assert cli.choose_device("auto").type == ("cuda" if available else "cpu")
-        assert cli.choose_device("cpu").type == "cpu"
-    assert cli.choose_device("cuda").type == "cuda"
+        assert cli_arguments.choose_device("auto").type == ("cuda" if available else "cpu")
+        assert cli_arguments.choose_device("cpu").type == "cpu"
+    assert cli_arguments.choose_device("cuda").type == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no GPU"):
-        cli.choose_device("cuda")
+        cli_arguments.choose_device("cuda")
 
 
 def test_unexpected_errors_are_one_line_too(run, monkeypatch):

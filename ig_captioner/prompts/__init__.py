@@ -62,7 +62,7 @@ def read_templates(name_or_file: str) -> list[str]:
 def is_text_file(name_or_file: str) -> bool:
     """Whether it is a file of lines: neither known, nor JSON."""
     path = Path(name_or_file)
-    return name_or_file.lower() not in known_prompts() and path.suffix != ".json" and path.is_file()
+    return name_or_file.lower() not in known_prompts() and path.suffix != ".json" and path.exists()
 
 
 def _read_lines(path: str) -> list[str]:

@@ -1,0 +1,267 @@
+"""What commands share: their parser, the arguments of several of them, and reading what those name."""
+
+import argparse
+import glob
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from . import TINY_CHECKPOINT
+from .cli_output import FORMATS, one_line, progress, report
+from .prompts import read_class_names, read_templates
+
+
+# What is a photo in a folder. Pillow needs a plugin for the last two; without it they are reported, not passed over.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"),
+    *(".heic", ".heif"),
+)
+MODEL_HELP = "folder or Hub repository (default: the checkpoint in the package)"
+LARGEST_BATCH = 65_536
+LARGEST_PRIOR_WEIGHT = 100.0
+
+
+class UsageError(Exception):
+    """A combination of arguments that argparse cannot see is wrong."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors of one line, from the parser of the command that they are about.
+
+    Attributes:
+        hint: added where arguments were given in an order that argparse cannot read.
+    """
+
+    hint = ""
+
+    def __init__(self, *args, **kwargs):
+        kwargs = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **kwargs}
+        super().__init__(*args, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        # The parser of all commands would refuse the rest, without knowing the command.
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+    def error(self, message: str):
+        if "required: PHOTO" in message or message.startswith("unrecognized arguments"):
+            message += self.hint
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (--help says more)\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def add_command(
+    commands, run: Callable, usage: str, summary: str, examples: str, model_help: str | None = None
+) -> Parser:
+    """A command called as `run` is. Without `model_help` it has no `--model`."""
+    name, usage = run.__name__.replace("_", "-"), " ".join(["%(prog)s", *usage.split(), "[options]"])
+    parser = commands.add_parser(name, usage=usage, help=summary, description=summary, epilog=examples)
+    parser.set_defaults(run=run)
+    if model_help is not None:
+        parser.add_argument("--model", default=TINY_CHECKPOINT, metavar="DIR_OR_REPO", help=model_help)
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def add_photos(parser: Parser, list_option: str | None = None, batch_size: int = 8) -> None:
+    """`list_option`: how usage shows an option that takes several values, and so would take photos behind it."""
+    if list_option is not None:
+        parser.hint = f"; photos come before the options: PHOTO... {list_option}"
+    where = "image files, URLs, folders (with all folders in them), or quoted patterns such as 'photos/**/*.jpg'"
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help=where)
+    parser.add_argument(
+        "--batch-size",
+        type=integer_up_to(LARGEST_BATCH),
+        default=batch_size,
+        metavar="N",
+        help="photos per pass; changes speed and memory, not results (default: %(default)s)",
+    )
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    help = "a table to read, or for programs: CSV, or one JSON object per line (default: %(default)s)"
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=help)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+
+
+def add_prior_weight(parser: argparse.ArgumentParser) -> None:
+    help = "0: likelihood alone (default: the checkpoint's, as a rule 1)"
+    parser.add_argument("--prior-weight", type=prior_weight, metavar="W", help=help)
+
+
+def add_labels(parser: argparse.ArgumentParser) -> None:
+    quoting = "quote a label of several words"
+    parser.add_argument("--labels", nargs="+", action="extend", default=[], metavar="LABEL", help=quoting)
+    known = "a text file with a line each, or the name of a data set whose names are in the package, such as imagenet"
+    parser.add_argument("--labels-file", metavar="FILE_OR_NAME", help=f"more labels: {known}")
+    template = 'text with {} for the label (default: "a photo of a {}."); several are averaged'
+    parser.add_argument("--template", nargs="+", action="extend", default=[], metavar="TEMPLATE", help=template)
+    parser.add_argument("--templates-file", metavar="FILE_OR_NAME", help="more templates, as for --labels-file")
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--texts", nargs="+", action="extend", default=[], metavar="TEXT", help="quote each text")
+    parser.add_argument("--texts-file", metavar="FILE", help="more texts, a line each")
+
+
+def integer_up_to(largest: int) -> Callable[[str], int]:
+    def positive_integer(text: str) -> int:
+        if not text.isascii() or not text.isdecimal() or len(text) > 18 or not 1 <= int(text) <= largest:
+            raise argparse.ArgumentTypeError(f"must be a positive integer, at most {largest}, got {text!r}")
+        return int(text)
+
+    return positive_integer
+
+
+positive_integer = integer_up_to(10**9)
+
+
+def prior_weight(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= LARGEST_PRIOR_WEIGHT:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to {LARGEST_PRIOR_WEIGHT:g}, got {text!r}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they name
+
+
+def read_labels(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Labels and templates, checked; see `read_texts`."""
+    from .processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
+
+    labels = read_texts(arguments.labels, arguments.labels_file, "--labels", read_class_names)
+    templates = [DEFAULT_TEMPLATE]
+    if arguments.template or arguments.templates_file is not None:
+        templates = read_texts(arguments.template, arguments.templates_file, "--template", read_templates)
+    format_labels(labels, templates)
+    return labels, templates
+
+
+def read_texts(texts: list[str], file: str | None, option: str, read: Callable[[str], list[str]]) -> list[str]:
+    """Texts of the command line, then those of a file.
+
+    Args:
+        option: where the texts come from.
+        read: gives the texts of the file.
+
+    Raises:
+        UsageError: for a photo among the texts, or if there are neither texts nor a file.
+        ValueError: for a file without texts, and for bytes that are not UTF-8, which no tokenizer reads.
+    """
+    if not texts and file is None:
+        raise UsageError(f"no {option.strip('-')}: give {option} or {option}-file")
+    for text in texts:
+        if Path(text).suffix and os.path.isfile(text):
+            raise UsageError(f"{text!r} stands behind {option} but is a file: photos come before {option}")
+        check_text(text)
+    return texts if file is None else texts + read(file)
+
+
+def read_lines(file: str) -> list[str]:
+    """Texts of a file, a line each."""
+    if not os.path.exists(file):  # where `read_class_names` would look for a data set
+        raise FileNotFoundError(f"no such file: {file!r}")
+    return read_class_names(file)
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for an argument with bytes that are not UTF-8, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not UTF-8: {text!r}") from error
+
+
+class Photos:
+    """The photos that arguments name, opened one at a time. Names that lead to none are reported.
+
+    Args:
+        names: files, URLs, folders, patterns.
+        streams: see `progress`.
+
+    Attributes:
+        names: of single photos; those of a folder or pattern are in sorted order.
+        read: names of those that have come out, while they are read and afterwards.
+        exit_code: 1 if any name has led to none.
+    """
+
+    def __init__(self, names: list[str], streams: bool):
+        self.names: list[str] = []
+        self.read: list[str] = []
+        self.exit_code = 0
+        self.streams = streams
+        for name in names:
+            try:
+                self.names += find_photos(name, self._report)
+            except ValueError as error:
+                self._report(error)
+
+    def __iter__(self) -> Iterator[Any]:
+        from .processing_ig_captioner import load_rgb_image
+
+        for name in progress(self.names, "photo", self.streams):
+            try:
+                image = load_rgb_image(name)
+            except ValueError as error:
+                self._report(error)
+            else:
+                self.read.append(name)
+                yield image
+
+    def _report(self, error: Exception) -> None:
+        self.exit_code = report(str(error))
+
+
+def find_photos(name: str, on_error: Callable[[OSError], None]) -> list[str]:
+    """The photos in a folder or of a pattern, sorted; anything else is one photo, which need not exist.
+
+    Files count by `IMAGE_SUFFIXES`; hidden files and folders do not. `on_error` is told of folders that cannot be read.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if os.path.isdir(name):
+        visible = _visible_files(name, on_error)
+        places, kind = [os.path.join(folder, file) for folder, files in visible for file in files], "folder"
+    elif glob.has_magic(name) and not os.path.lexists(name) and "://" not in name:
+        places, kind = glob.glob(os.path.expanduser(name), recursive=True), "pattern"
+    else:
+        return [name]
+    found = sorted(place for place in places if place.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(place))
+    if not found:
+        raise ValueError(f"no images in the {kind} {name!r}")
+    return found
+
+
+def _visible_files(root: str, on_error: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
+    for folder, folders, files in os.walk(root, onerror=on_error):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield folder, [name for name in files if not name.startswith(".")]
+
+
+def choose_device(name: str):
+    """The torch device of "auto", "cpu" or "cuda". Raises ValueError where there is no such device."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU is available to torch")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def dtype_on(device) -> dict[str, Any]:
+    """On a CPU half precision is slow and gains nothing: float32 there, elsewhere as stored."""
+    return {"dtype": "float32"} if device.type == "cpu" else {}

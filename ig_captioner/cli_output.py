@@ -1,0 +1,191 @@
+"""What commands print: results as tables, CSV or JSON lines, errors of one line, progress.
+
+In a table figures come first and text last, so that a long name puts nothing out of line.
+"""
+
+import csv
+import json
+import math
+import shutil
+import sys
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+
+FORMATS = ("table", "csv", "jsonl")
+HEADS = {
+    "score": "score",
+    "caption_log_likelihood": "log P(T|I)",
+    "prior_log_likelihood": "log P(T)",
+    "information_gain": "IG",
+}
+LONGEST_MESSAGE = 1000  # characters
+
+Row = dict[str, Any]
+T = TypeVar("T")
+
+
+class Results:
+    """Prints rankings as they come, each about a photo or a text: rows of a text and figures.
+
+    - table: a title and the rows; one line for both where there is one row each
+    - csv: a line per row, which begins with what it is about
+    - jsonl: an object per ranking; ASCII only, so that it survives any terminal encoding and any file name
+
+    Args:
+        form: one of `FORMATS`.
+        about: what the rankings are about, "image" or "query".
+        rows: what the list of rows is called in JSON; None if each has one row, which is not a list there.
+        note: first line of tables: what the figures are.
+    """
+
+    def __init__(self, form: str, about: str, rows: str | None, note: str):
+        self.form, self.about, self.rows, self.note = form, about, rows, note
+        self.is_first = True
+
+    def add(self, name: str, rows: list[Row]) -> None:
+        """Prints one ranking.
+
+        Args:
+            name: of the photo, or the text.
+            rows: the best first; the first entry of a row is its text, the others are figures.
+
+        Raises:
+            ValueError: for a figure that is not finite.
+        """
+        for row in rows:
+            check_finite(row)
+        if self.form == "jsonl":
+            print_json({self.about: name, **({self.rows: rows} if self.rows else rows[0])})
+        elif self.form == "csv":
+            print_csv([{self.about: name, **row} for row in rows], header=self.is_first)
+        else:
+            self._add_table(name, rows)
+        self.is_first = False
+
+    def _add_table(self, name: str, rows: list[Row]) -> None:
+        if self.is_first:
+            print(f"{self.note}\n")
+        header, *lines = _cells(rows)
+        if self.rows is not None:
+            space = "" if self.is_first else "\n"
+            print(f"{space}{printable(name)}\n{table([header, *lines])}", flush=True)
+            return
+        width = max(map(len, HEADS.values()))  # the same for all, which come one by one
+        if self.is_first:
+            print(table([[*header[:-1], f"{self.about}: {header[-1]}"]], width))
+        print(table([[*lines[0][:-1], f"{name}: {lines[0][-1]}"]], width), flush=True)
+
+
+def check_finite(row: Row) -> None:
+    """Raises ValueError naming a figure that is infinite or no number."""
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value} in {row}: the weights or the prior weight are out of bounds")
+
+
+def print_json(content: Row) -> None:
+    print(json.dumps(content, allow_nan=False), flush=True)
+
+
+def print_csv(rows: list[Row], header: bool = True) -> None:
+    """Rows with the same names; the names come first."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if header and rows:
+        writer.writerow(rows[0])
+    writer.writerows(row.values() for row in rows)
+    sys.stdout.flush()
+
+
+def _cells(rows: list[Row]) -> list[list[str]]:
+    """Header and rows: figures with two decimals, `score` with three, and then the text."""
+    text, *figures = rows[0]
+
+    def cells(row: Row) -> list[str]:
+        return [*(f"{row[name]:.{3 if name == 'score' else 2}f}" for name in figures), row[text]]
+
+    return [[*(HEADS[name] for name in figures), text], *map(cells, rows)]
+
+
+def table(rows: list[list[str]], width: int = 0) -> str:
+    """Indented lines with aligned columns, the last to the left and the others, of `width` at least, to the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(width, *map(columns, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for *others, last in rows:
+        cells = [" " * (wide - columns(cell)) + cell for cell, wide in zip(others, widths, strict=False)]
+        lines.append("  " + "  ".join([*cells, last]))
+    return "\n".join(lines)
+
+
+def columns(text: str) -> int:
+    """Columns of a terminal: East Asian characters and emoji take two, combining marks none."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    marks = sum(unicodedata.category(character) in ("Mn", "Me") for character in text)
+    return len(text) + wide - marks
+
+
+def terminal_columns() -> int:
+    """How wide the terminal is; 80 where there is none."""
+    return shutil.get_terminal_size().columns
+
+
+def printable(text: Any) -> str:
+    """Text without what would steer a terminal: control characters and broken file names are escaped."""
+    characters = (character if character.isprintable() else repr(character)[1:-1] for character in str(text))
+    return "".join(characters)
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks and control characters, cut where it is absurdly long."""
+    line = printable(" ".join(message.split()))
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}... ({len(line)} characters)"
+
+
+def report(message: str, code: int = 1) -> int:
+    """Prints one line on stderr. Returns the exit code."""
+    from tqdm import tqdm
+
+    tqdm.write(f"ig-captioner: error: {one_line(message)}", file=sys.stderr)  # above a bar, if there is one
+    sys.stderr.flush()
+    return code
+
+
+def progress(items: Sequence[T], unit: str, streams: bool) -> Iterable[T]:
+    """The items, with a bar on stderr if they take more than a second and it is a terminal.
+
+    Args:
+        streams: whether results are printed on the way, which shows progress enough where stdout is a terminal, too.
+    """
+    from tqdm import tqdm
+
+    hidden = not sys.stderr.isatty() or (streams and sys.stdout.isatty())
+    return tqdm(items, unit=unit, delay=1, leave=False, dynamic_ncols=True, disable=hidden)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Progress bars and warnings of libraries off, and no crash on what the terminal cannot show."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    hub_verbosity, verbosity = hub_logging.get_verbosity(), logging.get_verbosity()
+    bar = logging.is_progress_bar_enabled()
+    hub_logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hub_logging.set_verbosity(hub_verbosity)
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

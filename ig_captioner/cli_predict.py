@@ -1,0 +1,373 @@
+"""Commands that ask a model about photos: `classify`, `caption`, `score`, `retrieve`; and `demo`, in a browser.
+
+Legend: B photos, N texts.
+"""
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .cli_arguments import (
+    MODEL_HELP,
+    Photos,
+    UsageError,
+    add_command,
+    add_device,
+    add_format,
+    add_labels,
+    add_photos,
+    add_prior_weight,
+    add_texts,
+    choose_device,
+    dtype_on,
+    integer_up_to,
+    positive_integer,
+    read_labels,
+    read_lines,
+    read_texts,
+)
+from .cli_output import Results, Row, check_finite, table, terminal_columns
+
+
+TASK = "zero-shot-image-classification"
+MAX_CAPTION_TOKENS = 30
+MOST_BEAMS = 64
+WIDEST_NAME = 30  # columns that a matrix leaves to names of photos, at most
+SCORE_FIELDS = ("caption_log_likelihood", "prior_log_likelihood", "information_gain")
+PREDICTION_FIELDS = ("label", "score", *SCORE_FIELDS)
+
+CLASSIFY_EXAMPLES = """\
+examples:
+  ig-captioner classify cat.jpg --labels cat dog car
+  ig-captioner classify holiday/ --labels-file places.txt --top-k 5
+  ig-captioner classify 'holiday/**/*.jpg' --labels beach city --format csv > holiday.csv
+  ig-captioner classify cat.jpg --labels cat dog --template "a photo of a {}." "a drawing of a {}."
+  ig-captioner classify cat.jpg --labels cat dog --prior-weight 0    # by likelihood alone
+  ig-captioner classify photos/ --compiled-labels my-labels          # from ig-captioner compile-labels
+  ig-captioner classify *.jpg --labels cat dog --format jsonl | jq -r '.predictions[0].label'
+
+Photos come first: everything behind --labels, up to the next option, is a label.
+"""
+CAPTION_EXAMPLES = """\
+examples:
+  ig-captioner caption cat.jpg dog.jpg
+  ig-captioner caption holiday/ --num-beams 4 --max-new-tokens 20 --format csv > captions.csv
+"""
+SCORE_EXAMPLES = """\
+examples:
+  ig-captioner score cat.jpg dog.jpg --texts "a cat on a sofa" "a dog in the snow"
+  ig-captioner score photos/ --texts-file captions.txt --format csv > scores.csv
+
+The table shows information gain; CSV and JSON have a row for each photo with each text, and all three figures.
+"""
+RETRIEVE_EXAMPLES = """\
+examples:
+  ig-captioner retrieve holiday/ --query "a dog on a beach"               # photos for a text
+  ig-captioner retrieve holiday/ --query "a dog" "a boat" --top-k 3
+  ig-captioner retrieve cat.jpg --texts-file captions.txt --top-k 5       # texts for a photo
+"""
+DEMO_EXAMPLES = """\
+examples:
+  ig-captioner demo
+  ig-captioner demo --model my-captioner --port 8000 --open
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsers
+
+
+def add_classify(commands) -> None:
+    summary = "Rank labels for photos by information gain, log P(T|I) - prior weight * log P(T)."
+    labels = "--labels LABEL..."
+    parser = add_command(commands, classify, f"PHOTO... {labels}", summary, CLASSIFY_EXAMPLES, MODEL_HELP)
+    add_photos(parser, labels)
+    add_labels(parser)
+    compiled = "folder of ig-captioner compile-labels, in place of labels and templates"
+    parser.add_argument("--compiled-labels", type=Path, metavar="DIR", help=compiled)
+    add_prior_weight(parser)
+    parser.add_argument("--top-k", type=positive_integer, metavar="K", help="show the best K labels (default: all)")
+    add_format(parser)
+    add_device(parser)
+
+
+def add_caption(commands) -> None:
+    summary = "Write a caption for each photo, with log P(T|I), log P(T) and information gain."
+    parser = add_command(commands, caption, "PHOTO...", summary, CAPTION_EXAMPLES, MODEL_HELP)
+    add_photos(parser)
+    beams = "1: greedy (default: what the checkpoint says, or 1)"
+    parser.add_argument("--num-beams", type=integer_up_to(MOST_BEAMS), metavar="N", help=beams)
+    longest = f"longest caption (default: {MAX_CAPTION_TOKENS}, or what the model has positions for)"
+    parser.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help=longest)
+    add_format(parser)
+    add_device(parser)
+
+
+def add_score(commands) -> None:
+    summary = "Score every photo with every text: a matrix."
+    texts = "--texts TEXT..."
+    parser = add_command(commands, score, f"PHOTO... {texts}", summary, SCORE_EXAMPLES, MODEL_HELP)
+    add_photos(parser, texts)
+    add_texts(parser)
+    add_prior_weight(parser)
+    add_format(parser)
+    add_device(parser)
+
+
+def add_retrieve(commands) -> None:
+    summary = "Find photos for a text, or texts for a photo."
+    query = "--query TEXT..."
+    usage = f"PHOTO... ({query} | --texts-file FILE)"
+    parser = add_command(commands, retrieve, usage, summary, RETRIEVE_EXAMPLES, MODEL_HELP)
+    add_photos(parser, query)
+    directions = parser.add_mutually_exclusive_group(required=True)
+    directions.add_argument("--query", nargs="+", action="extend", metavar="TEXT", help="find photos for each of these")
+    directions.add_argument("--texts-file", metavar="FILE", help="find texts for each photo, among these, a line each")
+    add_prior_weight(parser)
+    best = "show the best K (default: %(default)s)"
+    parser.add_argument("--top-k", type=positive_integer, default=10, metavar="K", help=best)
+    add_format(parser)
+    add_device(parser)
+
+
+def add_demo(commands) -> None:
+    summary = "Try a checkpoint in the browser."
+    parser = add_command(commands, demo, "", summary, DEMO_EXAMPLES, MODEL_HELP)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: open to the network (default: %(default)s)")
+    parser.add_argument("--port", type=integer_up_to(65_535), metavar="P", help="(default: the first that is free)")
+    parser.add_argument("--open", action="store_true", help="open it in the browser")
+    add_device(parser)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def classify(arguments: argparse.Namespace) -> int:
+    """Prints the ranked labels of each photo."""
+    labels, templates = _read_candidates(arguments)
+    photos = Photos(arguments.photos, streams=True)
+    classifier = _load_classifier(arguments)
+    if arguments.labels_file is not None:  # many, as a rule, and the same in the next run
+        from .label_cache import compile_labels_once
+
+        labels = compile_labels_once(classifier.model, classifier.tokenizer, labels, templates)
+    weight = _prior_weight(arguments, classifier.model)
+    predictions = classifier(
+        (photo for photo in photos),
+        candidate_labels=labels,
+        hypothesis_template=templates,
+        prior_weight=weight,
+        top_k=arguments.top_k,
+        batch_size=arguments.batch_size,
+        return_log_likelihoods=True,
+    )
+    note = f"{_formula(weight)}; score: softmax of IG over the labels"
+    results = Results(arguments.format, "image", "predictions", note)
+    for index, entries in enumerate(predictions):
+        results.add(photos.read[index], [{name: entry[name] for name in PREDICTION_FIELDS} for entry in entries])
+    return photos.exit_code
+
+
+def caption(arguments: argparse.Namespace) -> int:
+    """Prints a caption for each photo."""
+    from . import IGCaptionerForConditionalGeneration
+
+    photos = Photos(arguments.photos, streams=True)
+    model, processor = _load(IGCaptionerForConditionalGeneration, arguments)
+    options = {"max_new_tokens": caption_tokens(arguments.max_new_tokens, model.config.text_config)}
+    if arguments.num_beams is not None:
+        options["num_beams"] = arguments.num_beams
+    results = Results(arguments.format, "image", None, _formula(model.config.prior_weight))
+    done = 0
+    for pixel_values in _batches_of_pixels(model, processor, photos, arguments.batch_size):
+        tokens = model.generate(pixel_values=pixel_values, **options)
+        texts = [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+        for name, text, pixels in zip(photos.read[done:], texts, pixel_values, strict=False):
+            results.add(name, [{"caption": text, **_score_caption(model, processor, pixels, text)}])
+        done += len(texts)
+    return photos.exit_code
+
+
+def score(arguments: argparse.Namespace) -> int:
+    """Prints the scores of each photo with each text: a table of information gain in the end, or all as they come."""
+    texts = read_texts(arguments.texts, arguments.texts_file, "--texts", read_lines)
+    as_table = arguments.format == "table"
+    photos = Photos(arguments.photos, streams=not as_table)
+    model, processor = _load_scorer(arguments)
+    note = _formula(_prior_weight(arguments, model))
+    figures = _figures(arguments, model, processor, photos, texts)
+    if as_table:
+        gains = [of_photo[:, -1].tolist() for of_photo in figures]
+        if gains:
+            print(f"{note}\n\n{_matrix(photos.read, texts, gains)}")
+        return photos.exit_code
+    results = Results(arguments.format, "image", "texts", note)
+    for index, of_photo in enumerate(figures):
+        results.add(photos.read[index], _rows("text", texts, of_photo))
+    return photos.exit_code
+
+
+def retrieve(arguments: argparse.Namespace) -> int:
+    """Prints the best photos of each text, or the best texts of each photo."""
+    texts = read_texts(arguments.query or [], arguments.texts_file, "--query", read_lines)
+    photos = Photos(arguments.photos, streams=arguments.query is None)
+    model, processor = _load_scorer(arguments)
+    note = _formula(_prior_weight(arguments, model))
+    figures = _figures(arguments, model, processor, photos, texts)
+    if arguments.query is None:
+        results = Results(arguments.format, "image", "texts", note)
+        for index, of_photo in enumerate(figures):
+            results.add(photos.read[index], _rows("text", texts, of_photo, arguments.top_k))
+        return photos.exit_code
+    results = Results(arguments.format, "query", "images", note)
+    of_photos = list(figures)
+    for index, query in enumerate(texts if of_photos else []):
+        of_query = [of_photo[index] for of_photo in of_photos]
+        results.add(query, _rows("image", photos.read, of_query, arguments.top_k))
+    return photos.exit_code
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Serves the demo until it is interrupted."""
+    options = {"host": arguments.host, "port": arguments.port, "device": arguments.device}
+    try:
+        from .demo import launch
+
+        launch(arguments.model, **options, open_browser=arguments.open)
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "gradio":
+            raise
+        raise ValueError("the demo needs gradio: pip install 'ig_captioner[demo]'") from error
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they do
+
+
+def _read_candidates(arguments: argparse.Namespace):
+    """Labels, which may be compiled, and templates."""
+    from .label_trie import CompiledLabels
+
+    if arguments.compiled_labels is None:
+        return read_labels(arguments)
+    for name in ("labels", "labels_file", "template", "templates_file"):
+        if getattr(arguments, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"--compiled-labels brings its labels and templates, but {option} is given, too")
+    compiled = CompiledLabels.load(arguments.compiled_labels)
+    return compiled, list(compiled.templates)
+
+
+def _load(model_class, arguments: argparse.Namespace):
+    """Model, on its device, and processor."""
+    from .hub import load_model, load_processor
+
+    device = choose_device(arguments.device)
+    return load_model(model_class, arguments.model, **dtype_on(device)).to(device), load_processor(arguments.model)
+
+
+def _load_scorer(arguments: argparse.Namespace):
+    from . import IGCaptionerForZeroShotImageClassification
+
+    return _load(IGCaptionerForZeroShotImageClassification, arguments)
+
+
+def _load_classifier(arguments: argparse.Namespace):
+    from . import IGZeroShotImageClassificationPipeline
+
+    model, processor = _load_scorer(arguments)
+    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+    return IGZeroShotImageClassificationPipeline(model=model, **parts, task=TASK, device=model.device)
+
+
+def _prior_weight(arguments: argparse.Namespace, model) -> float:
+    return model.config.prior_weight if arguments.prior_weight is None else arguments.prior_weight
+
+
+def _formula(prior_weight: float) -> str:
+    """What tables call IG."""
+    weight = "" if prior_weight == 1 else f"{prior_weight:g} * "
+    return f"IG = log P(T|I) - {weight}log P(T), in nats"
+
+
+def caption_tokens(wanted: int | None, text_config) -> int:
+    """Longest caption in tokens: one position is left for end-of-sequence, which is scored too."""
+    limit = text_config.max_position_embeddings - 1
+    if wanted is not None and wanted > limit:
+        raise ValueError(f"--max-new-tokens {wanted}: this model's captions have {limit} tokens at most")
+    return min(MAX_CAPTION_TOKENS, limit) if wanted is None else wanted
+
+
+def _batches_of_pixels(model, processor, photos: Iterable, batch_size: int) -> Iterator[Any]:
+    """`pixel_values` [B, 3, H, W] on the model's device; photos are large, and held one at a time."""
+    import torch
+
+    pixels = (processor(images=photo, return_tensors="pt")["pixel_values"] for photo in photos)
+    while batch := list(islice(pixels, batch_size)):
+        yield torch.cat(batch).to(model.device, model.dtype)
+
+
+def _score_caption(model, processor, pixels, text: str) -> dict[str, float]:
+    """Log-likelihoods and information gain of a caption as a text of its own, end-of-sequence included."""
+    import torch
+
+    from .label_trie import encode_for
+
+    with torch.no_grad():
+        scores = model.score(pixels[None], **encode_for(model, processor.tokenizer, [text]))
+    return {name: scores[name].item() for name in SCORE_FIELDS}
+
+
+def _figures(arguments: argparse.Namespace, model, processor, photos: Photos, texts: list[str]) -> Iterator[Any]:
+    """The `SCORE_FIELDS` of N texts for each photo as it comes: float32 [N, 3], on the CPU."""
+    import torch
+
+    from .label_trie import encode_for
+
+    compiled = model.compile_texts(**encode_for(model, processor.tokenizer, texts))
+    weight = _prior_weight(arguments, model)
+    for pixel_values in _batches_of_pixels(model, processor, photos, arguments.batch_size):
+        with torch.no_grad():
+            scores = model.score(pixel_values, compiled, prior_weight=weight)
+        fields = torch.broadcast_tensors(*(scores[name].cpu() for name in SCORE_FIELDS))
+        yield from torch.stack(fields, dim=-1)
+
+
+def _rows(kind: str, names: Sequence[str], figures: Sequence[Any], top_k: int | None = None) -> list[Row]:
+    """A row for each of N names, or for the best by information gain, of which equals stay in order.
+
+    Args:
+        kind: what the names are, "text" or "image".
+        figures: [N, 3], see `_figures`.
+    """
+    rows = [
+        {kind: name, **dict(zip(SCORE_FIELDS, values.tolist(), strict=True))}
+        for name, values in zip(names, figures, strict=True)
+    ]
+    return rows if top_k is None else sorted(rows, key=lambda row: -row["information_gain"])[:top_k]
+
+
+def _matrix(names: Sequence[str], texts: Sequence[str], gains: Sequence[Sequence[float]]) -> str:
+    """The numbered texts, and a line per photo; in several tables where the terminal is too narrow for one.
+
+    Args:
+        gains: information gain of B photos and N texts, [B, N].
+    """
+    for row in gains:
+        check_finite(dict(zip(texts, row, strict=True)))
+    numbers = [f"[{number}]" for number in range(1, len(texts) + 1)]
+    lines = [
+        ["photo", *numbers],
+        *([name, *(f"{gain:.2f}" for gain in row)] for name, row in zip(names, gains, strict=True)),
+    ]
+    width = max(len(cell) for _, *cells in lines for cell in cells) + 2
+    room = terminal_columns() - 2 - min(WIDEST_NAME, max(map(len, names)))
+    step = max(1, room // width)
+    tables = [
+        table([[*cells[start : start + step], name] for name, *cells in lines]) for start in range(0, len(texts), step)
+    ]
+    return "\n\n".join([table([[*pair] for pair in zip(numbers, texts, strict=True)]), *tables])
