@@ -105,7 +105,7 @@ def test_release(run, here):
     code, lines, errors = run("release", "out", "--repo-id", "acme/tiny", "--license", "mit")
     assert (code, errors) == (0, [])
     names = {path.name for path in (here / "out").iterdir()}
-    assert names == {*RELEASE_FILES, "model.safetensors"} == {line.split()[1] for line in lines[2:]}
+    assert names == {*RELEASE_FILES, "card.yaml", "model.safetensors"} == {line.split()[1] for line in lines[2:]}
     assert str(here / "out") in lines[0]
     card = (here / "out" / "README.md").read_text()
     assert "# acme/tiny" in card and "license: mit" in card
