@@ -131,18 +131,21 @@ class Bins(NamedTuple):
 
 
 def bin_by_score(answers: Answers) -> Bins:
-    index = ((answers.certainty * BINS).ceil().long() - 1).clamp(0, BINS - 1)
+    index = _bins_of(answers.certainty)
     images = index.bincount(minlength=BINS)
-    score, right = (
-        index.bincount(values.double(), minlength=BINS) / images for values in (answers.certainty, answers.is_right)
-    )
+    score, right = (index.bincount(values.double(), minlength=BINS) / images for values in answers)
     return Bins(images, score, right)
+
+
+def _bins_of(scores: Tensor) -> Tensor:
+    return ((scores * BINS).ceil().long() - 1).clamp(0, BINS - 1)
 
 
 def expected_calibration_error(answers: Answers) -> float:
     """Mean over images of the distance between mean score and share of right answers in their bin."""
-    bins = bin_by_score(answers)
-    return ((bins.score - bins.right).abs().nan_to_num() * bins.images).sum().item() / len(answers.certainty)
+    score, right = answers
+    distances = _bins_of(score).bincount(score - right.double())
+    return distances.abs().sum().item() / len(score)
 
 
 def negative_log_likelihoods(scores: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -333,7 +336,7 @@ def save_calibration(folder: str | Path, **fields: float) -> None:
     """Writes `temperature` and `abstain_threshold` into a checkpoint's `config.json`; all else stays as it is.
 
     Raises:
-        ValueError: for values that the configuration refuses.
+        StrictDataclassError: for values that the configuration refuses.
     """
     path = Path(folder) / "config.json"
     content = {**json.loads(path.read_text(encoding="utf-8")), **fields}

@@ -9,7 +9,6 @@ accepted (a list in, a list out).
 """
 
 import math
-import sys
 from collections.abc import Sized
 from numbers import Integral, Real
 from typing import Any
@@ -51,7 +50,10 @@ def _check_parameters(parameters: dict[str, Any]) -> None:
     """Raises ValueError naming an unknown or wrong argument; `format_labels` checks labels and templates."""
 
     def is_number(value, kind=Real):
-        return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        try:
+            return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+        except OverflowError:  # an integer beyond all floats
+            return False
 
     unknown = sorted(set(parameters) - set(PARAMETERS))
     if unknown:
@@ -60,7 +62,10 @@ def _check_parameters(parameters: dict[str, Any]) -> None:
         "timeout": ("a positive number of seconds", lambda value: is_number(value) and value > 0),
         "tokenizer_kwargs": ("a dict", lambda value: isinstance(value, dict)),
         "prior_weight": ("a finite number, zero or more", lambda value: is_number(value) and value >= 0),
-        "prior_source": ("'unconditional' or 'reference_images'", lambda value: value in PRIOR_SOURCES),
+        "prior_source": (
+            "'unconditional' or 'reference_images'",
+            lambda value: isinstance(value, str) and value in PRIOR_SOURCES,
+        ),
         "reference_images": ("a list of images", lambda value: isinstance(value, (list, tuple)) and len(value) > 0),
         "temperature": ("a finite number above zero", lambda value: is_number(value) and float(value) > 0),
         "abstain_threshold": (
@@ -193,6 +198,8 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         preprocess, forward, postprocess = (
             {name: parameters[name] for name in names if name in parameters} for names in steps
         )
+        if forward.get("prior_weight") is not None:
+            forward["prior_weight"] = float(forward["prior_weight"])  # tensors know no fractions
         # Without labels this is the constructor; its template is checked all the same.
         given = parameters.get("candidate_labels", ["no label yet"])
         labels, templates = given, parameters.get("hypothesis_template", DEFAULT_TEMPLATE)
@@ -221,7 +228,10 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         if is_compiled(labels):
             labels.check_tokenizer(self.model, self.tokenizer, **tokenizer_kwargs)
             return {"input_ids": labels}
-        return encode_for(self.model, self.tokenizer, texts, **tokenizer_kwargs)
+        try:
+            return encode_for(self.model, self.tokenizer, texts, **tokenizer_kwargs)
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"the tokenizer refuses tokenizer_kwargs {tokenizer_kwargs!r}: {error}") from error
 
     def preprocess(self, image, timeout: float | None = None) -> dict[str, torch.Tensor]:
         """`pixel_values` [1, 3, H, W] of one image, in the model's dtype."""

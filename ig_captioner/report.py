@@ -251,10 +251,11 @@ def draw_reliability(path: Path, pictures: dict[str, Bins]) -> bool:
         return False
     figure, panels = drawing
     for axes, (title, bins) in zip(panels, pictures.items(), strict=True):
-        left, width = torch.arange(len(bins.images)) / len(bins.images), 1 / len(bins.images)
+        images, width = bins.images.tolist(), 1 / len(bins.images)
         counts = axes.twinx()
-        counts.bar(left, bins.images, width, align="edge", color="0.85", edgecolor="white")
-        counts.set(ylabel="images (grey bars)", ylim=(0, 2.5 * bins.images.max().item()))
+        left = [index * width for index in range(len(images))]
+        counts.bar(left, images, width, align="edge", color="0.85", edgecolor="white")
+        counts.set(ylabel="images (grey bars)", ylim=(0, 2.5 * max(images)))
         axes.set_zorder(counts.get_zorder() + 1)  # lines above the bars
         axes.patch.set_visible(False)
         axes.plot([0, 1], [0, 1], color="0.4", linestyle=":", label="perfect")
