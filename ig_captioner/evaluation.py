@@ -31,8 +31,9 @@ def bootstrap(
 ) -> dict[str, dict[str, float]]:
     """Each metric over all samples, with its 95 % interval over samples drawn with replacement (percentiles).
 
-    The same seed draws the same samples, so that rows of a table can be compared. A metric that noise can only raise
-    is higher in resamples than in the samples: the interval of those that are `centred` is moved by that difference.
+    The same seed draws the same samples, so that rows of a table can be compared. A distance, which noise can only
+    raise, is higher in resamples than in the samples: the interval of those that are `centred` is moved down by that
+    difference, as far as 0.
     """
     generator = torch.Generator().manual_seed(seed)
     values = metrics(torch.arange(count))
@@ -41,8 +42,9 @@ def bootstrap(
     for name, value in values.items():
         drawn = torch.tensor([draw[name] for draw in draws], dtype=torch.float64)
         low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        shift = value - drawn.mean().item() if name in centred else 0.0
-        intervals[name] = {"value": value, "low": low + shift, "high": high + shift}
+        if name in centred:
+            low, high = (max(0.0, end + value - drawn.mean().item()) for end in (low, high))
+        intervals[name] = {"value": value, "low": low, "high": high}
     return intervals
 
 

@@ -97,7 +97,9 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
 
     "None of these" is one more candidate, with the label None, once there is an `abstain_threshold`: its
     information gain is that threshold. It comes first where no label reaches the threshold, and else behind those
-    that do. At a threshold of 0 it is the hypothesis that the image has nothing to do with any of the texts, P(I).
+    that do. At `prior_weight=1` a threshold of 0 stands for an image that has nothing to do with any of the texts,
+    P(I); but gains of right labels may well be negative, so take one from labelled images and the same templates
+    (`ig-captioner evaluate zero-shot --save-threshold`).
 
     Args (of a call, or of the constructor as defaults for calls):
         candidate_labels (`list[str]` or [`CompiledLabels`]): may repeat. Compiled ones bring their templates.
