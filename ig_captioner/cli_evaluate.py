@@ -15,6 +15,7 @@ examples:
   ig-captioner evaluate zero-shot --data photos/ --class-names names.txt --templates imagenet --output out
   ig-captioner evaluate zero-shot --data imagenet/val --class-names imagenet --label-field class_id --output out
   ig-captioner evaluate zero-shot --data photos/ --class-names cifar10 --clip openai/clip-vit-base-patch32 --output out
+  ig-captioner evaluate zero-shot --model mine/ --data photos/ --class-names names.txt --save-temperature --output out
 """
 RETRIEVAL_EXAMPLES = """\
 examples:
@@ -68,6 +69,7 @@ def add_evaluate(commands, add_command: AddCommand, positive_integer: Number) ->
     )
     _add_tuning(task)
     _add_batch_size(task, positive_integer)
+    _add_saving(task)
 
     summary = "Find captions for images, and images for captions."
     task = add_task("retrieval", "--data DATA", summary, RETRIEVAL_EXAMPLES)
@@ -129,6 +131,18 @@ def _add_tuning(parser: argparse.ArgumentParser) -> None:
         "--held-out-fraction", type=_fraction, default=0.2, metavar="F", help=f"{held_out} (default: %(default)s)"
     )
     parser.add_argument("--clip", metavar="DIR_OR_REPO", help="a CLIP or SigLIP of transformers to compare with")
+
+
+def _add_saving(parser: argparse.ArgumentParser) -> None:
+    into = "write into the config.json of --model, a folder,"
+    parser.add_argument("--save-temperature", action="store_true", help=f"{into} the fitted temperature")
+    parser.add_argument(
+        "--save-threshold",
+        type=_fraction,
+        metavar="F",
+        help=f"{into} the threshold of information gain that this share of the held-out samples reaches: below it, the "
+        'pipeline answers "none of these"',
+    )
 
 
 def _add_batch_size(parser: argparse.ArgumentParser, positive_integer: Number) -> None:

@@ -6,11 +6,13 @@ Each returns the exit code. What is measured and how is in the modules that they
 import argparse
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 from torch import tensor
 
 from . import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
+from .calibration import BINS, Calibration, abstain_threshold, calibrate, check_target, coverage_curve, save_calibration
 from .captioning import captioning_row, generate_captions
 from .cli_arguments import choose_device, dtype_on
 from .cli_predict import caption_tokens
@@ -30,14 +32,28 @@ from .hub import load_model, load_processor
 from .linear_probe import choose_shots, count_shots, mean_pooled_features, probe_row
 from .processing_ig_captioner import DEFAULT_TEMPLATE
 from .prompts import is_text_file, read_class_names, read_templates
-from .report import describe_run, draw_confusion, to_markdown, write_results
+from .report import describe_run, draw_confusion, draw_coverage, draw_reliability, to_markdown, write_results
 from .retrieval import score_pairs, true_pairs
 from .shards import first_by_hash, read_captions, read_image
 from .zero_shot import classify_images, label_from_field, labelled_decoder
 
 
+ZERO_SHOT_NOTES = [
+    "Ties count against; classes of one name are one class. Blind: the class with the likeliest text, log P(T), "
+    "whatever the image.",
+    "Calibration is about the score of the best class, the softmax of information gain / temperature. ECE: expected "
+    f"calibration error, {BINS} bins of equal width; its intervals are moved by what resampling alone adds to it. "
+    "Intervals of fitted temperatures are over held-out samples, by one Newton step per resample.",
+    "Abstaining: answers of the surest images alone. Right class there: how often an image is surer with all "
+    "classes than one without its own class.",
+]
+
+
 def zero_shot(arguments: argparse.Namespace) -> int:
-    """Top-1, top-5 and mean per class, and pictures of what is taken for what."""
+    """Top-1, top-5 and mean per class, calibration, and pictures of both. May save what was fitted."""
+    saves = arguments.save_temperature or arguments.save_threshold is not None
+    if saves:
+        check_target(arguments.model)
     class_names, templates = read_class_names(arguments.class_names), _templates(arguments)
     model, processor, clip = _load(arguments)
     decode = labelled_decoder(label_from_field(class_names, arguments.label_field))
@@ -51,16 +67,34 @@ def zero_shot(arguments: argparse.Namespace) -> int:
     split = split_by_hash(samples.keys, arguments.held_out_fraction)
     rows = zero_shot_rows(matrix, labels, class_names, split, others)
     confusions = {row["name"]: row.pop("confusion") for row in rows}
-    notes = [
-        "Ties count against; classes of one name are one class. Blind: the class with the likeliest text, log P(T), "
-        "whatever the image."
-    ]
-    tables = {f"{len(class_names)} classes": rows}
+    calibration = calibrate(matrix, labels, class_names, split, rows[2]["prior_weight"], model.config)
+    tables = {f"{len(class_names)} classes": rows, **calibration.tables}
     data = {**_describe(arguments, samples, split), "classes": len(class_names), "templates": len(templates)}
-    _finish(arguments, model, "Zero-shot classification", tables, notes, data)
-    if not draw_confusion(arguments.output / "confusion.png", confusions, class_names):
-        print("no confusion.png: matplotlib is not installed")
+    data["held-out samples are"] += " and the temperatures"
+    _finish(arguments, model, "Zero-shot classification", tables, ZERO_SHOT_NOTES, data, details=calibration.details)
+    _draw(arguments.output, confusions, class_names, calibration)
+    if saves:
+        _save_calibration(arguments, calibration)
     return 0
+
+
+def _draw(folder: Path, confusions: dict, class_names: list[str], calibration: Calibration) -> None:
+    curves = {name: coverage_curve(answers) for name, answers in calibration.coverage.items()}
+    is_drawn = (
+        draw_confusion(folder / "confusion.png", confusions, class_names)
+        and draw_reliability(folder / "reliability.png", calibration.reliability)
+        and draw_coverage(folder / "coverage.png", curves)
+    )
+    if not is_drawn:
+        print("no pictures: matplotlib is not installed")
+
+
+def _save_calibration(arguments: argparse.Namespace, calibration: Calibration) -> None:
+    fields = {"temperature": calibration.temperature} if arguments.save_temperature else {}
+    if arguments.save_threshold is not None:
+        fields["abstain_threshold"] = abstain_threshold(calibration.held_out.certainty, arguments.save_threshold)
+    save_calibration(arguments.model, **fields)
+    print(f"saved in {arguments.model}: " + ", ".join(f"{name} {value:.3f}" for name, value in fields.items()))
 
 
 def _templates(arguments: argparse.Namespace) -> list[str]:
@@ -267,7 +301,9 @@ def _describe(arguments: argparse.Namespace, samples, split=None, tuned: str = "
     }
 
 
-def _finish(arguments: argparse.Namespace, model, title: str, tables: dict, notes: list[str], data: dict) -> None:
+def _finish(
+    arguments: argparse.Namespace, model, title: str, tables: dict, notes: list[str], data: dict, **more: Any
+) -> None:
     """Writes and prints the results."""
     task = arguments.run.__name__.replace("_", "-")
     intervals = (
@@ -278,6 +314,7 @@ def _finish(arguments: argparse.Namespace, model, title: str, tables: dict, note
         "task": task,
         "title": title,
         "tables": tables,
+        **more,
         "notes": [*notes, intervals],
         "data": data,
         "run": describe_run(model, arguments.model, _command_line(task, arguments)),
@@ -290,5 +327,8 @@ def _command_line(task: str, arguments: argparse.Namespace) -> str:
     """The command with the value of every option."""
     hidden = {"run", "traceback"} | ({"model"} if arguments.model == TINY_CHECKPOINT else set())
     given: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name not in hidden}
-    options = [[f"--{name.replace('_', '-')}", str(value)] for name, value in given.items() if value is not None]
-    return shlex.join(["ig-captioner", "evaluate", task, *(word for option in options for word in option)])
+    words = ["ig-captioner", "evaluate", task]
+    for name, value in given.items():
+        if value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)

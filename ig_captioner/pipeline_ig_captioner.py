@@ -38,6 +38,9 @@ PARAMETERS = (
     "prior_weight",
     "prior_source",
     "reference_images",
+    "temperature",
+    "abstain_threshold",
+    "multi_label",
     "top_k",
     "return_log_likelihoods",
 )
@@ -47,7 +50,10 @@ def _check_parameters(parameters: dict[str, Any]) -> None:
     """Raises ValueError naming an unknown or wrong argument; `format_labels` checks labels and templates."""
 
     def is_number(value, kind=Real):
-        return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+        try:
+            return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+        except OverflowError:  # an integer beyond all floats
+            return False
 
     unknown = sorted(set(parameters) - set(PARAMETERS))
     if unknown:
@@ -56,17 +62,25 @@ def _check_parameters(parameters: dict[str, Any]) -> None:
         "timeout": ("a positive number of seconds", lambda value: is_number(value) and value > 0),
         "tokenizer_kwargs": ("a dict", lambda value: isinstance(value, dict)),
         "prior_weight": ("a finite number, zero or more", lambda value: is_number(value) and value >= 0),
-        "prior_source": ("'unconditional' or 'reference_images'", lambda value: value in PRIOR_SOURCES),
+        "prior_source": (
+            "'unconditional' or 'reference_images'",
+            lambda value: isinstance(value, str) and value in PRIOR_SOURCES,
+        ),
         "reference_images": ("a list of images", lambda value: isinstance(value, (list, tuple)) and len(value) > 0),
+        "temperature": ("a finite number above zero", lambda value: is_number(value) and float(value) > 0),
+        "abstain_threshold": (
+            "a finite number of nats, or -inf for never",
+            lambda value: is_number(value) or (isinstance(value, Real) and value == -math.inf),
+        ),
         "top_k": ("a positive integer", lambda value: is_number(value, Integral) and value > 0),
     }
     for name, (meaning, is_valid) in rules.items():
         value = parameters.get(name)
         if value is not None and not is_valid(value):
             raise ValueError(f"{name} must be {meaning}, or None, got {value!r}")
-    flag = parameters.get("return_log_likelihoods", False)
-    if not isinstance(flag, bool):
-        raise ValueError(f"return_log_likelihoods must be a bool, got {flag!r}")
+    for name in ("multi_label", "return_log_likelihoods"):
+        if not isinstance(parameters.get(name, False), bool):
+            raise ValueError(f"{name} must be a bool, got {parameters[name]!r}")
 
 
 class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
@@ -81,6 +95,12 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
     Several templates are ensembled by the mean over templates of log P(T|I) and of log P(T), and hence, the
     score being linear in them, of IG.
 
+    "None of these" is one more candidate, with the label None, once there is an `abstain_threshold`: its
+    information gain is that threshold. It comes first where no label reaches the threshold, and else behind those
+    that do. At `prior_weight=1` a threshold of 0 stands for an image that has nothing to do with any of the texts,
+    P(I); but gains of right labels may well be negative, so take one from labelled images and the same templates
+    (`ig-captioner evaluate zero-shot --save-threshold`).
+
     Args (of a call, or of the constructor as defaults for calls):
         candidate_labels (`list[str]` or [`CompiledLabels`]): may repeat. Compiled ones bring their templates.
         hypothesis_template (`str` or `list[str]`, defaults to `"a photo of a {}."`): `{}` is where the label
@@ -89,11 +109,19 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         prior_source (`str`, *optional*): `"unconditional"`, log P(T) without an image, or `"reference_images"`, the
             mean of P(T|I) over images; the model's config says it if this does not.
         reference_images (`list`, *optional*): those images; noise if not given.
+        temperature (`float`, *optional*): divides information gains before the softmax or sigmoid; the model's config
+            says it if this does not. It changes scores, not their order.
+        abstain_threshold (`float`, *optional*): nats; see above. The model's config says it if this does not;
+            `-math.inf` switches that off.
+        multi_label (`bool`, defaults to `False`): scores each label on its own, by the sigmoid of its information
+            gain, so that any number of labels can be likely and scores do not add up to one. A score above 0.5 says
+            that the image makes the text likelier (IG > 0); at `prior_weight=1` and `temperature=1` it is the
+            posterior of "drawn from P(I|T)" against "drawn from P(I)" at even odds.
         top_k (`int`, *optional*): how many labels to return; all by default. The scores stay those over all
             labels.
         return_log_likelihoods (`bool`, defaults to `False`): adds `caption_log_likelihood`, log P(T|I),
             `prior_log_likelihood`, log P(T), and `information_gain` to each entry: nats, means over
-            templates.
+            templates. "None of these" has only the last; the others are None.
         timeout (`float`, *optional*): seconds to wait for an image from the web.
         tokenizer_kwargs (`dict`, *optional*): go to the tokenizer, over the text rules of the processor.
 
@@ -143,8 +171,8 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
 
         Returns:
             For one image a list of `{"score": float, "label": str}`, best first (equals stay in the order
-            given); for a list of images a list of such lists, empty if it is; for a generator or `Dataset` an
-            iterator over them.
+            given, "none of these" behind them); for a list of images a list of such lists, empty if it is; for a
+            generator or `Dataset` an iterator over them.
 
         Raises:
             ValueError: naming the value, for any wrong argument and any image that cannot be read.
@@ -167,10 +195,13 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
     def _sanitize_parameters(self, **parameters):
         """Checked arguments of the three steps. A call passes all settings, the constructor's included."""
         _check_parameters(parameters)
-        steps = (("timeout",), ("prior_weight", "prior_source"), ("top_k", "return_log_likelihoods"))
+        scores = ("temperature", "abstain_threshold", "multi_label", "top_k", "return_log_likelihoods")
+        steps = (("timeout",), ("prior_weight", "prior_source"), scores)
         preprocess, forward, postprocess = (
             {name: parameters[name] for name in names if name in parameters} for names in steps
         )
+        if forward.get("prior_weight") is not None:
+            forward["prior_weight"] = float(forward["prior_weight"])  # tensors know no fractions
         # Without labels this is the constructor; its template is checked all the same.
         given = parameters.get("candidate_labels", ["no label yet"])
         labels, templates = given, parameters.get("hypothesis_template", DEFAULT_TEMPLATE)
@@ -199,7 +230,10 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         if is_compiled(labels):
             labels.check_tokenizer(self.model, self.tokenizer, **tokenizer_kwargs)
             return {"input_ids": labels}
-        return encode_for(self.model, self.tokenizer, texts, **tokenizer_kwargs)
+        try:
+            return encode_for(self.model, self.tokenizer, texts, **tokenizer_kwargs)
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"the tokenizer refuses tokenizer_kwargs {tokenizer_kwargs!r}: {error}") from error
 
     def preprocess(self, image, timeout: float | None = None) -> dict[str, torch.Tensor]:
         """`pixel_values` [1, 3, H, W] of one image, in the model's dtype."""
@@ -220,17 +254,51 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
             "information_gain": mean_over_templates(scores.information_gain),
         }
 
-    def postprocess(self, model_outputs, candidate_labels, top_k=None, return_log_likelihoods=False):
+    def postprocess(
+        self,
+        model_outputs,
+        candidate_labels: list[str],
+        temperature: float | None = None,
+        abstain_threshold: float | None = None,
+        multi_label: bool = False,
+        top_k: int | None = None,
+        return_log_likelihoods: bool = False,
+    ):
         """Entries of one image, best first, from its rows [1, C]."""
-        information_gain = model_outputs["information_gain"][0]
-        scores = information_gain.double().softmax(dim=-1).tolist()
+        config, labels = self.model.config, list(candidate_labels)
+        fields = {name: values[0].tolist() for name, values in model_outputs.items()}
+        gains = fields["information_gain"]
+        _check_gains(gains, labels)
+        threshold = config.abstain_threshold if abstain_threshold is None else abstain_threshold
+        if threshold is not None and threshold > -math.inf:
+            labels.append(None)
+            gains.append(float(threshold))  # the one field that "none of these" has
+        scores = _scores(gains, config.temperature if temperature is None else temperature, multi_label)
         # Sorted by information gain: far-off labels share a score of 0.
-        order = sorted(range(len(scores)), key=information_gain.neg().tolist().__getitem__)
-        entries = [{"score": scores[i], "label": candidate_labels[i]} for i in order[:top_k]]
+        order = sorted(range(len(gains)), key=lambda i: -gains[i])[:top_k]
+        entries = [{"score": scores[i], "label": labels[i]} for i in order]
         if return_log_likelihoods:
-            for entry, i in zip(entries, order[:top_k], strict=True):
-                entry.update({name: values[0, i].item() for name, values in model_outputs.items()})
+            for entry, i in zip(entries, order, strict=True):
+                entry.update({name: values[i] if i < len(values) else None for name, values in fields.items()})
         return entries
+
+
+def _check_gains(gains: list[float], labels: list[str]) -> None:
+    for gain, label in zip(gains, labels, strict=True):
+        if not math.isfinite(gain):
+            raise ValueError(
+                f"the information gain of {label!r} is {gain}: prior_weight is too large, or the weights of the model "
+                "are not finite"
+            )
+
+
+def _scores(gains: list[float], temperature: float, multi_label: bool) -> list[float]:
+    """Scores of all candidates, in float64."""
+    values, temperature = torch.tensor(gains, dtype=torch.float64), float(temperature)
+    if multi_label:
+        return (values / temperature).sigmoid().tolist()
+    # The maximum goes first, as it would in the softmax: quotients by a tiny temperature may be infinite.
+    return ((values - values.max()) / temperature).softmax(dim=-1).tolist()
 
 
 # What `save_pretrained` reads to copy this file and to write `custom_pipelines`, without replacing the stock

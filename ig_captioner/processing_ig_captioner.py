@@ -93,7 +93,10 @@ def load_rgb_image(image: Any, timeout: float | None = None) -> PIL.Image.Image:
             f"(for a column of a data set use KeyDataset), got {type(image).__name__}: {_short(image)}"
         )
     try:
-        return _open(source, timeout)
+        rgb = _open(source, timeout)
+        if 0 in rgb.size:
+            raise ValueError("it has no pixels")
+        return rgb
     except Exception as error:
         # Broad on purpose: Pillow raises OSError, SyntaxError, struct.error and more, an HTTP client its own.
         name = _short(getattr(image, "filename", None) or image)
@@ -185,21 +188,31 @@ def format_labels(labels: Sequence[str], templates: str | Sequence[str]) -> list
     templates mean nothing. Labels may repeat.
 
     Raises:
-        ValueError: naming the value, for labels that are not a list (or tuple) of at least one string, and
-            for templates that are not a string, or a list of at least one string, with `{}` in each.
+        ValueError: naming the value, for labels that are not a list (or tuple) of at least one string, for
+            templates that are not a string, or a list of at least one string, with `{}` in each, and for strings
+            that are no text, with half of a surrogate pair in them.
     """
     if not isinstance(labels, (list, tuple)) or not labels:
         raise ValueError(f"candidate_labels must be a non-empty list of strings, got {_short(labels)}")
     for label in labels:
         if not isinstance(label, str):
             raise ValueError(f"every entry of candidate_labels must be a string, got {_short(label)}")
+        _check_unicode(label, "every entry of candidate_labels")
     listed = [templates] if isinstance(templates, str) else templates
     if not isinstance(listed, (list, tuple)) or not listed:
         raise ValueError(f"hypothesis_template must be one string or more, got {_short(templates)}")
     for template in listed:
         if not isinstance(template, str) or "{}" not in template:
             raise ValueError(f"hypothesis_template must be a string with {{}} in it, got {_short(template)}")
+        _check_unicode(template, "hypothesis_template")
     return [template.replace("{}", label) for template in listed for label in labels]
+
+
+def _check_unicode(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be Unicode text, got {_short(text)}: {error}") from error
 
 
 def encode_texts(

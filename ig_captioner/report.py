@@ -1,6 +1,7 @@
 """Results of an evaluation as `results.json`, `results.md` and `model-index.yml`, with all that led to them.
 
 Results are `{"task", "title", "notes", "data", "tables": {title: rows}, "run"}`; see `evaluation` for the rows.
+`details`, `{title: lines}` with a dict per line, are shown as they are.
 """
 
 import hashlib
@@ -15,8 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
+from torch import Tensor
 
 from . import __version__
+from .calibration import Bins
 
 
 class Metric(NamedTuple):
@@ -33,6 +36,14 @@ METRICS = {
     "top1": Metric("top-1 %", "accuracy"),
     "top5": Metric("top-5 %", "accuracy"),
     "mean_per_class": Metric("mean per class %", "accuracy"),
+    "ece": Metric("ECE %", "expected_calibration_error"),
+    "nll": Metric("NLL in nats", "negative_log_likelihood", scale=1, digits=3),
+    "temperature": Metric("temperature", "temperature", scale=1, digits=3),
+    "top1_of_95": Metric("top-1 % of surest 95 %", "accuracy"),
+    "top1_of_90": Metric("top-1 % of surest 90 %", "accuracy"),
+    "top1_of_80": Metric("top-1 % of surest 80 %", "accuracy"),
+    "top1_of_50": Metric("top-1 % of surest 50 %", "accuracy"),
+    "none_auroc": Metric("right class there: AUROC %", "roc_auc"),
     "recall_at_1": Metric("R@1 %", "recall"),
     "recall_at_5": Metric("R@5 %", "recall"),
     "recall_at_10": Metric("R@10 %", "recall"),
@@ -121,6 +132,8 @@ def to_markdown(results: dict[str, Any]) -> str:
     lines = [f"# {results['title']}", ""]
     for title, rows in results["tables"].items():
         lines += [f"## {title}", "", *table_lines(rows), ""]
+    for title, entries in results.get("details", {}).items():
+        lines += [f"## {title}", "", *detail_lines(entries), ""]
     lines += [f"{note}\n" for note in results["notes"]]
     lines += [
         "## Run",
@@ -144,6 +157,13 @@ def table_lines(rows: list[dict[str, Any]]) -> list[str]:
         weight = "" if row["prior_weight"] is None else f"{row['prior_weight']:g}"
         lines.append(table_row([row["name"], weight, *(format_metric(name, row["metrics"][name]) for name in columns)]))
     return lines
+
+
+def detail_lines(entries: list[dict[str, Any]]) -> list[str]:
+    """One line per entry, with the columns of the first."""
+    headings = list(entries[0])
+    cells = (["" if entry[name] is None else entry[name] for name in headings] for entry in entries)
+    return [table_row(headings), table_row(["---"] * len(headings)), *map(table_row, cells)]
 
 
 def format_metric(name: str, estimate: dict[str, float]) -> str:
@@ -201,20 +221,70 @@ def write_results(directory: Path, results: dict[str, Any]) -> None:
         (directory / name).write_text(content, encoding="utf-8")
 
 
-def draw_confusion(path: Path, confusions: dict[str, list[list[int]]], class_names: list[str]) -> bool:
-    """A picture of the counts [C, C] of each row, true classes downwards. Returns False where matplotlib is missing."""
+# Pictures. Each returns False, and draws nothing, where matplotlib is missing.
+
+
+def _panels(number: int, height: float):
+    """A figure of `number` panels side by side, 5 inches wide each, and the panels; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        return None
+    figure = Figure(figsize=(5 * number, height), layout="constrained")
+    return figure, figure.subplots(1, number, squeeze=False)[0]
+
+
+def draw_confusion(path: Path, confusions: dict[str, list[list[int]]], class_names: list[str]) -> bool:
+    """The counts [C, C] of each row, true classes downwards."""
+    drawing = _panels(len(confusions), height=5.5)
+    if drawing is None:
         return False
-    figure = Figure(figsize=(5 * len(confusions), 5.5), layout="constrained")
-    for axes, (name, counts) in zip(
-        figure.subplots(1, len(confusions), squeeze=False)[0], confusions.items(), strict=True
-    ):
+    figure, panels = drawing
+    for axes, (name, counts) in zip(panels, confusions.items(), strict=True):
         axes.imshow(counts, cmap="viridis", interpolation="nearest")
         axes.set(title=name, xlabel="predicted", ylabel="true")
         if len(class_names) <= 40:
             axes.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=7)
             axes.set_yticks(range(len(class_names)), class_names, fontsize=7)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def draw_reliability(path: Path, pictures: dict[str, Bins]) -> bool:
+    """Share of right answers over mean score, bin by bin, above how many answers each bin has."""
+    drawing = _panels(len(pictures), height=5)
+    if drawing is None:
+        return False
+    figure, panels = drawing
+    for axes, (title, bins) in zip(panels, pictures.items(), strict=True):
+        images, width = bins.images.tolist(), 1 / len(bins.images)
+        counts = axes.twinx()
+        left = [index * width for index in range(len(images))]
+        counts.bar(left, images, width, align="edge", color="0.85", edgecolor="white")
+        counts.set(ylabel="images (grey bars)", ylim=(0, 2.5 * max(images)))
+        axes.set_zorder(counts.get_zorder() + 1)  # lines above the bars
+        axes.patch.set_visible(False)
+        axes.plot([0, 1], [0, 1], color="0.4", linestyle=":", label="perfect")
+        some = bins.images > 0
+        axes.plot(bins.score[some], bins.right[some], marker="o", markersize=4, label="measured")
+        axes.set(title=title, xlabel="mean score of the best label", ylabel="share that is right")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        axes.legend(loc="upper left")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def draw_coverage(path: Path, curves: dict[str, tuple[Tensor, Tensor]]) -> bool:
+    """Share of right answers over the share of images that are answered, a line for each way to abstain."""
+    drawing = _panels(1, height=4)
+    if drawing is None:
+        return False
+    figure, (axes,) = drawing
+    for name, (coverage, right) in curves.items():
+        shown = coverage >= 0.01  # of less, the share is noise
+        axes.plot(coverage[shown], right[shown], label=name)
+    axes.set(xlabel="share of images answered", ylabel="share of answers that is right", xlim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(path, dpi=120)
     return True

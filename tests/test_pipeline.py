@@ -1,6 +1,7 @@
 """The zero-shot pipeline: the stock interface, the model's scores behind it, errors that name the value."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -234,6 +235,74 @@ def test_equal_labels_stay_in_order_and_share_the_score(classifier, photos):
     assert [entry["score"] for entry in entries] == pytest.approx([0.25] * 4)
 
 
+def test_scores_are_the_plain_softmax_to_the_bit(classifier, photos):
+    for entries in classifier(photos, LABELS, return_log_likelihoods=True):
+        gains = torch.tensor([entry["information_gain"] for entry in entries], dtype=torch.float64)
+        assert [entry["score"] for entry in entries] == gains.softmax(dim=-1).tolist()
+        assert all(list(entry) == ["score", "label", *FIELDS] for entry in entries)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1, 3.0, 1e-300, 1e300])
+def test_temperature_changes_scores_and_no_order(classifier, photos, temperature):
+    plain = classifier(photos[0], LABELS, return_log_likelihoods=True)
+    entries = classifier(photos[0], LABELS, temperature=temperature, return_log_likelihoods=True)
+    assert [entry["label"] for entry in entries] == [entry["label"] for entry in plain]
+    gains = [entry["information_gain"] for entry in plain]
+    assert [entry["information_gain"] for entry in entries] == gains
+    weights = [math.exp((gain - max(gains)) / temperature) for gain in gains]
+    assert [entry["score"] for entry in entries] == pytest.approx([weight / sum(weights) for weight in weights])
+
+
+def test_multi_label_scores_each_label_on_its_own(classifier, photos):
+    arguments = {"multi_label": True, "temperature": 2.0, "return_log_likelihoods": True}
+    together = by_label(classifier(photos[0], LABELS, **arguments))
+    for label in LABELS:
+        (alone,) = classifier(photos[0], [label], **arguments)
+        assert together[label] == pytest.approx(alone, abs=1e-5)
+        assert alone["score"] == pytest.approx(1 / (1 + math.exp(-alone["information_gain"] / 2)))
+    assert sum(entry["score"] for entry in together.values()) != pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_none_of_these_is_a_candidate_at_the_threshold(classifier, photos, multi_label):
+    arguments = {"return_log_likelihoods": True, "multi_label": multi_label}
+    plain = classifier(photos[0], LABELS, **arguments)
+    gains = [entry["information_gain"] for entry in plain]
+    assert gains[0] > gains[1] > gains[2]
+    thresholds = [gains[0] + 1, gains[0], (gains[0] + gains[1]) / 2, gains[2] - 1]
+    for place, threshold in zip([0, 1, 1, 3], thresholds, strict=True):
+        entries = classifier(photos[0], LABELS, abstain_threshold=threshold, **arguments)
+        nothing = entries.pop(place)
+        assert nothing["label"] is None and nothing["information_gain"] == threshold
+        assert nothing["caption_log_likelihood"] is None and nothing["prior_log_likelihood"] is None
+        assert [entry["label"] for entry in entries] == [entry["label"] for entry in plain]
+        logits = torch.tensor([*gains, threshold], dtype=torch.float64)
+        expected = logits.sigmoid() if multi_label else logits.softmax(dim=-1)
+        assert [entry["score"] for entry in [*entries, nothing]] == pytest.approx(expected.tolist())
+    (best,) = classifier(photos[0], LABELS, abstain_threshold=gains[0] + 1, top_k=1)
+    assert list(best) == ["score", "label"] and best["label"] is None
+    assert json.loads(json.dumps(best)) == best
+
+
+def test_the_config_says_temperature_and_threshold(photos):
+    torch.manual_seed(0)
+    calibrated = IGCaptionerForZeroShotImageClassification(make_config(temperature=3, abstain_threshold=-2.0)).eval()
+    torch.manual_seed(0)
+    classifier, plain = make_pipeline(calibrated), make_pipeline(type(calibrated)(make_config()).eval())
+    expected = plain(photos, LABELS, temperature=3, abstain_threshold=-2)
+    assert classifier(photos, LABELS) == expected and len(expected[0]) == 4
+    off = {"temperature": 1, "abstain_threshold": -math.inf}
+    assert classifier(photos, LABELS, **off) == plain(photos, LABELS)
+    assert make_pipeline(calibrated, **off)(photos, LABELS) == plain(photos, LABELS)
+
+
+def test_scores_of_broken_weights_are_an_error(photos):
+    broken = IGCaptionerForZeroShotImageClassification(make_config()).eval()
+    next(broken.model.vision_model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="information gain of 'cat' is nan"):
+        make_pipeline(broken)(photos[0], LABELS)
+
+
 def test_order_survives_scores_that_underflow(classifier):
     gains = torch.tensor([[-9000.0, 0.0, -8000.0]])
     outputs = dict.fromkeys(FIELDS, gains)
@@ -355,6 +424,17 @@ WRONG = [
     ({"timeout": "5"}, "timeout.*'5'"),
     ({"tokenizer_kwargs": ["max_length"]}, "tokenizer_kwargs.*max_length"),
     ({"return_log_likelihoods": 1}, "return_log_likelihoods.*1"),
+    ({"multi_label": "yes"}, "multi_label.*'yes'"),
+    ({"temperature": 0}, "temperature.*0"),
+    ({"temperature": -1.0}, "temperature.*-1.0"),
+    ({"temperature": float("nan")}, "temperature.*nan"),
+    ({"temperature": float("inf")}, "temperature.*inf"),
+    ({"temperature": True}, "temperature.*True"),
+    ({"abstain_threshold": "0"}, "abstain_threshold.*'0'"),
+    ({"abstain_threshold": float("inf")}, "abstain_threshold.*inf"),
+    ({"abstain_threshold": float("nan")}, "abstain_threshold.*nan"),
+    ({"abstain_threshold": False}, "abstain_threshold.*False"),
+    ({"prior_weight": 10**400}, "prior_weight.*10000"),
 ]
 
 
