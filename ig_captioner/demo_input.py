@@ -138,7 +138,7 @@ async def _follow(url: str) -> bytes:
 
 async def _pinned_request(client: httpx.AsyncClient, target: httpx.URL) -> httpx.Request:
     """A request that connects to an address already checked, under the name that was asked for."""
-    if target.scheme not in ("http", "https") or not target.host:
+    if target.scheme not in ("http", "https") or not target.host or (target.port or 80) >= 2**16:
         raise InputError(f"{str(target)!r} is no http or https URL.")
     found = await asyncio.get_running_loop().getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
     addresses = [str(entry[4][0]) for entry in found]

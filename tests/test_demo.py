@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import itertools
 import math
 import re
 import runpy
@@ -176,7 +175,8 @@ def test_files_that_are_no_photo(photo):
     for content in (b"", b"a text, no image", b"<svg xmlns='http://www.w3.org/2000/svg'/>", encoded(photo, "TIFF")):
         with pytest.raises(InputError, match="no photo that can be read"):
             open_photo(content)
-    for damaged in (whole[:200], encoded(photo, "JPEG")[:400], png_header(60, 40)):
+    jpeg = encoded(photo, "JPEG")
+    for damaged in (whole[:200], jpeg[: len(jpeg) - 200], png_header(60, 40)):
         with pytest.raises(InputError, match="damaged"):
             open_photo(damaged)
 
@@ -219,7 +219,7 @@ def test_private_addresses(address):
         ("cat.jpg", "no http or https URL"),
         ("http://", "no http or https URL"),
         ("http://[::1", "Cannot load"),
-        ("http://8.8.8.8:99999/", "Cannot load"),
+        ("http://8.8.8.8:99999/", "no http or https URL"),
         ("http://a\x00b/", "Cannot load"),
         ("https://" + "a" * 2_000, "2,008 characters"),
     ],
@@ -367,8 +367,7 @@ def check_rows(rows: list[Row], expected: list[dict]) -> None:
 def test_every_prior_weight_follows_from_one_run_of_the_model(captioner, photo, pixel_values, monkeypatch):
     scores = captioner.classify(pixel_values, LABELS, DEFAULT_TEMPLATE)
     expected = {weight: expected_rows(captioner, photo, LABELS, DEFAULT_TEMPLATE, weight) for weight in WEIGHTS}
-    monkeypatch.setattr(captioner.model, "forward", None)
-    monkeypatch.setattr(captioner.model, "model", None)
+    monkeypatch.setattr(captioner, "model", None)
     for weight in WEIGHTS:
         check_rows(scores.ranked(weight), expected[weight])
         assert scores.ranked(weight, 2) == scores.ranked(weight)[:2]
@@ -508,14 +507,14 @@ def rows_of(*pairs: tuple[float, float], weight: float = 1.0) -> list[Row]:
 
 def test_bars_are_as_long_as_what_they_show():
     page = Elements(label_bars(rows_of((-10.0, -20.0), (-5.0, -4.0), weight=0.5), 2, 0.5))
-    caption, whole, counted, gain = zip(*itertools.batched(page.styles("ig-bar"), 4), strict=True) if hasattr(
-        itertools, "batched"
-    ) else zip(page.styles("ig-bar")[:4], page.styles("ig-bar")[4:], strict=True)
+    bars = page.styles("ig-bar")
+    assert len(bars) == 8
+    caption, whole, counted, gain = zip(bars[:4], bars[4:], strict=True)
     assert caption == ({"left": 50, "width": 50}, {"left": 75, "width": 25})  # of 20 nats, up to the right end
     assert whole == ({"left": 0, "width": 100}, {"left": 0, "width": 20})
     assert counted == ({"left": 0, "width": 50}, {"left": 0, "width": 10})
-    assert gain == ({"left": 100, "width": 0}, {"left": 0, "width": 100})  # 0 and -3
-    assert "label 0" in page.text and "−0.5" in page.text.replace("- ", "") or "0.5 · log P(T)" in page.text
+    assert gain == ({"left": 100, "width": 0}, {"left": 0, "width": 100})  # 0 and -3 nats
+    assert "0.5 · log P(T)" in page.text
 
 
 def test_bars_fit_their_tracks():
@@ -594,7 +593,7 @@ def test_classify(handlers, captioner, checkpoint, pixel_values, raises_on_the_p
 def test_the_slider_ranks_again(handlers, captioner, pixel_values, monkeypatch):
     scores = handlers.classify(pixel_values, "\n".join(LABELS), "{}", 1.0)[0]
     large = handlers.classify_large_set(pixel_values, "{}", 1.0)[0]
-    monkeypatch.setattr(captioner.model, "model", None)
+    monkeypatch.setattr(captioner, "model", None)
     for weight in WEIGHTS:
         bars, code = handlers.rank(scores, weight)
         assert bars == label_bars(scores.ranked(weight), 4, weight) and f"prior_weight={weight!r}" in code
