@@ -48,6 +48,7 @@ HEADER = """\
 <div class="ig-head"><h1>ig_captioner</h1><p>An image captioner as a zero-shot classifier. It ranks your labels by
 information gain, <span class="ig-formula">IG = log P(T|I) &minus; &alpha; &middot; log P(T)</span>: how
 much likelier the photo makes the text. &alpha; is the prior weight; 0 is the plain captioner.</p></div>"""
+CHOICE = "Which words does the image support?"
 NO_RESULT = placeholder("Choose a photo: scores of your labels appear here.")
 NO_CAPTION = placeholder("The caption of your photo appears here.")
 NO_LARGE_RESULT = placeholder("Not computed for this photo yet.")
@@ -57,7 +58,7 @@ def shows_errors(handler: Callable) -> Callable:
     """Turns `InputError` of a handler, or of what it awaits, into a message on the page."""
 
     def shown(error: InputError) -> gr.Error:
-        return gr.Error(html.escape(str(error)), title="Cannot do that", print_exception=False)
+        return gr.Error(html.escape(str(error)), print_exception=False)
 
     @functools.wraps(handler)
     def wrapped(*args: Any) -> Any:
@@ -98,7 +99,7 @@ class Handlers:
 
     def forget(self) -> tuple:
         """Nothing to be kept, and nothing to be shown: what a new photo begins with."""
-        choice = gr.Dropdown(choices=[], value=None)
+        choice = gr.Dropdown(choices=[], value=None, visible=False)
         return None, None, None, NO_RESULT, "", choice, "", NO_CAPTION, NO_LARGE_RESULT
 
     @shows_errors
@@ -107,7 +108,7 @@ class Handlers:
         labels, template = parse_labels(text), check_template(template)
         scores = self.captioner.classify(_chosen(pixel_values), labels, template)
         best = scores.ranked(prior_weight)[0].label
-        choice = gr.Dropdown(choices=list(scores.labels), value=best, interactive=True)
+        choice = gr.Dropdown(choices=list(scores.labels), value=best, visible=True)
         return scores, *self.rank(scores, prior_weight), choice, self.explain(scores, best)
 
     @shows_errors
@@ -171,7 +172,7 @@ def _add_inputs() -> dict[str, Any]:
             placeholder=f"# Drop, paste or choose a photo\n{limits}",
             sources=["upload", "clipboard"],
             format="png",
-            height=300,
+            height=270,
             buttons=[],
             alt_text="The photo to be classified",
             elem_id="photo",
@@ -200,7 +201,7 @@ def _add_outputs(captioner: Captioner) -> dict[str, Any]:
     )
     with gr.Tab("Labels"):
         bars = gr.HTML(NO_RESULT, elem_id="bars")
-        choice = gr.Dropdown([], label="Which words does the image support?", interactive=True, elem_id="choice")
+        choice = gr.Dropdown([], label=CHOICE, interactive=True, visible=False, elem_id="choice")
         tokens = gr.HTML(elem_id="tokens")
     with gr.Tab("Caption"):
         caption = gr.HTML(NO_CAPTION, elem_id="caption")
@@ -254,6 +255,17 @@ def _connect(handlers: Handlers, parts: dict[str, Any]) -> None:
     parts["choice"].input(handlers.explain, pick("scores choice"), pick("tokens"), **always)
 
 
+def _theme() -> gr.themes.Base:
+    # Gradio's file of weight 600, its theme's own, lacks most letters.
+    font = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))
+    theme = gr.themes.Default(primary_hue="teal", font=[font, "ui-sans-serif", "sans-serif"])
+    return theme.set(  # enough contrast for small and for white text
+        block_info_text_color="*neutral_500",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+    )
+
+
 async def _refuse_url(url: str, cache_dir: str | Path) -> str:
     raise gr.Error("Photos are uploaded, or loaded from the URL box.", print_exception=False)
 
@@ -287,8 +299,6 @@ def serve(app: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, open
     """Starts the server, in the background and with its limits. Returns the URL; `app.close()` stops it."""
     # A client may name a URL instead of an uploaded file. Gradio would load any number of bytes from it.
     gradio.processing_utils.async_ssrf_protected_download = _refuse_url
-    # Gradio's file of weight 600, the theme's own, lacks most letters.
-    font = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))
     _, url, _ = app.launch(
         server_name=host,
         server_port=port,
@@ -302,7 +312,7 @@ def serve(app: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, open
         ssr_mode=False,
         mcp_server=False,
         footer_links=[],
-        theme=gr.themes.Default(primary_hue="teal", font=[font, "ui-sans-serif", "sans-serif"]),
+        theme=_theme(),
         css=CSS,
     )
     return url

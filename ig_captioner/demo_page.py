@@ -46,9 +46,10 @@ CSS = """
 .ig-token small { font-variant-numeric: tabular-nums; color: var(--ig-quiet); }
 .ig-end bdi { font-style: italic; }
 .ig-quote { font-size: 1.25rem; margin: .4rem 0; overflow-wrap: anywhere; }
-.ig-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-top: .4rem; }
-.ig-table th, .ig-table td { padding: .1rem .8rem .1rem 0; text-align: right; font-weight: 400; }
-.ig-table th:first-child { text-align: left; font-weight: 600; overflow-wrap: anywhere; }
+.gradio-container .ig-table { border: 0; margin-top: .4rem; font-variant-numeric: tabular-nums; }
+.gradio-container .ig-table :is(tr, th, td) { border: 0; }
+.gradio-container .ig-table :is(th, td) { padding: .1rem 1rem .1rem 0; text-align: right; font-weight: 400; }
+.gradio-container .ig-table th:first-child { text-align: left; font-weight: 600; overflow-wrap: anywhere; }
 @media (max-width: 640px) {
   .ig-titles { display: none; }
   .ig-row { grid-template-columns: 1fr auto; row-gap: .15rem; padding: .6rem 0; }
@@ -115,8 +116,9 @@ def label_bars(rows: Sequence[Row], num_labels: int, prior_weight: float) -> str
     table = f'<div role="table" aria-label="Labels by information gain">{"".join(lines)}</div>'
     hidden = f" The best {len(rows)} of {num_labels:,} labels." if len(rows) < num_labels else ""
     return table + note(
-        f"Nats. IG = log P(T|I) &minus; {prior_weight:g} &middot; log P(T): the filled part of the middle bar less the "
-        f"left one. Red: what the column would choose. Score: softmax of IG over all labels.{hidden}"
+        f"Nats. IG = log P(T|I) &minus; {prior_weight:g} &middot; log P(T): the filled part of the &minus;log P(T) bar "
+        "less the log P(T|I) bar. Red: what log P(T|I) and IG would choose. Score: softmax of IG over all labels."
+        + hidden
     )
 
 
