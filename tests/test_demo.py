@@ -706,18 +706,16 @@ def test_any_bytes_give_pixels_or_a_message(captioner, files, data):
 
 @FUZZ
 @given(
-    st.text(ODD_CHARACTERS, max_size=30)
-    | st.sampled_from(["http://", "https://[", "http://1.1.1."]).flatmap(
-        lambda start: st.text(ODD_CHARACTERS, max_size=20).map(start.__add__)
-    )
+    start=st.sampled_from(["", "http://", "https://[", "http://1.1.1.", "http://a.test/"]),
+    rest=st.text(ODD_CHARACTERS, max_size=30),
 )
-def test_any_url_gives_a_message(url, monkeypatch):
+def test_any_url_gives_a_message(monkeypatch, start, rest):
     def no_such_host(*args, **kwargs):
         raise socket.gaierror("no such host")
 
     monkeypatch.setattr(socket, "getaddrinfo", no_such_host)
     with pytest.raises(InputError):
-        asyncio.run(fetch(url))
+        asyncio.run(fetch(start + rest))
 
 
 # The server
