@@ -1,0 +1,9 @@
+"""The web demo as a Hugging Face Space; README.md says how to make one. The variable MODEL names another checkpoint."""
+
+import os
+
+from ig_captioner import TINY_CHECKPOINT, demo
+
+
+if __name__ == "__main__":
+    demo.launch(os.environ.get("MODEL", TINY_CHECKPOINT), host="0.0.0.0", port=7860)

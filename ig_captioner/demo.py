@@ -1,0 +1,318 @@
+"""The web demo, a Gradio app: `ig-captioner demo`, or `launch` here. Needs the extra `app`.
+
+`demo_input.py` says what is let in, `demo_scores.py` computes, `demo_page.py` draws; here are the page and its events.
+A photo is decoded once, to the `pixel_values` that its browser session keeps. The prior weight re-ranks what the model
+said before, without running it.
+
+Nothing is sent anywhere: no analytics, no share link, fonts and scripts from this machine. Uploads are deleted after an
+hour.
+"""
+
+import functools
+import html
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from torch import Tensor
+
+from .demo_input import (
+    FORMATS,
+    MAX_BYTES,
+    MAX_LABELS,
+    MAX_PIXELS,
+    InputError,
+    check_template,
+    fetch,
+    open_photo,
+    parse_labels,
+)
+from .demo_page import CSS, MAX_SHOWN, caption_view, label_bars, note, placeholder, token_view
+from .demo_scores import Captioner, Scores, as_code, large_set
+from .processing_ig_captioner import DEFAULT_TEMPLATE
+
+
+try:
+    import gradio as gr
+    import gradio.processing_utils
+except ImportError as error:
+    raise ImportError(f"the web demo needs gradio ({error}): pip install 'ig_captioner[app]'") from error
+
+
+MAX_PRIOR_WEIGHT = 1.5
+KEPT_SECONDS = 3600  # uploads, and what a session has computed
+LABELS = ["cat", "dog", "horse", "woman", "cup of coffee", "rocket", "motorcycle"]
+HEADER = """\
+<div class="ig-head"><h1>ig_captioner</h1><p>An image captioner as a zero-shot classifier. It ranks your labels by
+information gain, <span class="ig-formula">IG = log P(T|I) &minus; &alpha; &middot; log P(T)</span>: how
+much likelier the photo makes the text. &alpha; is the prior weight; 0 is the plain captioner.</p></div>"""
+CHOICE = "Which words does the image support?"
+NO_RESULT = placeholder("Choose a photo: scores of your labels appear here.")
+NO_CAPTION = placeholder("The caption of your photo appears here.")
+NO_LARGE_RESULT = placeholder("Not computed for this photo yet.")
+
+
+def shows_errors(handler: Callable) -> Callable:
+    """Turns `InputError` of a handler, or of what it awaits, into a message on the page."""
+
+    def shown(error: InputError) -> gr.Error:
+        return gr.Error(html.escape(str(error)), print_exception=False)
+
+    @functools.wraps(handler)
+    def wrapped(*args: Any) -> Any:
+        try:
+            return handler(*args)
+        except InputError as error:
+            raise shown(error) from error
+
+    @functools.wraps(handler)
+    async def wrapped_async(*args: Any) -> Any:
+        try:
+            return await handler(*args)
+        except InputError as error:
+            raise shown(error) from error
+
+    return wrapped_async if inspect.iscoroutinefunction(handler) else wrapped
+
+
+class Handlers:
+    """What happens on the page's events: from values of its components to values of its components."""
+
+    def __init__(self, captioner: Captioner) -> None:
+        self.captioner = captioner
+
+    @shows_errors
+    def read(self, upload: dict[str, Any] | None) -> Tensor:
+        """`pixel_values` of an uploaded file, as Gradio describes it."""
+        if upload is None:
+            raise InputError("Choose a photo first.")
+        with open(upload["path"], "rb") as file:
+            return self.captioner.read(open_photo(file.read(MAX_BYTES + 1)))
+
+    @shows_errors
+    async def fetch(self, url: str) -> tuple[PIL.Image.Image, Tensor]:
+        """The photo behind a URL, and its `pixel_values`."""
+        photo = open_photo(await fetch(url))
+        return photo, self.captioner.read(photo)
+
+    def forget(self) -> tuple:
+        """Nothing to be kept, and nothing to be shown: what a new photo begins with."""
+        choice = gr.Dropdown(choices=[], value=None, visible=False)
+        return None, None, None, NO_RESULT, "", choice, "", NO_CAPTION, NO_LARGE_RESULT
+
+    @shows_errors
+    def classify(self, pixel_values: Tensor | None, text: str, template: str, prior_weight: float) -> tuple:
+        """Scores to be kept; bars, choice of labels, tokens and code to be shown."""
+        labels, template = parse_labels(text), check_template(template)
+        scores = self.captioner.classify(_chosen(pixel_values), labels, template)
+        best = scores.ranked(prior_weight)[0].label
+        choice = gr.Dropdown(choices=list(scores.labels), value=best, visible=True)
+        return scores, *self.rank(scores, prior_weight), choice, self.explain(scores, best)
+
+    @shows_errors
+    def classify_large_set(self, pixel_values: Tensor | None, template: str, prior_weight: float) -> tuple:
+        """Scores of the large set to be kept, and bars."""
+        scores = self.captioner.classify_large_set(_chosen(pixel_values), check_template(template))
+        return scores, self.rank_large_set(scores, prior_weight)
+
+    @shows_errors
+    def caption(self, pixel_values: Tensor | None) -> str:
+        caption = self.captioner.caption(_chosen(pixel_values))
+        return caption_view(caption, self.captioner.pieces(caption.tokens))
+
+    def rank(self, scores: Scores | None, prior_weight: float) -> tuple[str, str]:
+        """Bars and code at a prior weight, from scores that are there."""
+        if scores is None:
+            return NO_RESULT, ""
+        bars = label_bars(scores.ranked(prior_weight, MAX_SHOWN), len(scores.labels), prior_weight)
+        if scores.num_cut:
+            bars += note(f"{scores.num_cut} texts were cut: the model reads {self.captioner.max_tokens} tokens.")
+        return bars, as_code(self.captioner.name, scores.labels, scores.template, prior_weight)
+
+    def rank_large_set(self, scores: Scores | None, prior_weight: float) -> str:
+        if scores is None:
+            return NO_LARGE_RESULT
+        return label_bars(scores.ranked(prior_weight, MAX_SHOWN), len(scores.labels), prior_weight)
+
+    def explain(self, scores: Scores | None, label: str | None) -> str:
+        """The tokens of a label's text."""
+        if scores is None or label not in scores.labels:
+            return ""
+        return token_view(self.captioner.pieces(scores.tokens[scores.labels.index(label)]))
+
+
+def _chosen(pixel_values: Tensor | None) -> Tensor:
+    if pixel_values is None:
+        raise InputError("Choose a photo first.")
+    return pixel_values
+
+
+def build_app(model: str, device: str = "auto") -> gr.Blocks:
+    """The page and its events, for a checkpoint (folder or Hub name). `launch` adds limits that the server keeps."""
+    captioner = Captioner(model, device)
+    with gr.Blocks(title="ig_captioner", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as app:
+        gr.HTML(HEADER)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                inputs = _add_inputs()
+            with gr.Column(scale=3, min_width=320):
+                outputs = _add_outputs(captioner)
+        _connect(Handlers(captioner), {**inputs, **outputs})
+    return app
+
+
+def _add_inputs() -> dict[str, Any]:
+    limits = f"{', '.join(FORMATS)}: up to {MAX_BYTES // 2**20} MiB and {MAX_PIXELS // 10**6} megapixels"
+    lines = f"One per line, {MAX_LABELS:,} at most. A single line is split at its commas."
+    return {
+        "photo": gr.Image(
+            label="Photo",
+            placeholder=f"# Drop, paste or choose a photo\n{limits}",
+            sources=["upload", "clipboard"],
+            format="png",
+            height=270,
+            buttons=[],
+            alt_text="The photo to be classified",
+            elem_id="photo",
+        ),
+        "url": gr.Textbox(
+            label="Photo from a URL", placeholder="https://...", submit_btn="Load", max_lines=1, elem_id="url"
+        ),
+        "labels": gr.Textbox("\n".join(LABELS), label="Labels", info=lines, lines=7, max_lines=12, elem_id="labels"),
+        "template": gr.Textbox(
+            DEFAULT_TEMPLATE, label="Sentence", info="{} is where the label goes.", max_lines=1, elem_id="template"
+        ),
+        "run": gr.Button("Classify", variant="primary", elem_id="run"),
+    }
+
+
+def _add_outputs(captioner: Captioner) -> dict[str, Any]:
+    states = {name: gr.State(time_to_live=KEPT_SECONDS) for name in ("pixel_values", "scores", "large_scores")}
+    weight = gr.Slider(
+        0,
+        MAX_PRIOR_WEIGHT,
+        min(captioner.prior_weight, MAX_PRIOR_WEIGHT),
+        step=0.05,
+        label="Prior weight",
+        info="Ranks again without running the model.",
+        elem_id="weight",
+    )
+    with gr.Tab("Labels"):
+        bars = gr.HTML(NO_RESULT, elem_id="bars")
+        choice = gr.Dropdown([], label=CHOICE, interactive=True, visible=False, elem_id="choice")
+        tokens = gr.HTML(elem_id="tokens")
+    with gr.Tab("Caption"):
+        caption = gr.HTML(NO_CAPTION, elem_id="caption")
+    with gr.Tab("ImageNet"):
+        run_large_set = gr.Button(f"Rank the {len(large_set())} class names of ImageNet", elem_id="run-large")
+        large_bars = gr.HTML(NO_LARGE_RESULT, elem_id="large-bars")
+    with gr.Tab("As code"):
+        code = gr.Code(language="python", label="The same scores", wrap_lines=True, interactive=False, elem_id="code")
+    shown = {"weight": weight, "bars": bars, "choice": choice, "tokens": tokens, "caption": caption, "code": code}
+    return {**states, **shown, "run_large_set": run_large_set, "large_bars": large_bars}
+
+
+def _connect(handlers: Handlers, parts: dict[str, Any]) -> None:
+    """The page's events. Those that run the model wait for one another."""
+
+    def pick(names: str) -> list[Any]:
+        return [parts[name] for name in names.split()]
+
+    private: dict[str, Any] = {"api_visibility": "private"}
+    model = {**private, "concurrency_id": "model", "concurrency_limit": 1}
+    at_once = {**private, "show_progress": "hidden"}
+    classify = {
+        "fn": handlers.classify,
+        "inputs": pick("pixel_values labels template weight"),
+        "outputs": pick("scores bars code choice tokens"),
+        **model,
+    }
+    caption = {"fn": handlers.caption, "inputs": pick("pixel_values"), "outputs": pick("caption"), **model}
+    no_results = {
+        "fn": handlers.forget,
+        "outputs": pick("pixel_values scores large_scores bars code choice tokens caption large_bars"),
+        **at_once,
+    }
+    # the file itself, not decoded by Gradio: its size comes first
+    read = {"fn": handlers.read, "inputs": pick("photo"), "outputs": pick("pixel_values"), "preprocess": False, **model}
+    load = {"fn": handlers.fetch, "inputs": pick("url"), "outputs": pick("photo pixel_values"), **private}
+
+    parts["photo"].clear(**no_results)
+    parts["photo"].upload(**no_results).then(**read).success(**classify).then(**caption)
+    parts["url"].submit(**no_results).then(**load).success(**classify).then(**caption)
+    gr.on([parts["run"].click, parts["labels"].submit, parts["template"].submit], **classify)
+    parts["run_large_set"].click(
+        handlers.classify_large_set,
+        pick("pixel_values template weight"),
+        pick("large_scores large_bars"),
+        **model,
+    )
+    always = {**at_once, "trigger_mode": "always_last"}
+    parts["weight"].change(handlers.rank, pick("scores weight"), pick("bars code"), **always)
+    parts["weight"].change(handlers.rank_large_set, pick("large_scores weight"), pick("large_bars"), **always)
+    parts["choice"].input(handlers.explain, pick("scores choice"), pick("tokens"), **always)
+
+
+def _theme() -> gr.themes.Base:
+    # Gradio's file of weight 600, its theme's own, lacks most letters.
+    font = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))
+    theme = gr.themes.Default(primary_hue="teal", font=[font, "ui-sans-serif", "sans-serif"])
+    return theme.set(  # enough contrast for small and for white text
+        block_info_text_color="*neutral_500",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+    )
+
+
+async def _refuse_url(url: str, cache_dir: str | Path) -> str:
+    raise gr.Error("Photos are uploaded, or loaded from the URL box.", print_exception=False)
+
+
+def launch(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    device: str = "auto",
+    open_browser: bool = False,
+) -> None:
+    """Serves the demo until it is interrupted.
+
+    Args:
+        model: a folder, or the name of a repository on the Hub.
+        host: the address to listen on; by default only this machine can connect.
+        port: the first free one from 7860 on if not given.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError, OSError: as `Captioner`, and where the port is taken.
+    """
+    app = build_app(model, device)
+    url = serve(app, host, port, open_browser)
+    print(f"The demo is at {url} (Ctrl+C stops it)", flush=True)
+    app.block_thread()
+
+
+def serve(app: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, open_browser: bool = False) -> str:
+    """Starts the server, in the background and with its limits. Returns the URL; `app.close()` stops it."""
+    # A client may name a URL instead of an uploaded file. Gradio would load any number of bytes from it.
+    gradio.processing_utils.async_ssrf_protected_download = _refuse_url
+    _, url, _ = app.launch(
+        server_name=host,
+        server_port=port,
+        inbrowser=open_browser,
+        prevent_thread_lock=True,
+        quiet=True,
+        max_file_size=MAX_BYTES,
+        share=False,
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        footer_links=[],
+        theme=_theme(),
+        css=CSS,
+    )
+    return url

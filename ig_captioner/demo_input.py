@@ -1,0 +1,177 @@
+"""What the web demo lets in: photos and labels within limits, and files behind URLs on the public internet. No Gradio.
+
+Everything that is refused is an `InputError` whose message is meant for the person at the browser.
+"""
+
+import asyncio
+import io
+import ipaddress
+import socket
+
+import httpx
+import PIL.Image
+
+from .processing_ig_captioner import load_rgb_image
+
+
+MAX_BYTES = 10 * 2**20  # of a photo's file
+MAX_PIXELS = 20_000_000
+MAX_LABELS = 1_000  # typed ones
+MAX_CHARACTERS = 500  # of a label, and of the sentence around it
+MAX_URL_CHARACTERS = 2_000
+MAX_REDIRECTS = 3
+FETCH_SECONDS = 15.0  # for all of a photo behind a URL, redirects included
+# Of what Pillow reads: formats that browsers show, too. Some of the others start programs or have no limits.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class InputError(ValueError):
+    """What was typed or uploaded cannot be used; the message says what and why."""
+
+
+# Texts
+
+
+def parse_labels(text: str) -> list[str]:
+    """Labels from a text box: a line each, or, in a single line, between commas. Repeated ones count once.
+
+    Raises:
+        InputError: for no label, too many, or one that is too long or no text.
+    """
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    if len(lines) == 1:
+        lines = [part.strip() for part in lines[0].split(",") if part.strip()]
+    labels = list(dict.fromkeys(lines))
+    if not labels:
+        raise InputError("There are no labels: write one per line.")
+    if len(labels) > MAX_LABELS:
+        raise InputError(f"{len(labels):,} labels are too many: {MAX_LABELS:,} at most.")
+    for label in labels:
+        _check_text("label", label)
+    return labels
+
+
+def check_template(template: str) -> str:
+    """The sentence around labels, as it is. Raises InputError if it has no place for them, is too long, or no text."""
+    _check_text("sentence", template)
+    if "{}" not in template:
+        raise InputError(f"The sentence {template!r} has no {{}}, where the label goes.")
+    return template
+
+
+def _check_text(name: str, text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"The {name} {text[:40]!r}... has {len(text):,} characters: {MAX_CHARACTERS} at most.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"The {name} {text[:40]!r} holds half a character, {text[error.start]!r}.") from error
+
+
+# Photos
+
+
+def open_photo(content: bytes) -> PIL.Image.Image:
+    """The RGB image in a file's bytes, of an animation the first frame. Its size is known before it is decoded.
+
+    Raises:
+        InputError: for too many bytes or pixels, a file of another format, or a damaged one.
+    """
+    if len(content) > MAX_BYTES:
+        raise InputError(f"The photo has more than {MAX_BYTES // 2**20} MiB, which is the limit.")
+    try:
+        image = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
+        pixels = image.width * image.height
+    except PIL.Image.DecompressionBombError:
+        pixels = MAX_PIXELS + 1
+    except Exception as error:  # broad on purpose: a damaged header raises whatever its reader raises
+        raise InputError(f"This file is no photo that can be read: {', '.join(FORMATS)} are.") from error
+    if pixels > MAX_PIXELS:
+        raise InputError(f"The photo has more than {MAX_PIXELS // 10**6} megapixels, which is the limit.")
+    try:
+        return load_rgb_image(image)
+    except ValueError as error:
+        raise InputError(f"The photo is damaged: {error.__cause__ or error}") from error
+
+
+# URLs
+
+
+async def fetch(url: str) -> bytes:
+    """The bytes behind an http or https URL, from an address on the public internet.
+
+    A name is looked up once for each redirect, and the connection goes to the address that was checked: a name that
+    leads elsewhere the next time does not help. Proxies of the environment are not used.
+
+    Raises:
+        InputError: for other URLs, private addresses, and whatever goes wrong on the way, limits of time and size
+            included.
+    """
+    if len(url) > MAX_URL_CHARACTERS:
+        raise InputError(f"The URL has {len(url):,} characters: {MAX_URL_CHARACTERS:,} at most.")
+    try:
+        return await asyncio.wait_for(_follow(url), FETCH_SECONDS)
+    except asyncio.TimeoutError as error:
+        raise InputError(f"No photo came from {url!r} within {FETCH_SECONDS:g} seconds.") from error
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
+        raise InputError(f"Cannot load {url!r}: {error or type(error).__name__}") from error
+
+
+async def _follow(url: str) -> bytes:
+    target = httpx.URL(url.strip())
+    headers = {"User-Agent": "ig_captioner", "Accept": "image/*", "Accept-Encoding": "identity"}
+    async with httpx.AsyncClient(trust_env=False, headers=headers, timeout=FETCH_SECONDS) as client:
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await client.send(await _pinned_request(client, target), stream=True)
+            try:
+                if not response.has_redirect_location:
+                    return await _read(response, target)
+                target = target.join(response.headers["Location"])
+            finally:
+                await response.aclose()
+    raise InputError(f"{url!r} leads on more than {MAX_REDIRECTS} times.")
+
+
+async def _pinned_request(client: httpx.AsyncClient, target: httpx.URL) -> httpx.Request:
+    """A request that connects to an address already checked, under the name that was asked for."""
+    if target.scheme not in ("http", "https") or not target.host or (target.port or 80) >= 2**16:
+        raise InputError(f"{str(target)!r} is no http or https URL.")
+    found = await asyncio.get_running_loop().getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    addresses = [str(entry[4][0]) for entry in found]
+    if not addresses or not all(map(is_public, addresses)):
+        raise InputError(f"{target.host!r} is not on the public internet.")
+    return client.build_request(
+        "GET",
+        target.copy_with(host=addresses[0], username=None, password=None, fragment=None),
+        headers={"Host": target.netloc.decode("ascii")},
+        extensions={"sni_hostname": target.raw_host.decode("ascii")},
+    )
+
+
+async def _read(response: httpx.Response, target: httpx.URL) -> bytes:
+    if response.status_code != httpx.codes.OK:
+        raise InputError(f"{target.host!r} answered {response.status_code} {response.reason_phrase}.")
+    content = bytearray()
+    async for chunk in response.aiter_raw():
+        content += chunk
+        if len(content) > MAX_BYTES:
+            raise InputError(f"The photo has more than {MAX_BYTES // 2**20} MiB, which is the limit.")
+    return bytes(content)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet; IPv6 addresses that stand for IPv4 ones count as those."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if ip in NAT64:
+            inner = ipaddress.IPv4Address(int(ip) % 2**32)
+        if inner is not None:
+            return is_public(str(inner))
+        if ip not in GLOBAL_IPV6:
+            return False
+    return ip.is_global and not ip.is_multicast

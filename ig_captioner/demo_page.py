@@ -1,0 +1,198 @@
+"""How the web demo shows its figures: HTML of bars and of tokens, and their style. No Gradio, no JavaScript.
+
+Everything that comes from a visitor or a model is escaped, characters without a shape are made visible, and text of
+either direction stays inside its own box.
+"""
+
+import html
+import unicodedata
+from collections.abc import Sequence
+
+from .demo_scores import Caption, Piece, Row
+
+
+MAX_SHOWN = 20  # labels
+NATS_OF_FULL_COLOUR = 2.0
+CONTROL_PICTURES = 0x2400  # U+2400 shows U+0000, and so on up to the space
+
+CSS = """
+.gradio-container { --ig-quiet: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
+.ig-head h1 { margin: 0 0 .2em; font-size: 1.6rem; }
+.ig-head p { margin: 0; max-width: 62rem; }
+.ig-formula { font-family: var(--font-mono); white-space: nowrap; }
+.ig-note { color: var(--ig-quiet); font-size: .85rem; margin: .6rem 0 0; }
+.ig-empty { color: var(--ig-quiet); padding: 2rem 0; text-align: center; }
+.ig-row { display: grid; grid-template-columns: minmax(6rem, 1.1fr) 1fr 1fr 1fr 3.2rem; column-gap: .9rem;
+  align-items: center; padding: .3rem 0; border-bottom: 1px solid var(--border-color-primary); }
+.ig-titles { font-size: .8rem; color: var(--ig-quiet); }
+.ig-label { overflow-wrap: anywhere; font-weight: 600; }
+.ig-score { text-align: right; font-variant-numeric: tabular-nums; }
+.ig-cell { display: flex; align-items: center; gap: .45rem; min-width: 0; }
+.ig-number { flex: 0 0 3.4rem; text-align: right; font-size: .85rem; font-variant-numeric: tabular-nums; }
+.ig-track { position: relative; flex: 1 1 0; min-width: 2rem; height: 1rem; }
+.ig-bar { position: absolute; top: 0; bottom: 0; border-radius: 2px; }
+.ig-zero { position: absolute; top: -.15rem; bottom: -.15rem; width: 1px; background: var(--body-text-color-subdued); }
+.ig-caption .ig-bar { background: #8fa3b8; }
+.ig-prior .ig-bar { background: #c9b27e; }
+.ig-prior .ig-whole { background: #c9b27e55; }
+.ig-gain .ig-bar { background: #5b8c85; }
+.ig-best.ig-cell .ig-bar { background: #d1495b; }
+.ig-best .ig-number { font-weight: 700; }
+.ig-name { display: none; }
+.ig-tokens { display: flex; flex-wrap: wrap; gap: .35rem .3rem; align-items: flex-start; padding: .4rem 0; }
+.ig-token { display: inline-flex; flex-direction: column; align-items: center; max-width: 100%; }
+.ig-token.ig-joined { margin-left: -.3rem; }
+.ig-token bdi { padding: .15rem .4rem; border-radius: 4px; overflow-wrap: anywhere; font-size: 1.05rem; }
+.ig-token small { font-variant-numeric: tabular-nums; color: var(--ig-quiet); }
+.ig-end bdi { font-style: italic; }
+.ig-quote { font-size: 1.25rem; margin: .4rem 0; overflow-wrap: anywhere; }
+.gradio-container .ig-table { border: 0; margin-top: .4rem; font-variant-numeric: tabular-nums; }
+.gradio-container .ig-table :is(tr, th, td) { border: 0; }
+.gradio-container .ig-table :is(th, td) { padding: .1rem 1rem .1rem 0; text-align: right; font-weight: 400; }
+.gradio-container .ig-table th:first-child { text-align: left; font-weight: 600; overflow-wrap: anywhere; }
+@media (max-width: 640px) {
+  .ig-titles { display: none; }
+  .ig-row { grid-template-columns: 1fr auto; row-gap: .15rem; padding: .6rem 0; }
+  .ig-cell { grid-column: 1 / -1; }
+  .ig-score { grid-row: 1; grid-column: 2; }
+  .ig-name { display: inline; flex: 0 0 5.2rem; font-size: .8rem; color: var(--ig-quiet); }
+}
+"""
+
+TITLES = {"ig-caption": "log P(T|I)", "ig-prior": "&minus;log P(T)", "ig-gain": "IG"}
+
+
+def visible(text: str) -> str:
+    """Escaped for HTML, with characters that have no shape replaced by a picture, or by their number."""
+
+    def shape(character: str) -> str:
+        if ord(character) < ord(" "):
+            return chr(CONTROL_PICTURES + ord(character))
+        is_shapeless = unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn")
+        return f"[U+{ord(character):04X}]" if is_shapeless else character
+
+    return html.escape("".join(map(shape, text)))
+
+
+def number(value: float, sign: str = "") -> str:
+    """Two digits; what rounds to zero has no sign."""
+    return f"{round(value, 2) or 0.0:{sign if round(value, 2) else ''}.2f}".replace("-", "&minus;")
+
+
+def note(content: str) -> str:
+    """A remark, in HTML."""
+    return f'<p class="ig-note">{content}</p>'
+
+
+def placeholder(content: str) -> str:
+    """What stands where a result will be, in HTML."""
+    return f'<div class="ig-empty">{content}</div>'
+
+
+# Labels
+
+
+def label_bars(rows: Sequence[Row], num_labels: int, prior_weight: float) -> str:
+    """Three bars per label, best label first; `rows` are those to be shown of `num_labels`.
+
+    log P(T|I) and -log P(T) share a scale. Of -log P(T) the part that the prior weight counts is filled.
+    """
+    longest = max(max(-row.caption_log_likelihood, -row.prior_log_likelihood * max(1, prior_weight)) for row in rows)
+    gains = [row.information_gain for row in rows]
+    low, high = min(0.0, *gains), max(0.0, *gains)
+    captions = [row.caption_log_likelihood for row in rows]
+    lines = [_titles()]
+    for row in rows:
+        caption, prior, gain = row.caption_log_likelihood, -row.prior_log_likelihood, row.information_gain
+        whole, counted = _bar(0, prior, 0, longest, "ig-whole"), _bar(0, prior_weight * prior, 0, longest)
+        cells = [
+            _cell("ig-caption", caption, _bar(caption, 0, -longest, 0), caption == max(captions)),
+            _cell("ig-prior", prior, whole + counted),
+            _cell("ig-gain", gain, _bar(min(0, gain), max(0, gain), low, high, zero=True), gain == max(gains)),
+        ]
+        label = f'<div class="ig-label" role="rowheader"><bdi>{visible(row.label)}</bdi></div>'
+        score = f'<div class="ig-score" role="cell">{row.score:.0%}</div>'
+        lines.append(f'<div class="ig-row" role="row">{label}{"".join(cells)}{score}</div>')
+    table = f'<div role="table" aria-label="Labels by information gain">{"".join(lines)}</div>'
+    hidden = f" The best {len(rows)} of {num_labels:,} labels." if len(rows) < num_labels else ""
+    return table + note(
+        f"Nats. IG = log P(T|I) &minus; {prior_weight:g} &middot; log P(T): the filled part of the &minus;log P(T) bar "
+        "less the log P(T|I) bar. Red: what log P(T|I) and IG would choose. Score: softmax of IG over all labels."
+        + hidden
+    )
+
+
+def _titles() -> str:
+    cells = "".join(f'<div role="columnheader">{title}</div>' for title in TITLES.values())
+    first, last = '<div role="columnheader">label</div>', '<div class="ig-score" role="columnheader">score</div>'
+    return f'<div class="ig-row ig-titles" role="row">{first}{cells}{last}</div>'
+
+
+def _cell(name: str, value: float, bars: str, is_best: bool = False) -> str:
+    best = " ig-best" if is_best else ""
+    return (
+        f'<div class="ig-cell {name}{best}" role="cell"><span class="ig-name">{TITLES[name]}</span>'
+        f'<span class="ig-track">{bars}</span><span class="ig-number">{number(value)}</span></div>'
+    )
+
+
+def _bar(start: float, end: float, low: float, high: float, name: str = "", zero: bool = False) -> str:
+    """A bar from `start` to `end` on a track from `low` to `high`, and the line at 0."""
+    span = (high - low) or 1.0
+    left, width, line = (100 * part / span for part in (start - low, end - start, -low))
+    bar = f'<span class="ig-bar {name}" style="left:{left:.2f}%;width:{width:.2f}%"></span>'
+    return bar + (f'<span class="ig-zero" style="left:{line:.2f}%"></span>' if zero else "")
+
+
+# Tokens
+
+
+def token_view(pieces: Sequence[Piece]) -> str:
+    """The pieces of a text, coloured by what the image adds to the log-probability of each; then their sum, a table."""
+    gain = sum(piece.conditional - piece.unconditional for piece in pieces)
+    chips = [_token(piece, is_joined=i > 0 and piece.text[:1].isalnum()) for i, piece in enumerate(pieces)]
+    return (
+        f'<div class="ig-tokens">{"".join(chips)}</div>'
+        + note(
+            "Under each token: log P(token|I) &minus; log P(token), in nats. Blue: the image makes it likelier; "
+            f"orange: less likely. Their sum, {number(gain, '+')}, is IG at prior weight 1."
+        )
+        + _token_table(pieces)
+    )
+
+
+def _token(piece: Piece, is_joined: bool) -> str:
+    """One piece; `is_joined` says that it goes on with the word before it."""
+    difference = piece.conditional - piece.unconditional
+    strength = 0.75 * min(1.0, abs(difference) / NATS_OF_FULL_COLOUR)
+    colour = "49, 130, 206" if difference >= 0 else "237, 137, 54"
+    names = "ig-token" + (" ig-end" if not piece.text else "") + (" ig-joined" if is_joined else "")
+    return (
+        f'<span class="{names}"><bdi style="background:rgba({colour}, {strength:.2f})">{_piece_name(piece)}</bdi>'
+        f"<small>{number(difference, '+')}</small></span>"
+    )
+
+
+def _piece_name(piece: Piece) -> str:
+    return visible(piece.text.strip() or piece.text) or "end"
+
+
+def _token_table(pieces: Sequence[Piece]) -> str:
+    titles = "".join(f"<th>{title}</th>" for title in ("token", "log P(token|I)", "log P(token)", "difference"))
+    rows = "".join(
+        f"<tr><th><bdi>{_piece_name(piece)}</bdi></th><td>{number(piece.conditional)}</td>"
+        f"<td>{number(piece.unconditional)}</td><td>{number(piece.conditional - piece.unconditional, '+')}</td></tr>"
+        for piece in pieces
+    )
+    return f'<details><summary>Figures</summary><table class="ig-table"><tr>{titles}</tr>{rows}</table></details>'
+
+
+def caption_view(caption: Caption, pieces: Sequence[Piece]) -> str:
+    """A caption, how sure the model is of it, and its tokens."""
+    text, tokens = caption.text or "(the model wrote nothing)", caption.tokens
+    confidence = note(
+        f"Confidence {tokens.confidence:.0%} per token (geometric mean of their probabilities under the image), "
+        f"log P(T|I) {number(sum(tokens.conditional))}, log P(T) {number(sum(tokens.unconditional))}, "
+        f"IG {number(tokens.information_gain, '+')} nats."
+    )
+    return f'<p class="ig-quote"><bdi>{visible(text)}</bdi></p>{confidence}{token_view(pieces)}'

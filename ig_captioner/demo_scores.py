@@ -1,0 +1,218 @@
+"""What the web demo computes: scores of labels and their tokens, captions, and code that gives the same. No Gradio.
+
+The model runs once per photo and set of labels. `Scores` then holds log P(T|I) and log P(T), from which every prior
+weight follows.
+
+Legend: C labels, L tokens of a text. Log-likelihoods are in nats.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration
+from .cli import caption_tokens, choose_device, dtype_on
+from .hub import load_model, load_processor
+from .label_trie import CompiledLabels, compile_labels
+from .prompts import load_prompts
+
+
+LARGE_SET = "imagenet"
+MAX_KEPT_TEMPLATES = 4
+UNFINISHED = "\ufffd"  # what tokenizers decode the bytes of half a character to
+MAX_TOKENS_PER_CHARACTER = 5  # four bytes, and a space before them
+
+
+class Row(NamedTuple):
+    """A label at some prior weight; `score` is the softmax of information gain over all labels."""
+
+    label: str
+    caption_log_likelihood: float
+    prior_log_likelihood: float
+    information_gain: float
+    score: float
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """The tokens of a text, end-of-sequence included: ids, log P(token | image, before), log P(token | before); [L]."""
+
+    ids: list[int]
+    conditional: list[float]
+    unconditional: list[float]
+
+    @property
+    def confidence(self) -> float:
+        """Geometric mean of the tokens' probabilities under the image."""
+        return math.exp(sum(self.conditional) / len(self.conditional))
+
+    @property
+    def information_gain(self) -> float:
+        """At prior weight 1."""
+        return sum(self.conditional) - sum(self.unconditional)
+
+
+class Piece(NamedTuple):
+    """Characters of a text, and what their token or tokens contribute; an empty text is the end of the sequence."""
+
+    text: str
+    conditional: float
+    unconditional: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a photo gave for C labels in a template.
+
+    Args:
+        caption_log_likelihood, prior_log_likelihood: [C].
+        tokens: of each label's text, [C], or none.
+        num_cut: how many of the texts were longer than the model reads.
+    """
+
+    labels: tuple[str, ...]
+    template: str
+    caption_log_likelihood: list[float]
+    prior_log_likelihood: list[float]
+    tokens: tuple[TextTokens, ...] = ()
+    num_cut: int = 0
+
+    def ranked(self, prior_weight: float, top_k: int | None = None) -> list[Row]:
+        """Labels by information gain, best first; equals stay in their order."""
+        both = list(zip(self.caption_log_likelihood, self.prior_log_likelihood, strict=True))
+        gains = [caption - prior_weight * prior for caption, prior in both]
+        relative = [math.exp(gain - max(gains)) for gain in gains]
+        order = sorted(range(len(gains)), key=lambda i: -gains[i])[:top_k]
+        return [Row(self.labels[i], *both[i], gains[i], relative[i] / sum(relative)) for i in order]
+
+
+@dataclass(frozen=True)
+class Caption:
+    text: str
+    tokens: TextTokens
+
+
+class Captioner:
+    """A checkpoint, and what the demo asks of it.
+
+    Args:
+        model: a folder, or the name of a repository on the Hub.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError, OSError: it is no checkpoint of this package, or there is no such device.
+    """
+
+    def __init__(self, model: str, device: str = "auto") -> None:
+        chosen = choose_device(device)
+        self.name = model
+        self.processor = load_processor(model)
+        self.model = load_model(IGCaptionerForConditionalGeneration, model, **dtype_on(chosen)).to(chosen)
+        self.prior_weight = self.model.config.prior_weight
+        self.max_tokens = min(
+            self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings
+        )
+        self.compile_large_set = lru_cache(MAX_KEPT_TEMPLATES)(self._compile_large_set)
+
+    def read(self, photo: Image.Image) -> Tensor:
+        """`pixel_values` [1, 3, H, W] of an RGB image."""
+        inputs = self.processor.image_processor(images=[photo], return_tensors="pt")
+        return inputs["pixel_values"].to(self.model.device, self.model.dtype)
+
+    @torch.no_grad()
+    def classify(self, pixel_values: Tensor, labels: Sequence[str], template: str) -> Scores:
+        """Scores of labels, and of every token of each."""
+        compiled = compile_labels(self.model, self.processor.tokenizer, labels, template)
+        tokens = self._tokens(compiled, pixel_values)
+        lengths = self.processor.tokenizer([template.replace("{}", label) for label in labels], verbose=False)
+        return Scores(
+            compiled.labels,
+            template,
+            [sum(text.conditional) for text in tokens],
+            compiled.texts.prior_log_likelihood.tolist(),
+            tuple(tokens),
+            sum(len(ids) > self.max_tokens for ids in lengths["input_ids"]),
+        )
+
+    @torch.no_grad()
+    def classify_large_set(self, pixel_values: Tensor, template: str) -> Scores:
+        """Scores of ImageNet's class names, whose texts are compiled once per template."""
+        compiled = self.compile_large_set(template)
+        scores = self.model.score(pixel_values, compiled)
+        caption, prior = scores.caption_log_likelihood[0].tolist(), scores.prior_log_likelihood.tolist()
+        return Scores(compiled.labels, template, caption, prior)
+
+    def _compile_large_set(self, template: str) -> CompiledLabels:
+        return compile_labels(self.model, self.processor.tokenizer, large_set(), template)
+
+    @torch.no_grad()
+    def caption(self, pixel_values: Tensor) -> Caption:
+        """The caption that the model writes, scored as a text of its own."""
+        limit = caption_tokens(None, self.model.config.text_config)
+        written = self.model.generate(pixel_values=pixel_values, max_new_tokens=limit)
+        text = self.processor.batch_decode(written, skip_special_tokens=True)[0].strip()
+        compiled = compile_labels(self.model, self.processor.tokenizer, [text], "{}")
+        return Caption(text, self._tokens(compiled, pixel_values)[0])
+
+    def _tokens(self, compiled: CompiledLabels, pixel_values: Tensor) -> list[TextTokens]:
+        """Both log-probabilities of every token of the texts."""
+        trie = compiled.texts.trie
+        conditional = self.model.edge_log_likelihoods(compiled.texts, pixel_values)[0].tolist()
+        unconditional = self.model.edge_log_likelihoods(compiled.texts)[0].tolist()
+        ids, texts = trie.edge_tokens.tolist(), []
+        for edges, length in zip(trie.text_edges.tolist(), trie.lengths.tolist(), strict=True):
+            own = edges[:length]
+            texts.append(TextTokens(*([values[edge] for edge in own] for values in (ids, conditional, unconditional))))
+        return texts
+
+    def pieces(self, tokens: TextTokens) -> list[Piece]:
+        """Tokens as text, the end of the sequence last. Those that make no whole character are taken together."""
+        pieces, start, before = [], 0, ""
+        last = len(tokens.ids) - 1
+        for end in range(1, last + 1):
+            now = self.processor.tokenizer.decode(tokens.ids[:end])
+            text = now.removeprefix(before) if now.startswith(before) else now[-1:]
+            is_whole = text.strip() and not text.endswith(UNFINISHED)
+            if is_whole or end == last or end - start == MAX_TOKENS_PER_CHARACTER:
+                group = slice(start, end)
+                pieces.append(Piece(text, sum(tokens.conditional[group]), sum(tokens.unconditional[group])))
+                start, before = end, now
+        return [*pieces, Piece("", tokens.conditional[last], tokens.unconditional[last])]
+
+
+@lru_cache
+def large_set() -> tuple[str, ...]:
+    """ImageNet's class names, those that occur twice once."""
+    return tuple(dict.fromkeys(load_prompts(LARGE_SET).class_names))
+
+
+def as_code(model: str, labels: Sequence[str], template: str, prior_weight: float) -> str:
+    """Python that gives the same scores: a call of the pipeline on `photo.jpg`."""
+    is_shipped = model == TINY_CHECKPOINT
+    names = ["TINY_CHECKPOINT"] * is_shipped + ["IGZeroShotImageClassificationPipeline"]
+    return f"""\
+from transformers import pipeline
+
+from ig_captioner import {", ".join(names)}
+
+classify = pipeline(
+    "zero-shot-image-classification",
+    model={"TINY_CHECKPOINT" if is_shipped else repr(model)},
+    pipeline_class=IGZeroShotImageClassificationPipeline,
+)
+predictions = classify(
+    "photo.jpg",
+    candidate_labels={list(labels)!r},
+    hypothesis_template={template!r},
+    prior_weight={prior_weight!r},
+    return_log_likelihoods=True,
+)
+for row in predictions:
+    print(row["label"], row["information_gain"], row["score"])
+"""
