@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,6 +133,16 @@ def prior_weight(text: str) -> float:
         value = -1.0
     if not 0 <= value <= LARGEST_PRIOR_WEIGHT:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to {LARGEST_PRIOR_WEIGHT:g}, got {text!r}")
+    return value
+
+
+def finite_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
     return value
 
 

@@ -22,6 +22,7 @@ HEADS = {
     "prior_log_likelihood": "log P(T)",
     "information_gain": "IG",
 }
+NONE_OF_THESE = "(none of these)"
 LONGEST_MESSAGE = 1000  # characters
 
 Row = dict[str, Any]
@@ -101,11 +102,15 @@ def print_csv(rows: list[Row], header: bool = True) -> None:
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:
-    """Header and rows: figures with two decimals, `score` with three, and then the text."""
+    """Header and rows: figures with two decimals, `score` with three, and then the text.
+
+    The text None is "none of these", the pipeline's answer where nothing fits; it lacks some figures.
+    """
     text, *figures = rows[0]
 
     def cells(row: Row) -> list[str]:
-        return [*(f"{row[name]:.{3 if name == 'score' else 2}f}" for name in figures), row[text]]
+        shown = ("" if row[name] is None else f"{row[name]:.{3 if name == 'score' else 2}f}" for name in figures)
+        return [*shown, NONE_OF_THESE if row[text] is None else row[text]]
 
     return [[*(HEADS[name] for name in figures), text], *map(cells, rows)]
 

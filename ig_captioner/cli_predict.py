@@ -22,6 +22,7 @@ from .cli_arguments import (
     add_texts,
     choose_device,
     dtype_on,
+    finite_number,
     integer_up_to,
     positive_integer,
     read_labels,
@@ -45,6 +46,7 @@ examples:
   ig-captioner classify 'holiday/**/*.jpg' --labels beach city --format csv > holiday.csv
   ig-captioner classify cat.jpg --labels cat dog --template "a photo of a {}." "a drawing of a {}."
   ig-captioner classify cat.jpg --labels cat dog --prior-weight 0    # by likelihood alone
+  ig-captioner classify *.jpg --labels cat dog --abstain-below 0     # "none of these" where no text gains
   ig-captioner classify photos/ --compiled-labels my-labels          # from ig-captioner compile-labels
   ig-captioner classify *.jpg --labels cat dog --format jsonl | jq -r '.predictions[0].label'
 
@@ -89,6 +91,10 @@ def add_classify(commands) -> None:
     parser.add_argument("--compiled-labels", type=Path, metavar="DIR", help=compiled)
     add_prior_weight(parser)
     parser.add_argument("--top-k", type=positive_integer, metavar="K", help="show the best K labels (default: all)")
+    alone = "score each label on its own, by the sigmoid of its information gain: several may fit"
+    parser.add_argument("--multi-label", action="store_true", help=alone)
+    below = '"none of these" comes first where no label has this much information gain (default: the checkpoint\'s)'
+    parser.add_argument("--abstain-below", type=finite_number, metavar="NATS", help=below)
     add_format(parser)
     add_device(parser)
 
@@ -161,10 +167,13 @@ def classify(arguments: argparse.Namespace) -> int:
         hypothesis_template=templates,
         prior_weight=weight,
         top_k=arguments.top_k,
+        multi_label=arguments.multi_label,
+        abstain_threshold=arguments.abstain_below,
         batch_size=arguments.batch_size,
         return_log_likelihoods=True,
     )
-    note = f"{_formula(weight)}; score: softmax of IG over the labels"
+    scores = "sigmoid of IG, each label on its own" if arguments.multi_label else "softmax of IG over the labels"
+    note = f"{_formula(weight)}; score: {scores}"
     results = Results(arguments.format, "image", "predictions", note)
     for index, entries in enumerate(predictions):
         results.add(photos.read[index], [{name: entry[name] for name in PREDICTION_FIELDS} for entry in entries])
@@ -240,7 +249,7 @@ def demo(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         if (error.name or "").split(".")[0] != "gradio":
             raise
-        raise ValueError("the demo needs gradio: pip install 'ig_captioner[demo]'") from error
+        raise ValueError("the demo needs gradio: pip install 'ig_captioner[app]'") from error
     return 0
 
 

@@ -1,0 +1,35 @@
+"""`ig-captioner classify` where several labels, or none, may fit."""
+
+import json
+
+from test_cli import LABELS, checkpoint, here, run  # noqa: F401 (fixtures)
+
+
+def predictions(run, *options: str) -> list[dict]:  # noqa: F811
+    code, lines, errors = run("classify", "0.png", "--labels", *LABELS, "--format", "jsonl", *options)
+    assert (code, errors) == (0, [])
+    return json.loads(lines[0])["predictions"]
+
+
+def test_none_of_these_is_an_answer(run):  # noqa: F811
+    plain = predictions(run)
+    best = plain[0]["information_gain"]
+    above = predictions(run, "--abstain-below", str(best + 1))
+    assert above[0]["label"] is None and above[0]["information_gain"] == best + 1
+    assert [row["label"] for row in above[1:]] == [row["label"] for row in plain]
+    below = predictions(run, "--abstain-below", str(best - 1e-3))
+    assert below[0]["label"] == plain[0]["label"] and None in {row["label"] for row in below}
+    code, lines, _ = run("classify", "0.png", "--labels", *LABELS, "--abstain-below", str(best + 1))
+    assert code == 0 and lines[4].split()[-3:] == ["(none", "of", "these)"]
+
+
+def test_labels_on_their_own(run):  # noqa: F811
+    for row in predictions(run, "--multi-label"):
+        assert (row["score"] > 0.5) == (row["information_gain"] > 0)
+    code, lines, _ = run("classify", "0.png", "--labels", *LABELS, "--multi-label")
+    assert code == 0 and "each label on its own" in lines[0]
+
+
+def test_a_threshold_must_be_finite(run):  # noqa: F811
+    code, lines, errors = run("classify", "0.png", "--labels", "cat", "--abstain-below", "nan")
+    assert (code, lines, len(errors)) == (2, [], 1) and "'nan'" in errors[0]
