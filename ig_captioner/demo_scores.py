@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from . import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration
-from .cli import caption_tokens, choose_device, dtype_on
+from .cli_arguments import choose_device, dtype_on
+from .cli_predict import caption_tokens
 from .hub import load_model, load_processor
 from .label_trie import CompiledLabels, compile_labels
 from .prompts import load_prompts
