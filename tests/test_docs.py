@@ -1,7 +1,7 @@
 """What README, docs/ and the other pages show: Python runs, commands parse, links and paths lead somewhere.
 
-Blocks of "python" run as they stand, one after the other, with the shipped checkpoint; those of "py" need the Hub and are
-only compiled. Blocks of shell are read by the parsers of the programs that they call.
+Blocks of "python" run as they stand, one after the other, with the shipped checkpoint; those of "py" need the Hub
+and are only compiled. Blocks of shell are read by the parsers of the programs that they call.
 """
 
 import argparse
