@@ -22,7 +22,7 @@ from ig_captioner import cli
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted(page for folder in ("", "docs", "examples/space") for page in (ROOT / folder).glob("*.md"))
 PAGES.remove(ROOT / "model_card.md")  # a template, whose snippets tests/test_hub.py runs
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 OF_OTHERS = {"pip", "hf", "img2dataset"}
