@@ -69,6 +69,12 @@ def test_python_that_needs_the_hub_compiles(page):
 # Commands
 
 
+def setup_cfg() -> ConfigParser:
+    setup = ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    return setup
+
+
 class Parsed(Exception):
     """A program has read its arguments, and would begin to work."""
 
@@ -145,6 +151,8 @@ def test_commands_parse(page, monkeypatch):
             assert (ROOT / program).is_file()
         else:
             assert program in OF_OTHERS, words
+        for extra in re.findall(r"ig_captioner\[(\w+)\]", " ".join(words)):
+            assert extra in setup_cfg()["options.extras_require"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -261,10 +269,8 @@ def test_a_folder_per_class_fine_tunes(monkeypatch, tmp_path, capsys):
 
 
 def test_the_citation_names_the_version_and_both_papers():
-    setup = ConfigParser()
-    setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
-    assert citation["version"] == setup["metadata"]["version"] and citation["license"] == setup["metadata"]["license"]
+    citation, metadata = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8")), setup_cfg()["metadata"]
+    assert {name: citation[name] for name in ("version", "license")}.items() <= metadata.items()
     papers = {reference["identifiers"][0]["value"] for reference in citation["references"]}
     assert papers == {"arXiv:2311.17072", "arXiv:2306.07915"}
 
