@@ -210,14 +210,32 @@ def run_script(monkeypatch, path: str, *arguments) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-def test_the_trie_is_drawn_and_counted_as_the_page_says(monkeypatch, tmp_path, capsys):
+def draws(monkeypatch, name: str, output: Path) -> None:
+    """Runs the script of a picture of docs/, and compares the sizes."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("skimage")
-    run_script(monkeypatch, "docs/draw_trie.py", "--output", tmp_path / "trie.png")
+    run_script(monkeypatch, f"docs/draw_{name}.py", "--output", output)
+    with Image.open(output) as picture, Image.open(ROOT / f"docs/images/{name}.png") as shown:
+        assert picture.size == shown.size
+
+
+def test_the_trie_is_drawn_and_counted_as_the_page_says(monkeypatch, tmp_path, capsys):
+    draws(monkeypatch, "trie", tmp_path / "trie.png")
     nodes, edges, tokens = map(int, re.findall(r" (\d+) ", capsys.readouterr().out))
     assert f"{tokens} tokens need {nodes} nodes, {edges} edges" in (ROOT / "docs/scoring.md").read_text("utf-8")
-    with Image.open(tmp_path / "trie.png") as picture, Image.open(ROOT / "docs/images/trie.png") as shown:
-        assert picture.size == shown.size
+
+
+def test_prior_weights_are_drawn_and_win_as_the_page_says(monkeypatch, tmp_path, capsys):
+    draws(monkeypatch, "prior_weight", tmp_path / "prior_weight.png")
+    found = re.findall(r"(\w+): (\w+) from ([\d.]+) to ([\d.]+)", capsys.readouterr().out)
+    won = {(photo, label): (float(first), float(last)) for photo, label, first, last in found}
+    text = (ROOT / "docs/prior_weight.md").read_text("utf-8")
+    cat = re.search(r'from ([\d.]+) on "a cat" wins', text)
+    motorcycle = re.search(r"The motorcycle is right from ([\d.]+) to ([\d.]+) only", text)
+    assert won["cat", "dog"][0] == won["motorcycle", "woman"][0] == 0.0
+    assert won["cat", "cat"][0] == pytest.approx(float(cat[1]), abs=0.02)
+    assert won["motorcycle", "motorcycle"] == pytest.approx(tuple(map(float, motorcycle.groups())), abs=0.02)
+    assert won["motorcycle", "rocket"][0] >= won["motorcycle", "motorcycle"][1]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.stem)
