@@ -1,1 +1,1 @@
-"""Captioners from elsewhere, brought into the format of `ig_captioner` and back: see README.md in this folder."""
+"""Captioners from elsewhere, brought into the format of `ig_captioner` and back: see docs/conversion.md."""

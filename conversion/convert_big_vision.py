@@ -2,7 +2,7 @@
 
     python -m conversion.convert_big_vision --checkpoint checkpoint.npz --tokenizer sentencepiece.model --output_dir out
 
-Upstream: https://github.com/google-research/big_vision, `models/proj/cappa`. See README.md beside this file.
+Upstream: https://github.com/google-research/big_vision, `models/proj/cappa`. See docs/conversion.md.
 """
 
 from pathlib import Path

@@ -2,7 +2,7 @@
 
     python -m conversion.convert_clip_jax --checkpoint DIR --tokenizer DIR --output_dir out
 
-Upstream: https://github.com/borisdayma/clip-jax, `clip_jax/modeling.py`. See README.md beside this file.
+Upstream: https://github.com/borisdayma/clip-jax, `clip_jax/modeling.py`. See docs/conversion.md.
 """
 
 from pathlib import Path

@@ -1,267 +1,55 @@
-"""Fine-tunes a captioner with transformers' Trainer, all of it or with LoRA.
+"""Fine-tunes the shipped checkpoint with transformers' Trainer on a folder per class; `training/finetune.py` does more.
 
-    python examples/finetune_trainer.py --data PHOTOS --output_dir runs/finetuned [--lora_rank 8] [--resume]
+    python examples/finetune_trainer.py PHOTOS OUTPUT_DIR --epochs 3
 
-PHOTOS is a folder of images with a `metadata.jsonl` (lines `{"file_name": "a.jpg", "text": "..."}`) or with a folder
-per class, a folder written by `datasets`' `save_to_disk`, or the Hub name of a data set. Needs `accelerate`,
-`datasets`, `evaluate` and, for `--lora_rank`, `peft`.
-
-`output_dir/final` loads with `from_pretrained` and in `pipeline(...)`. With LoRA it holds the merged weights, and
-`output_dir/adapter` the adapter alone.
+PHOTOS holds `cat/1.jpg`, `sports_car/2.jpg`, ...; captions are "a photo of a cat.", "a photo of a sports car.".
+OUTPUT_DIR is then a checkpoint. Needs `pip install 'ig_captioner[finetune]'`.
 """
 
 import argparse
-from collections import Counter
-from pathlib import Path
-from typing import Any
 
-import datasets
-import evaluate
 import torch
-from torch import Tensor
-from transformers import AutoProcessor, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+from datasets import load_dataset
+from transformers import AutoProcessor, Trainer, TrainingArguments
 
-from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerProcessor
-from ig_captioner.information_gain import IGNORE_INDEX, mean_negative_log_likelihood, token_log_likelihoods
-
-
-LORA_TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|up_proj|down_proj|gate_proj)"
+from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration
 
 
-# Data
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("photos")
+    parser.add_argument("output_dir")
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    options = parser.parse_args()
+    processor = AutoProcessor.from_pretrained(TINY_CHECKPOINT)
+    model = IGCaptionerForConditionalGeneration.from_pretrained(TINY_CHECKPOINT, dtype=torch.float32)
+    data = load_dataset("imagefolder", data_dir=options.photos, split="train")
+    names = [name.replace("_", " ") for name in data.features["label"].names]
 
-
-def load_data(source: str, eval_fraction: float, seed: int) -> datasets.DatasetDict:
-    """Splits `train` and `test`; a data set that has but one split is divided."""
-    path = Path(source)
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        data = datasets.load_from_disk(source)
-    elif path.is_dir():
-        data = datasets.load_dataset("imagefolder", data_dir=source)
-    else:
-        data = datasets.load_dataset(source)
-    if isinstance(data, datasets.Dataset):
-        data = datasets.DatasetDict({"train": data})
-    held_out = next((name for name in ("test", "validation", "val") if name in data), None)
-    if held_out:
-        return datasets.DatasetDict({"train": data["train"], "test": data[held_out]})
-    return data["train"].train_test_split(eval_fraction, seed=seed)
-
-
-def add_captions(data: datasets.DatasetDict, column: str | None, template: str) -> datasets.DatasetDict:
-    """A column `captions`, a list of texts per image; class labels go into the template.
-
-    Raises:
-        ValueError: there is no such column.
-    """
-    features = data["train"].features
-    names = [column] if column else ["captions", "caption", "text", "label"]
-    found = next((name for name in names if name in features), None)
-    if found is None:
-        raise ValueError(f"no column {' or '.join(names)} in the data, which has {', '.join(features)}")
-
-    def captions(value: Any) -> list[str]:
-        if isinstance(features[found], datasets.ClassLabel):
-            value = template.replace("{}", features[found].int2str(value).replace("_", " "))
-        return [value] if isinstance(value, str) else list(value)
-
-    # Over the one column, so that no image is decoded.
-    return datasets.DatasetDict(
-        {
-            name: split.remove_columns([other for other in ("captions",) if other in features]).add_column(
-                "captions", [captions(value) for value in split[found]]
-            )
-            for name, split in data.items()
-        }
-    )
-
-
-class Collator:
-    """Images with captions to `pixel_values` and `labels`, all the model needs: it makes its inputs of the labels."""
-
-    def __init__(self, processor: IGCaptionerProcessor, max_length: int) -> None:
-        self.processor, self.max_length = processor, max_length
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        # Of several captions a random one; torch's generator is part of Trainer's checkpoints.
-        texts = [row["captions"][int(torch.randint(len(row["captions"]), ()))] for row in rows]
-        batch = self.processor(
-            images=[row["image"] for row in rows], text=texts, return_tensors="pt", max_length=self.max_length
-        )
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        texts = [f"a photo of a {names[row['label']]}." for row in rows]
+        batch = processor(images=[row["image"] for row in rows], text=texts, return_tensors="pt")
+        # the model makes its inputs of the labels, and adds CE(T) to CE(T|I) by itself
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return {"pixel_values": batch["pixel_values"], "labels": labels}
 
-
-# Loss and metrics
-
-
-def smoothing_term(logits: Tensor, labels: Tensor, reduction: str, num_items: Tensor | int | None) -> Tensor:
-    """Cross-entropy with the uniform distribution minus that with the labels, in nats per token.
-
-    `loss + epsilon * smoothing_term(...)` is the label-smoothed loss. `logits[:, i]` predicts `labels[:, i]`: nothing
-    is shifted here.
-    """
-    uniform = logits.float().log_softmax(dim=-1).mean(dim=-1).masked_fill(labels == IGNORE_INDEX, 0.0)
-    difference = uniform - token_log_likelihoods(logits, labels)
-    return mean_negative_log_likelihood(difference, labels, reduction, num_items)
-
-
-class CaptionTrainer(Seq2SeqTrainer):
-    """Seq2SeqTrainer with label smoothing of CE(T|I).
-
-    Trainer's own `label_smoothing_factor` takes the labels away from the model, which needs them to make its inputs.
-    The prior's part of the loss, CE(T), stays as it is, and so does the loss in evaluation.
-    """
-
-    def __init__(self, *args: Any, label_smoothing: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.args.label_smoothing_factor:
-            raise ValueError("pass label_smoothing to CaptionTrainer, not label_smoothing_factor to its arguments")
-        self.label_smoothing = label_smoothing
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        smoothed = self.label_smoothing and model.training
-        if smoothed:
-            inputs = {**inputs, "skip_logits": False}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if smoothed:
-            config = self.accelerator.unwrap_model(model).config
-            term = smoothing_term(outputs.logits, inputs["labels"], config.loss_reduction, num_items_in_batch)
-            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-                term = term * self.accelerator.num_processes  # as super() does: gradients are averaged over processes
-            loss = loss + self.label_smoothing * config.conditional_weight * term
-        return (loss, outputs) if return_outputs else loss
-
-
-class CaptionMatch(evaluate.Metric):
-    """Share of captions that are generated exactly, and mean F1 of their words; `evaluate.load` would need the Hub."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description="predictions and references: one text each",
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
-
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        exact, f1 = [], []
-        for prediction, reference in zip(predictions, references, strict=True):
-            words = Counter(prediction.lower().split()), Counter(reference.lower().split())
-            common = (words[0] & words[1]).total()
-            exact.append(words[0] == words[1] and prediction.lower().split() == reference.lower().split())
-            f1.append(2 * common / max(1, words[0].total() + words[1].total()))
-        return {"exact_match": sum(exact) / len(exact), "word_f1": sum(f1) / len(f1)}
-
-
-def make_compute_metrics(processor: IGCaptionerProcessor) -> Any:
-    metric = CaptionMatch(keep_in_memory=True)
-
-    def decode(ids: Any) -> list[str]:
-        ids = torch.as_tensor(ids)
-        ids = ids.masked_fill(ids == IGNORE_INDEX, processor.tokenizer.pad_token_id)
-        return [text.strip() for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-    def compute_metrics(prediction: Any) -> dict[str, float]:
-        return metric.compute(predictions=decode(prediction.predictions), references=decode(prediction.label_ids))
-
-    return compute_metrics
-
-
-# The run
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--model", default=TINY_CHECKPOINT, help="folder or Hub name (default: the shipped checkpoint)")
-    parser.add_argument("--caption_column", help="texts, lists of texts or classes; found by its name if not given")
-    parser.add_argument("--template", default="a photo of a {}.", help="caption of a class")
-    parser.add_argument("--eval_fraction", type=float, default=0.1, help="held out if the data have no test split")
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--max_steps", type=int, default=-1, help="instead of epochs; -1 disables")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="with LoRA, about ten times as much")
-    parser.add_argument("--label_smoothing", type=float, default=0.0, help="0 disables")
-    parser.add_argument("--max_length", type=int, default=32, help="longest caption in tokens")
-    parser.add_argument("--lora_rank", type=int, default=0, help="0 trains all weights")
-    parser.add_argument("--eval_steps", type=int, default=0, help="steps between evaluations; 0: once per epoch")
-    parser.add_argument("--save_steps", type=int, default=500)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser
-
-
-def training_arguments(options: argparse.Namespace) -> Seq2SeqTrainingArguments:
-    return Seq2SeqTrainingArguments(
+    arguments = TrainingArguments(
         output_dir=options.output_dir,
         num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,  # below 1: a share of all steps
-        eval_strategy="steps" if options.eval_steps else "epoch",
-        eval_steps=options.eval_steps or None,
-        save_steps=options.save_steps,
-        save_total_limit=2,
+        remove_unused_columns=False,  # `collate` reads the images
+        save_strategy="no",
         logging_steps=10,
-        predict_with_generate=True,
-        generation_max_length=options.max_length,
-        remove_unused_columns=False,  # the collator reads the images
-        label_names=["labels"],
         report_to="none",
-        use_cpu=options.cpu,
-        seed=options.seed,
     )
-
-
-def add_lora(model: Any, rank: int) -> Any:
-    """Adapters on all linear maps inside the layers of encoder and decoder; the rest is frozen."""
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS))
-
-
-def finetune(options: argparse.Namespace) -> dict[str, float]:
-    """Trains and saves; returns the metrics on the held-out images."""
-    set_seed(options.seed)
-    processor = AutoProcessor.from_pretrained(options.model)
-    model = IGCaptionerForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
-    if options.lora_rank:
-        model = add_lora(model, options.lora_rank)
-        model.print_trainable_parameters()
-    data = add_captions(
-        load_data(options.data, options.eval_fraction, options.seed), options.caption_column, options.template
-    )
-    trainer = CaptionTrainer(
-        model,
-        training_arguments(options),
-        data_collator=Collator(processor, options.max_length),
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
-        processing_class=processor,
-        compute_metrics=make_compute_metrics(processor),
-        label_smoothing=options.label_smoothing,
-    )
-    trainer.train(resume_from_checkpoint=options.resume)
-    metrics = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        output_dir = Path(options.output_dir)
-        if options.lora_rank:
-            model.save_pretrained(output_dir / "adapter")
-            model = model.merge_and_unload()
-        model.save_pretrained(output_dir / "final")
-        processor.save_pretrained(output_dir / "final")
-        print({name: round(value, 4) for name, value in metrics.items()})
-    return metrics
+    Trainer(model, arguments, data_collator=collate, train_dataset=data).train()
+    model.save_pretrained(options.output_dir)
+    processor.save_pretrained(options.output_dir)
+    print(f"{options.output_dir}: captions of {', '.join(names)}")
 
 
 if __name__ == "__main__":
-    finetune(build_parser().parse_args())
+    main()

@@ -1,8 +1,7 @@
-"""Fine-tuning with transformers' Trainer: `examples/finetune_trainer.py` on a random model and coloured squares."""
+"""Fine-tuning with transformers' Trainer: `training/finetune.py` on a random model and coloured squares."""
 
-import importlib.util
+import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,18 +18,8 @@ datasets = pytest.importorskip("datasets")
 evaluate = pytest.importorskip("evaluate")
 pytest.importorskip("accelerate")
 
+finetuning = importlib.import_module("training.finetune")  # once its libraries are known to be there
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-EXAMPLE = Path(__file__).parent.parent / "examples" / "finetune_trainer.py"
-
-
-def load_example():
-    spec = importlib.util.spec_from_file_location("finetune_trainer", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-example = load_example()
 
 
 @pytest.fixture(scope="module")
@@ -81,34 +70,34 @@ def finetune(checkpoint, data, output_dir, **options):
     values |= {"max_length": 16, "learning_rate": 0.01, "save_steps": 3}
     arguments = [part for name, value in values.items() if value is not True for part in (f"--{name}", str(value))]
     flags = ["--cpu", *(f"--{name}" for name, value in values.items() if value is True)]
-    return example.finetune(example.build_parser().parse_args(arguments + flags))
+    return finetuning.finetune(finetuning.build_parser().parse_args(arguments + flags))
 
 
 # Data
 
 
 def test_folder_names_become_captions(by_folder):
-    data = example.add_captions(example.load_data(str(by_folder), 0.25, 0), None, "a photo of a {}.")
+    data = finetuning.add_captions(finetuning.load_data(str(by_folder), 0.25, 0), None, "a photo of a {}.")
     assert len(data["train"]) == 18 and len(data["test"]) == 6
     captions = {row["captions"][0] for split in data.values() for row in split}
     assert captions == {f"a photo of a {name} square." for name in COLORS}
 
 
 def test_metadata_and_saved_data_sets(by_metadata, tmp_path):
-    data = example.load_data(str(by_metadata), 0.25, 0)
-    assert example.add_captions(data, None, "")["train"][0]["captions"][0].startswith("a ")
+    data = finetuning.load_data(str(by_metadata), 0.25, 0)
+    assert finetuning.add_captions(data, None, "")["train"][0]["captions"][0].startswith("a ")
     rows = {"image": [Image.new("RGB", (4, 4))] * 4, "captions": [["one", "two"]] * 4}
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
-    data = example.add_captions(example.load_data(str(tmp_path / "saved"), 0.5, 0), None, "")
+    data = finetuning.add_captions(finetuning.load_data(str(tmp_path / "saved"), 0.5, 0), None, "")
     assert data["train"][0]["captions"] == ["one", "two"]
     with pytest.raises(ValueError, match="no column title in the data, which has image, captions"):
-        example.add_captions(data, "title", "")
+        finetuning.add_captions(data, "title", "")
 
 
 def test_collator_gives_pixels_and_labels_in_scored_form(checkpoint):
     processor = IGCaptionerProcessor.from_pretrained(checkpoint)
     rows = [{"image": Image.new("RGB", (9, 9)), "captions": [text]} for text in ("a red square.", "a", "blue " * 30)]
-    batch = example.Collator(processor, 8)(rows)
+    batch = finetuning.Collator(processor, 8)(rows)
     assert set(batch) == {"pixel_values", "labels"} and batch["pixel_values"].shape == (3, 3, 16, 16)
     assert batch["labels"].shape == (3, 8) and batch["labels"][2, -1] == 2
     assert batch["labels"][1].tolist() == [*processor.tokenizer("a")["input_ids"], *[-100] * 6]
@@ -123,19 +112,19 @@ def test_smoothing_matches_torch_and_ignores_padding():
     labels = ids.masked_fill(mask == 0, -100)
     logits = model(pixel_values=random_images(len(ids)), labels=labels).logits
     plain, smooth = (F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=e) for e in (0.0, 0.2))
-    term = example.smoothing_term(logits, labels, "token", None)
+    term = finetuning.smoothing_term(logits, labels, "token", None)
     assert torch.allclose(plain + 0.2 * term, smooth, atol=1e-5)
-    by_items = example.smoothing_term(logits, labels, "token", 10)
+    by_items = finetuning.smoothing_term(logits, labels, "token", 10)
     assert torch.allclose(by_items * 10, term * (labels != -100).sum(), atol=1e-4)
 
 
 def test_trainer_smooths_the_conditional_part_with_aligned_labels(checkpoint, tmp_path):
     model = IGCaptionerForConditionalGeneration.from_pretrained(checkpoint)
     model.config.text_config.dropout = 0.0
-    arguments = example.Seq2SeqTrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    arguments = finetuning.Seq2SeqTrainingArguments(tmp_path, use_cpu=True, report_to="none")
     ids, mask = padded(random_texts())
     inputs = {"pixel_values": random_images(len(ids)), "labels": ids.masked_fill(mask == 0, -100)}
-    trainer = example.CaptionTrainer(model, arguments, label_smoothing=0.1)
+    trainer = finetuning.CaptionTrainer(model, arguments, label_smoothing=0.1)
     for module in model.modules():
         module.training = isinstance(module, type(model))  # no dropout, but the trainer sees a model in training
     outputs = model(**inputs, skip_logits=False)
@@ -147,11 +136,11 @@ def test_trainer_smooths_the_conditional_part_with_aligned_labels(checkpoint, tm
     assert torch.allclose(trainer.compute_loss(model, inputs), model(**inputs).loss)
     with pytest.raises(ValueError, match="label_smoothing"):
         arguments.label_smoothing_factor = 0.1
-        example.CaptionTrainer(model, arguments)
+        finetuning.CaptionTrainer(model, arguments)
 
 
 def test_metric():
-    scores = example.CaptionMatch(keep_in_memory=True).compute(
+    scores = finetuning.CaptionMatch(keep_in_memory=True).compute(
         predictions=["A red square.", "a blue"], references=["a red square.", "a green circle"]
     )
     assert scores == {"exact_match": 0.5, "word_f1": pytest.approx((1 + 2 / 5) / 2)}
@@ -167,9 +156,9 @@ def test_resumed_run_has_the_same_weights(checkpoint, by_folder, tmp_path, monke
     whole = load_file(tmp_path / "run" / "final" / "model.safetensors")
     (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "last")
     micro_steps = []
-    step = example.CaptionTrainer.training_step
+    trainer, step = finetuning.CaptionTrainer, finetuning.CaptionTrainer.training_step
     monkeypatch.setattr(
-        example.CaptionTrainer, "training_step", lambda *args, **kwargs: micro_steps.append(1) or step(*args, **kwargs)
+        trainer, "training_step", lambda *args, **kwargs: micro_steps.append(1) or step(*args, **kwargs)
     )
     finetune(checkpoint, by_folder, tmp_path / "run", **options, resume=True)
     assert len(micro_steps) == 6, "steps 4 to 6, in two parts each"
