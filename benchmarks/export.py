@@ -14,6 +14,7 @@ where accuracy is compared, too.
 """
 
 import argparse
+import os
 import shlex
 import sys
 import tempfile
@@ -196,7 +197,11 @@ def large_rows(options: argparse.Namespace, folder: Path) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_root", type=Path, help="folder with the shards of CIFAR-10; without, no accuracies")
+    parser.add_argument(
+        "--data_root",
+        default=os.environ.get("IG_CAPTIONER_DATA"),
+        help="shards of CIFAR-10; default: $IG_CAPTIONER_DATA",
+    )
     parser.add_argument("--images", type=int, default=2000, metavar="N", help="of CIFAR-10 test; default: 2000")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--models", nargs="+", choices=("tiny", "B/16"), default=["tiny", "B/16"])

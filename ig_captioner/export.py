@@ -156,7 +156,7 @@ class LabelScorer(_Decoder):
 def export_programs(
     model: IGCaptionerScorer, image_size: int | Sequence[int] | None = None
 ) -> dict[str, ExportedProgram]:
-    """The four programs by name; `torch.export.save` writes one, `program.module()` runs it.
+    """The four programs by name; `torch.export.save` writes one, `program.module()` takes its inputs by name.
 
     Args:
         model: in evaluation mode.
@@ -194,9 +194,9 @@ def export_programs(
 
 def _program(module: nn.Module, inputs: dict[str, tuple[Tensor, dict[int, Any]]]) -> ExportedProgram:
     """Args: `inputs`: an example of each, and which of its dimensions are dynamic."""
-    examples = tuple(example for example, _ in inputs.values())
+    examples = {name: example for name, (example, _) in inputs.items()}
     shapes = {name: dims for name, (_, dims) in inputs.items()}
-    return torch.export.export(module.eval(), examples, dynamic_shapes=shapes)
+    return torch.export.export(module.eval(), (), examples, dynamic_shapes=shapes)
 
 
 # ONNX
