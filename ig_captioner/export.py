@@ -115,6 +115,8 @@ class TextScorer(_Decoder):
 class TextPrior(_Decoder):
     """log P(T) [C] of texts [C, L], from the prior source of the configuration; reference images become weights."""
 
+    image_key_values: Tensor | None
+
     def __init__(self, model: IGCaptionerScorer):
         super().__init__(model)
         references = model._references(None, None, model.device)
@@ -154,7 +156,7 @@ class LabelScorer(_Decoder):
 
 @torch.no_grad()
 def export_programs(
-    model: IGCaptionerScorer, image_size: int | Sequence[int] | None = None
+    model: IGCaptionerScorer, image_size: int | tuple[int, int] | None = None
 ) -> dict[str, ExportedProgram]:
     """The four programs by name; `torch.export.save` writes one, `program.module()` takes its inputs by name.
 
@@ -262,9 +264,14 @@ def _save_graphs(graphs: dict[str, Any], folder: Path) -> None:
                     file.write(bytes(-file.tell() % 64))
                     offsets[digest] = file.tell()
                     file.write(data)
-                place = {"offset": offsets[digest], "length": len(data), "base_dir": folder}
                 value.const_value = onnx_ir.ExternalTensor(
-                    WEIGHTS_FILE, dtype=tensor.dtype, shape=tensor.shape, name=tensor.name, **place
+                    WEIGHTS_FILE,
+                    offsets[digest],
+                    len(data),
+                    tensor.dtype,
+                    shape=tensor.shape,
+                    name=tensor.name,
+                    base_dir=folder,
                 )
     for name, graph in graphs.items():
         onnx_ir.save(graph, folder / f"{name}.onnx")
