@@ -137,15 +137,17 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
             key, value = past_key_values.update(key, value, self.self_attn.layer_idx)
         mask, causal = text.mask, text.is_causal
         if image_key is not None and self.has_prefix:
-            if (texts := len(key) // len(image_key)) > 1:
-                image_key, image_value = (part.repeat_interleave(texts, dim=0) for part in (image_key, image_value))
+            if (texts := key.shape[0] // image_key.shape[0]) > 1:
+                image_key, image_value = (
+                    part[:, None].expand(-1, texts, -1, -1, -1).flatten(0, 1) for part in (image_key, image_value)
+                )
             key, value = torch.cat([image_key, key], dim=2), torch.cat([image_value, value], dim=2)
             mask = with_visible_prefix(mask, image_key.shape[2])
         attended, _ = self.self_attn(normed, (key, value), mask, text.rotary, is_causal=causal, **kwargs)
         hidden_states = hidden_states + self.dropout(self.self_attn_post_norm(attended))
         if image_key is not None and self.cross_attn is not None:
             normed = self.cross_attn_norm(hidden_states)
-            by_image = normed.reshape(len(image_key), -1, normed.shape[-1])  # nobody's texts see another's here
+            by_image = normed.reshape(image_key.shape[0], -1, normed.shape[-1])  # nobody's texts see another's here
             attended, _ = self.cross_attn(by_image, (image_key, image_value), **kwargs)
             hidden_states = hidden_states + self.dropout(self.cross_attn_post_norm(attended.view_as(normed)))
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))

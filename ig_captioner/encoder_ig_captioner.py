@@ -293,7 +293,7 @@ class IGCaptionerPatchEmbeddings(nn.Module):
         tokens = self.projection(pixel_values).flatten(2).transpose(1, 2)
         tokens = tokens + self.positions((height // self.patch_size[0], width // self.patch_size[1])).to(tokens.dtype)
         if self.register_tokens is not None:
-            tokens = torch.cat([tokens, self.register_tokens.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
+            tokens = torch.cat([tokens, self.register_tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)], dim=1)
         return tokens
 
 

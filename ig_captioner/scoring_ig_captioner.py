@@ -55,6 +55,17 @@ def is_intercepted(module: nn.Module) -> bool:
     return bool(foreign) or has_adapter or hasattr(module, "_hf_hook") or "forward" in vars(module)
 
 
+def contents(tensor: Tensor) -> Iterator[Any]:
+    """The bytes that a tensor holds; of a quantised one (torchao) those of its parts, and how they are to be read."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor.contiguous().cpu().flatten().view(torch.uint8).numpy()
+        return
+    names, settings = tensor.__tensor_flatten__()
+    yield repr(settings).encode()
+    for name in names:
+        yield from contents(getattr(tensor, name))
+
+
 class IGCaptionerScorer(IGCaptionerPreTrainedModel):
     """A model that scores texts; a subclass has a `model` (image encoder and text decoder) and an `lm_head`."""
 
@@ -209,7 +220,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
                 if parameter.is_meta:
                     digest.update(str(id(self)).encode())
                 else:
-                    digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy())
+                    for part in contents(parameter.detach()):
+                        digest.update(part)
             self._kept_digest = version, digest.hexdigest()
         return hashlib.sha256(repr((self._kept_digest[1], self._circumstances())).encode()).hexdigest()
 

@@ -1,0 +1,58 @@
+"""Classifies photos with onnxruntime, tokenizers and numpy; neither torch nor ig_captioner is imported.
+
+python -m ig_captioner.export MODEL FOLDER
+python examples/onnx_classify.py FOLDER photo.jpg --labels cat dog horse
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+
+
+def read_photo(path: str, settings: dict) -> np.ndarray:
+    """`pixel_values` [channels, height, width]."""
+    size = settings["size"]["width"], settings["size"]["height"]
+    photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB").resize(size, settings["resample"])
+    pixels = np.asarray(photo, dtype=np.float32) * np.float32(settings["rescale_factor"])
+    mean, std = (np.array(settings[name], dtype=np.float32) for name in ("image_mean", "image_std"))
+    return ((pixels - mean) / std).transpose(2, 0, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="what ig_captioner.export wrote")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO")
+    parser.add_argument("--labels", nargs="+", required=True)
+    parser.add_argument("--template", default="a photo of a {}.")
+    options = parser.parse_args()
+    settings = json.loads((options.folder / "settings.json").read_text(encoding="utf-8"))
+    encoder, scorer, prior = (
+        onnxruntime.InferenceSession(options.folder / f"{name}.onnx")
+        for name in ("image_encoder", "text_scorer", "text_prior")
+    )
+
+    tokenizer = Tokenizer.from_file(str(options.folder / "tokenizer.json"))
+    encoded = tokenizer.encode_batch([options.template.replace("{}", label) for label in options.labels])
+    texts = {
+        "input_ids": np.array([text.ids for text in encoded]),
+        "attention_mask": np.array([text.attention_mask for text in encoded]),
+    }
+    (prior_log_likelihood,) = prior.run(None, texts)  # [C], the same for every photo
+
+    for path in options.photos:
+        pixel_values = read_photo(path, settings["image_processor"])[None]
+        (image_key_values,) = encoder.run(None, {"pixel_values": pixel_values})
+        (caption_log_likelihood,) = scorer.run(None, {"image_key_values": image_key_values, **texts})
+        gains = caption_log_likelihood[0] - settings["prior_weight"] * prior_log_likelihood
+        scores = np.exp((gains - gains.max()) / settings["temperature"])
+        for i in np.argsort(-gains):
+            print(f"{path}  {options.labels[i]}: {scores[i] / scores.sum():.3f}, information gain {gains[i]:.2f} nats")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Exported programs and graphs score as the model does, whatever the sizes; quantised models score nearly so."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from transformers import AutoProcessor, TorchAoConfig
+
+from ig_captioner import TINY_CHECKPOINT
+from ig_captioner import IGCaptionerForZeroShotImageClassification as ZeroShot
+from ig_captioner.export import TRIE_FIELDS, TextPrior, export_onnx, export_programs
+from ig_captioner.label_trie import build_trie
+from tiny import BOS, VARIANTS, naive_scores, padded, random_images, random_texts, tiny_model
+
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "onnx_classify.py"
+# images and lengths of texts; those of the examples that programs are exported with are 2 and 8 x 3
+SIZES = [(1, (3,)), (2, (1, 1)), (3, (4, 4, 1, 12))]
+
+
+def inputs_for(number, lengths, height=16, width=16):
+    """Images, texts as lists, and what programs take of texts: as they are, and as a trie in two blocks or more."""
+    texts = random_texts(lengths)
+    ids, mask = padded(texts)
+    trie = build_trie(ids, mask, BOS, block_size=1)
+    return (
+        random_images(number, height, width),
+        texts,
+        {"input_ids": ids, "attention_mask": mask},
+        {name: getattr(trie, name) for name in TRIE_FIELDS},
+    )
+
+
+# torch.export
+
+
+# graphs of "prefix" are tested by default, too; exporting takes seconds each time
+@pytest.mark.parametrize(
+    ("variant", "width"),
+    [
+        ("cross_rotary", 24),
+        pytest.param("prefix", 16, marks=pytest.mark.slow),
+        pytest.param("prefix_rotary", 24, marks=pytest.mark.slow),
+        pytest.param("cross", 16, marks=pytest.mark.slow),
+    ],
+)
+@torch.no_grad()
+def test_programs_score_as_one_pass_per_token(variant, width):
+    """At other sizes than those exported with; where images are wider than the configuration says, too."""
+    model = tiny_model(variant, ZeroShot)
+    programs = {name: program.module() for name, program in export_programs(model, (16, width)).items()}
+    captioner = tiny_model(variant)
+    for number, lengths in SIZES:
+        images, texts, tokens, trie = inputs_for(number, lengths, width=width)
+        read = programs["image_encoder"](pixel_values=images)
+        expected = naive_scores(captioner, images, texts)
+        scores = {
+            "text_scorer": programs["text_scorer"](image_key_values=read, **tokens),
+            "label_scorer": programs["label_scorer"](image_key_values=read, **trie),
+        }
+        for name, score in scores.items():
+            torch.testing.assert_close(score, expected, atol=1e-4, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+        prior = programs["text_prior"](**tokens)
+        torch.testing.assert_close(prior, naive_scores(captioner, None, texts), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_prior_over_reference_images():
+    model = tiny_model("cross", ZeroShot, prior_source="reference_images", num_reference_images=3)
+    images, _, tokens, _ = inputs_for(1, (5, 2))
+    expected = model.score(images, **tokens).prior_log_likelihood
+    torch.testing.assert_close(TextPrior(model)(**tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_models_that_cannot_be_exported(tmp_path):
+    with pytest.raises(ValueError, match="training mode"):
+        export_programs(tiny_model(model_class=ZeroShot).train())
+    with pytest.raises(ValueError, match="not a multiple of the patch size"):
+        export_programs(tiny_model(model_class=ZeroShot), 20)
+    with pytest.raises(ValueError, match=r"float32, but the model is torch\.bfloat16"):
+        export_onnx(tiny_model(model_class=ZeroShot).bfloat16(), None, tmp_path)
+
+
+# ONNX
+
+
+def processor_for(height, width):
+    processor = AutoProcessor.from_pretrained(TINY_CHECKPOINT)
+    processor.image_processor.size = {"height": height, "width": width}
+    return processor
+
+
+def run(folder, name, **inputs):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(folder / f"{name}.onnx")
+    (output,) = session.run(None, {key: np.asarray(value) for key, value in inputs.items()})
+    return torch.from_numpy(output)
+
+
+@pytest.fixture(
+    scope="module", params=["prefix", *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS if v != "prefix")]
+)
+def onnx(request, tmp_path_factory):
+    pytest.importorskip("onnxscript")
+    folder = tmp_path_factory.mktemp(request.param) / "new"
+    export_onnx(tiny_model(request.param, ZeroShot), processor_for(16, 16), folder)
+    return request.param, folder
+
+
+@torch.no_grad()
+def test_onnx_scores_as_one_pass_per_token(onnx):
+    variant, folder = onnx
+    captioner = tiny_model(variant)
+    for number, lengths in SIZES:
+        images, texts, tokens, trie = inputs_for(number, lengths)
+        read = run(folder, "image_encoder", pixel_values=images)
+        expected = naive_scores(captioner, images, texts)
+        for name, of_texts in (("text_scorer", tokens), ("label_scorer", trie)):
+            score = run(folder, name, image_key_values=read, **of_texts)
+            torch.testing.assert_close(score, expected, atol=1e-4, rtol=0)
+        prior = run(folder, "text_prior", **tokens)
+        torch.testing.assert_close(prior, naive_scores(captioner, None, texts), atol=1e-4, rtol=0)
+
+
+def test_graphs_share_their_weights(onnx):
+    variant, folder = onnx
+    weights = sum(parameter.nbytes for parameter in tiny_model(variant).parameters())
+    assert (folder / "weights.bin").stat().st_size < 1.25 * weights
+    assert sum(path.stat().st_size for path in folder.glob("*.bin")) == (folder / "weights.bin").stat().st_size
+
+
+def test_what_feeds_the_graphs(onnx):
+    _, folder = onnx
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    assert settings["prior_weight"] == 1.0 and settings["temperature"] == 1.0
+    assert settings["image_processor"]["size"] == {"height": 16, "width": 16}
+    assert settings["image_processor"]["image_mean"] == [0.5, 0.5, 0.5]
+    texts = ["A photo of a Cat.", "", "dog", " ".join(["word"] * 100)]
+    ours = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(texts)
+    expected = processor_for(16, 16)(text=texts, max_length=20)
+    assert [text.ids for text in ours] == expected["input_ids"]
+    assert [text.attention_mask for text in ours] == expected["attention_mask"]
+
+
+@pytest.mark.slow
+def test_the_example_gives_the_models_scores_without_torch(tmp_path):
+    """The shipped checkpoint; photos are noise, as large as the processor's, so that nothing is resized."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model, processor = ZeroShot.from_pretrained(TINY_CHECKPOINT).eval(), AutoProcessor.from_pretrained(TINY_CHECKPOINT)
+    export_onnx(model, processor, tmp_path / "onnx")
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    photo.save(tmp_path / "photo.png")
+    labels = ["cat", "a long label of many words", "ship"]
+    code = (
+        f"import runpy, sys; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__'); assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, "onnx", "photo.png", "--labels", *labels]
+    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    inputs = processor(images=photo, text=[f"a photo of a {label}." for label in labels], return_tensors="pt")
+    with torch.no_grad():
+        gains = model.score(**inputs).information_gain[0]
+    for i in gains.argsort(descending=True).tolist():
+        line, _, printed = printed.partition("\n")
+        assert line.startswith(f"photo.png  {labels[i]}: {gains.softmax(dim=-1)[i]:.3f}, ")
+        assert float(line.split()[-2]) == pytest.approx(gains[i].item(), abs=0.0051)
+
+
+# Quantised
+
+
+@torch.no_grad()
+def test_int8_models_load_score_compile_and_save(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    configs = [quantization.Int8WeightOnlyConfig(), quantization.Int8DynamicActivationInt8WeightConfig()]
+    _, _, tokens, _ = inputs_for(1, (5, 2, 7))
+    images = random_images(2, 64, 64)
+    reference = ZeroShot.from_pretrained(TINY_CHECKPOINT)
+    expected = reference.score(images, **tokens).information_gain
+    fingerprints = {reference.fingerprint()}
+    for number, config in enumerate(configs):
+        model = ZeroShot.from_pretrained(TINY_CHECKPOINT, quantization_config=TorchAoConfig(config))
+        scores = model.score(images, **tokens).information_gain
+        assert 1e-4 < (scores - expected).abs().max() < 0.5  # quantised, and not broken
+        compiled = model.compile_texts(**tokens)
+        torch.testing.assert_close(model.score(images, compiled).information_gain, scores)
+        fingerprints.add(compiled.fingerprint)
+        model.save_pretrained(tmp_path / str(number))
+        again = ZeroShot.from_pretrained(tmp_path / str(number))
+        torch.testing.assert_close(again.score(images, compiled).information_gain, scores)
+    assert len(fingerprints) == 1 + len(configs)
