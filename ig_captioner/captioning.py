@@ -11,7 +11,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from .evaluation import Row, make_row
+from .processes import map_batches
+from .retrieval import to_pixels
 
 
 LONGEST = 4  # words of an n-gram
@@ -36,12 +37,12 @@ def generate_captions(
     model: Any, processor: Any, images: Iterable[Image.Image], batch_size: int = 16, **options: Any
 ) -> list[str]:
     """A caption for each image. `options` go to `generate`."""
-    iterator, captions = iter(images), []
-    while batch := list(islice(iterator, batch_size)):
-        pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-        tokens = model.generate(pixel_values=pixel_values, **options)
-        captions += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
-    return captions
+
+    def write(batch: list[Image.Image]) -> list[str]:
+        tokens = model.generate(pixel_values=to_pixels(model, processor, batch), **options)
+        return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    return [caption for captions in map_batches(write, images, batch_size) for caption in captions]
 
 
 # CIDEr-D

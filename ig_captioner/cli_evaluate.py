@@ -19,6 +19,7 @@ examples:
 RETRIEVAL_EXAMPLES = """\
 examples:
   ig-captioner evaluate retrieval --data "flickr8k-val-*.tar" --output out
+  torchrun --nproc_per_node 2 -m ig_captioner.cli evaluate retrieval --data "flickr8k-val-*.tar" --output out
   ig-captioner evaluate retrieval --data "flickr8k-val-*.tar" --clip openai/clip-vit-base-patch32 --output out
 """
 COMPOSITIONAL_EXAMPLES = """\
@@ -71,6 +72,8 @@ def add_evaluate(commands, add_command: AddCommand, positive_integer: Number) ->
 
     summary = "Find captions for images, and images for captions."
     task = add_task("retrieval", "--data DATA", summary, RETRIEVAL_EXAMPLES)
+    captions = "the first N captions of each image (default: all)"
+    task.add_argument("--captions", type=positive_integer, metavar="N", help=captions)
     _add_tuning(task)
     _add_batch_size(task, positive_integer)
 
@@ -80,6 +83,7 @@ def add_evaluate(commands, add_command: AddCommand, positive_integer: Number) ->
     task.add_argument("--format", required=True, choices=("sugarcrepe", "aro", "winoground"), help="whose files")
     task.add_argument("--pairs", type=Path, required=True, metavar="FILE_OR_FOLDER", help="the captions")
     _add_tuning(task)
+    _add_batch_size(task, positive_integer)
 
     summary = "Write captions and compare them with those of people."
     task = add_task("captioning", "--data DATA", summary, CAPTIONING_EXAMPLES)
@@ -104,8 +108,10 @@ def _run_later(name: str) -> Callable[[argparse.Namespace], int]:
 
     def run(arguments: argparse.Namespace) -> int:
         from . import evaluation_tasks
+        from .processes import sharing
 
-        return getattr(evaluation_tasks, name)(arguments)
+        with sharing():
+            return getattr(evaluation_tasks, name)(arguments)
 
     run.__name__ = name
     return run

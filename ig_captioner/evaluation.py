@@ -1,6 +1,7 @@
 """What every evaluation shares: rows at prior weight 0, 1 and a tuned one, and bootstrap intervals.
 
-A row is `{"name", "prior_weight", "metrics": {name: {"value", "low", "high"}}}`; a table is a list of rows. The rows:
+A row is `{"name", "prior_weight", "metrics": {name: {"value", "low", "high"}}}`, without the last two where they would
+mean nothing; a table is a list of rows. The rows:
 
 - likelihood: log P(T|I) alone, prior weight 0
 - information gain: log P(T|I) - log P(T), prior weight 1
@@ -108,7 +109,7 @@ def confusion(scores: Tensor, labels: Tensor) -> Tensor:
 def image_to_text_rows(
     held_out: tuple[ScoreMatrix, Tensor], test: tuple[ScoreMatrix, Tensor], others: dict[str, Tensor] | None = None
 ) -> list[Row]:
-    """Rows of recall and median rank; intervals are over images.
+    """Rows of recall, median rank, and how many different texts come first (no interval); intervals are over images.
 
     Args:
         held_out, test: scores of B images and N texts, and which of them belong together, bool [B, N].
@@ -121,7 +122,12 @@ def image_to_text_rows(
     }
     scores["blind"] = matrix.prior_log_likelihood.expand_as(matrix.caption_log_likelihood), None
     scores |= {name: (values, None) for name, values in (others or {}).items()}
-    return [_recall_row(name, ranks(values, is_true), weight) for name, (values, weight) in scores.items()]
+    rows = []
+    for name, (values, weight) in scores.items():
+        row = _recall_row(name, ranks(values, is_true), weight)
+        row["metrics"]["distinct_top1"] = {"value": values.argmax(dim=1).unique().numel()}
+        rows.append(row)
+    return rows
 
 
 def _recall_row(name: str, ranks_of_queries: Tensor, weight: float | None) -> Row:
@@ -152,11 +158,11 @@ def text_to_image_rows(
 
 
 def gain_row(matrix: ScoreMatrix, is_true: Tensor) -> Row:
-    """Information gain of the true pairs per token, in nats."""
+    """Information gain of the true pairs per token, in nats; rounded to what float error leaves."""
     gain = matrix.information_gain(1.0).masked_fill(~is_true, 0.0).double().sum(dim=1)
     tokens = (matrix.text_lengths * is_true).double().sum(dim=1)
 
     def metrics(drawn: Tensor) -> dict[str, float]:
-        return {"nats_per_token": (gain[drawn].sum() / tokens[drawn].sum()).item()}
+        return {"nats_per_token": round((gain[drawn].sum() / tokens[drawn].sum()).item(), 4)}
 
     return make_row("information gain", metrics, len(is_true), 1.0)

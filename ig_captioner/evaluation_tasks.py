@@ -9,6 +9,7 @@ import shlex
 from typing import Any
 
 from torch import tensor
+from torch.nn.functional import one_hot
 
 from . import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
 from .captioning import captioning_row, generate_captions
@@ -20,13 +21,22 @@ from .compositional import (
     prior_of_texts,
     read_items,
     score_images,
+    score_own_texts,
     stack_scores,
 )
 from .contrastive import ContrastiveModel
-from .evaluation import RESAMPLES, gain_row, image_to_text_rows, text_to_image_rows, zero_shot_rows
+from .evaluation import (
+    RESAMPLES,
+    gain_row,
+    image_to_text_rows,
+    select_images,
+    text_to_image_rows,
+    zero_shot_rows,
+)
 from .evaluation_data import Samples, describe_skipped, split_by_hash
 from .hub import load_model, load_processor
 from .linear_probe import choose_shots, count_shots, mean_pooled_features, probe_row
+from .processes import is_first, place
 from .processing_ig_captioner import DEFAULT_TEMPLATE
 from .prompts import is_text_file, read_class_names, read_templates
 from .report import describe_run, draw_confusion, to_markdown, write_results
@@ -54,10 +64,12 @@ def zero_shot(arguments: argparse.Namespace) -> int:
         "Ties count against; classes of one name are one class. Blind: the class with the likeliest text, log P(T), "
         "whatever the image."
     ]
-    tables = {f"{len(class_names)} classes": rows}
+    is_true = one_hot(labels[split[1]], len(class_names)).bool()
+    gain = gain_row(select_images(matrix, split[1]), is_true)
+    tables = {f"{len(class_names)} classes": rows, "True classes": [gain]}
     data = {**_describe(arguments, samples, split), "classes": len(class_names), "templates": len(templates)}
     _finish(arguments, model, "Zero-shot classification", tables, notes, data)
-    if not draw_confusion(arguments.output / "confusion.png", confusions, class_names):
+    if is_first() and not draw_confusion(arguments.output / "confusion.png", confusions, class_names):
         print("no confusion.png: matplotlib is not installed")
     return 0
 
@@ -73,7 +85,7 @@ def retrieval(arguments: argparse.Namespace) -> int:
     model, processor, clip = _load(arguments)
     # Read three times: the texts have to be known before the first image is scored, and images may not fit in memory.
     samples = Samples(arguments.data, lambda key, files: (read_image(files), read_captions(files)), arguments.limit)
-    captions = [own for _, own in samples]
+    captions = [own[: arguments.captions] for _, own in samples]
     split = split_by_hash(samples.keys, arguments.held_out_fraction)
 
     def images_of(indices: list[int]):
@@ -139,21 +151,15 @@ def _score_items(arguments: argparse.Namespace, items, priors, model, processor,
         name = find_name(key, names)
         return name, None if name is None else read_image(files)
 
-    def score(image, texts: list[str]):
-        return score_pairs(model, processor, [image], texts).caption_log_likelihood[0]
-
-    def score_by_clip(image, texts: list[str]):
-        return (clip.embed_images([image]) @ clip.embed_texts(texts).T)[0]
-
-    samples = Samples(arguments.data, decode)
-    all_scores = score_images(items, samples, score)
+    samples, size = Samples(arguments.data, decode), arguments.batch_size
+    all_scores = score_images(items, samples, lambda asked: score_own_texts(model, processor, asked, size))
     there = [index for index, scores in enumerate(all_scores) if scores is not None]
     if not there:
         raise ValueError(f"none of {len(items)} items has its images in {arguments.data!r}")
     matrix = stack_scores([all_scores[index] for index in there], [priors[index] for index in there])
     others = {}
     if clip is not None:
-        scores_of_clip = score_images(items, samples, score_by_clip)
+        scores_of_clip = score_images(items, samples, lambda asked: clip.score_own_texts(asked, size))
         stacked = stack_scores([scores_of_clip[index] for index in there], [priors[index] for index in there])
         others[arguments.clip] = stacked.caption_log_likelihood
     split = split_by_hash([items[index].images[0] for index in there], arguments.held_out_fraction)
@@ -189,10 +195,11 @@ def captioning(arguments: argparse.Namespace) -> int:
 
     captions = generate_captions(model, processor, images(), arguments.batch_size, **options)
     row = captioning_row(f"{arguments.num_beams} beams" if arguments.num_beams > 1 else "greedy", captions, references)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with open(arguments.output / "captions.jsonl", "w", encoding="utf-8") as file:
-        for key, caption, own in zip(samples.keys, captions, references, strict=True):
-            file.write(json.dumps({"key": key, "caption": caption, "references": own}, ensure_ascii=False) + "\n")
+    if is_first():
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        with open(arguments.output / "captions.jsonl", "w", encoding="utf-8") as file:
+            for key, caption, own in zip(samples.keys, captions, references, strict=True):
+                file.write(json.dumps({"key": key, "caption": caption, "references": own}, ensure_ascii=False) + "\n")
     notes = [
         "CIDEr-D at most 1000 %. Words are split without Stanford's PTB tokenizer, so that published figures are not "
         "strictly comparable; the weights of words come from these images' references."
@@ -267,7 +274,9 @@ def _describe(arguments: argparse.Namespace, samples, split=None, tuned: str = "
 
 
 def _finish(arguments: argparse.Namespace, model, title: str, tables: dict, notes: list[str], data: dict) -> None:
-    """Writes and prints the results."""
+    """Writes and prints the results; of several processes only the first does."""
+    if not is_first():
+        return
     task = arguments.run.__name__.replace("_", "-")
     intervals = (
         f"In brackets: 95 % bootstrap intervals over test samples ({RESAMPLES} resamples, percentiles, a fixed seed). "
@@ -290,4 +299,7 @@ def _command_line(task: str, arguments: argparse.Namespace) -> str:
     hidden = {"run", "traceback"} | ({"model"} if arguments.model == TINY_CHECKPOINT else set())
     given: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name not in hidden}
     options = [[f"--{name.replace('_', '-')}", str(value)] for name, value in given.items() if value is not None]
-    return shlex.join(["ig-captioner", "evaluate", task, *(word for option in options for word in option)])
+    processes = place()[1]
+    many = ["torchrun", "--nproc_per_node", str(processes), "-m", "ig_captioner.cli"]
+    program = ["ig-captioner"] if processes == 1 else many
+    return shlex.join([*program, "evaluate", task, *(word for option in options for word in option)])

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from . import __version__
+from .processes import place
 
 
 class Metric(NamedTuple):
@@ -37,6 +38,7 @@ METRICS = {
     "recall_at_5": Metric("R@5 %", "recall"),
     "recall_at_10": Metric("R@10 %", "recall"),
     "median_rank": Metric("median rank", "median_rank", scale=1),
+    "distinct_top1": Metric("different texts first", "distinct_top1", scale=1, digits=0),
     "cider_d": Metric("CIDEr-D %", "cider"),
     "bleu4": Metric("BLEU-4 %", "bleu"),
     "nats_per_token": Metric("nats per token", "information_gain", scale=1, digits=3),
@@ -97,6 +99,7 @@ def describe_run(model: Any, name: str, command: str) -> dict[str, Any]:
         "git_commit": git_commit(),
         "hardware": {
             "cpu": cpu_model(),
+            "processes": place()[1],
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         },
@@ -147,10 +150,10 @@ def table_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def format_metric(name: str, estimate: dict[str, float]) -> str:
-    """As in "12.3 (11.0 - 13.9)"."""
+    """As in "12.3 (11.0 - 13.9)", or "12.3" without an interval."""
     metric = metric_of(name)
-    value, low, high = (f"{metric.scale * estimate[part]:.{metric.digits}f}" for part in ("value", "low", "high"))
-    return f"{value} ({low} - {high})"
+    value, *ends = (f"{metric.scale * figure:.{metric.digits}f}" for figure in estimate.values())
+    return f"{value} ({' - '.join(ends)})" if ends else value
 
 
 # Metadata
