@@ -82,6 +82,12 @@ def git_commit() -> str:
         return "unknown"
 
 
+def portable_name(model: str) -> str:
+    """`model`; the folder of a checkpoint in the package without what is above the package."""
+    root = Path(__file__).parent.parent
+    return Path(model).relative_to(root).as_posix() if Path(model).is_relative_to(root / __package__) else model
+
+
 def weights_digest(model: str) -> str | None:
     """SHA-256 of the weights, if `model` is a folder."""
     path = Path(model) / "model.safetensors"
@@ -93,7 +99,7 @@ def describe_run(model: Any, name: str, command: str) -> dict[str, Any]:
     device = model.device
     return {
         "command": command,
-        "model": name,
+        "model": portable_name(name),
         "weights_sha256": weights_digest(name),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
