@@ -41,6 +41,7 @@ METRICS = {
     "distinct_top1": Metric("different texts first", "distinct_top1", scale=1, digits=0),
     "cider_d": Metric("CIDEr-D %", "cider"),
     "bleu4": Metric("BLEU-4 %", "bleu"),
+    "meteor": Metric("METEOR %", "meteor"),
     "nats_per_token": Metric("nats per token", "information_gain", scale=1, digits=3),
 }
 HUB_TASKS = {
@@ -49,6 +50,7 @@ HUB_TASKS = {
     "compositional": ("image-text-matching", "Compositional image-text matching"),
     "captioning": ("image-to-text", "Image captioning"),
     "linear-probe": ("image-classification", "Linear probe"),
+    "lit": ("zero-shot-image-classification", "LiT tuning"),
 }
 
 
@@ -168,7 +170,7 @@ def format_metric(name: str, estimate: dict[str, float]) -> str:
 def model_index(results: dict[str, Any]) -> str:
     """The `model-index` of a model card, as YAML, to be merged into its metadata."""
     task, task_name = HUB_TASKS[results["task"]]
-    data = results["data"]["data"]
+    data = results["data"].get("data") or results["data"]["labelled"]
     evaluations = [
         EvalResult(
             task_type=task,
