@@ -407,7 +407,7 @@ def check_recall(metrics, found):
 
 def test_help(run):  # noqa: F811
     assert run("evaluate", "--help")[::2] == (0, [])
-    for task in ("zero-shot", "retrieval", "compositional", "captioning", "linear-probe"):
+    for task in ("zero-shot", "retrieval", "compositional", "captioning", "linear-probe", "lit"):
         code, lines, errors = run("evaluate", task, "--help")
         assert (code, errors) == (0, [])
         assert "examples:" in lines and any(line.startswith(f"  ig-captioner evaluate {task} ") for line in lines)
@@ -420,6 +420,8 @@ WRONG = [
     (["retrieval", "--output", "o"], 2, "--data"),
     (["retrieval", "--data", "x", "--output", "o", "--held-out-fraction", "1"], 2, "between 0 and 1, got '1'"),
     (["retrieval", "--data", ".", "--output", "o"], 1, "no usable sample in '.': it is empty"),
+    (["lit", "--train", "x", "--output", "o", "--learning-rates", "0"], 2, "positive number, got '0'"),
+    (["lit", "--train", "x", "--labelled", "y", "--output", "o"], 1, "--labelled needs --class-names"),
     (["frobnicate"], 2, "frobnicate"),
 ]
 
