@@ -90,7 +90,7 @@ class DualEncoder(nn.Module):
         """[N, E]: what the last token, end-of-sequence, has seen of each text."""
         states = self.text_model(input_ids, attention_mask=attention_mask).last_hidden_state
         last = attention_mask.sum(dim=-1) - 1
-        return F.normalize(self.text_projection(states[torch.arange(len(states)), last]), dim=-1)
+        return F.normalize(self.text_projection(states[torch.arange(len(states), device=last.device), last]), dim=-1)
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens and mask [N, L], cut to what the tower can read."""
