@@ -1,8 +1,9 @@
-"""Captions against reference captions: CIDEr-D and BLEU, without Java.
+"""Captions against reference captions: CIDEr-D, BLEU and METEOR, without Java.
 
-CIDEr-D is here, as no maintained package has it without heavy requirements; BLEU is that of sacrebleu (the extra
-`captioning`). Texts are lower-cased words without punctuation, where published figures come from the PTB tokenizer of
-Stanford, in Java: they are close, not equal. METEOR is left out: it needs Java or WordNet's files.
+CIDEr-D is here, as no maintained package has it without heavy requirements; BLEU is that of sacrebleu and METEOR that
+of nltk (the extra `evaluate`), with synonyms from WordNet, which `python -m nltk.downloader wordnet` fetches once.
+Texts are lower-cased words without punctuation, where published figures come from the PTB tokenizer of Stanford and
+from Meteor 1.5, in Java: they are close, not equal.
 
 Legend: B images; n-grams are tuples of words.
 """
@@ -11,7 +12,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from .evaluation import Row, make_row
+from .processes import map_batches
+from .retrieval import to_pixels
 
 
 LONGEST = 4  # words of an n-gram
@@ -36,12 +38,12 @@ def generate_captions(
     model: Any, processor: Any, images: Iterable[Image.Image], batch_size: int = 16, **options: Any
 ) -> list[str]:
     """A caption for each image. `options` go to `generate`."""
-    iterator, captions = iter(images), []
-    while batch := list(islice(iterator, batch_size)):
-        pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-        tokens = model.generate(pixel_values=pixel_values, **options)
-        captions += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
-    return captions
+
+    def write(batch: list[Image.Image]) -> list[str]:
+        tokens = model.generate(pixel_values=to_pixels(model, processor, batch), **options)
+        return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    return [caption for captions in map_batches(write, images, batch_size) for caption in captions]
 
 
 # CIDEr-D
@@ -97,17 +99,53 @@ def _similarity(caption: Ngrams, reference: Ngrams, weight_of: dict, unseen: flo
     return sum(cosines) / LONGEST * math.exp(-((lengths[0] - lengths[1]) ** 2) / (2 * SIGMA**2))
 
 
+# METEOR
+
+
+def load_wordnet() -> Any:
+    """nltk's WordNet; None where nltk or WordNet's files are missing."""
+    try:
+        from nltk.corpus import wordnet
+
+        wordnet.ensure_loaded()
+    except (ImportError, LookupError):
+        return None
+    return wordnet
+
+
+def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], wordnet: Any) -> Tensor:
+    """METEOR of each image with its best reference, float64 [B], 1 at most (Lavie and Agarwal, 2007).
+
+    Words match if they are equal, of one stem, or synonyms; the fewer runs of words they make, the better.
+
+    Args:
+        wordnet: has `synsets(word)`, as that of nltk.
+    """
+    from nltk.translate.meteor_score import meteor_score
+
+    scores = [
+        meteor_score([words(text) for text in own], words(caption), wordnet=wordnet)
+        for caption, own in zip(captions, references, strict=True)
+    ]
+    return torch.tensor(scores, dtype=torch.float64)
+
+
 # Rows
 
 
 def captioning_row(name: str, captions: Sequence[str], references: Sequence[Sequence[str]]) -> Row:
-    """CIDEr-D and, where sacrebleu is installed, BLEU-4; intervals are over images, with the weights of all of them."""
-    scores = cider_d(captions, references)
+    """CIDEr-D and, where what they need is installed, BLEU-4 and METEOR.
+
+    Intervals are over images, with the weights of all of them.
+    """
+    means = {"cider_d": cider_d(captions, references)}
+    if (wordnet := load_wordnet()) is not None:
+        means["meteor"] = meteor(captions, references, wordnet)
     statistics = _bleu_statistics(captions, references)
 
     def metrics(drawn: Tensor) -> dict[str, float]:
         bleu = {} if statistics is None else {"bleu4": _bleu(statistics[drawn].sum(dim=0))}
-        return {"cider_d": scores[drawn].mean().item(), **bleu}
+        return {**{metric: scores[drawn].mean().item() for metric, scores in means.items()}, **bleu}
 
     return make_row(name, metrics, len(captions))
 

@@ -1,4 +1,4 @@
-"""The parser of `ig-captioner evaluate`: zero-shot, retrieval, compositional, captioning and linear-probe.
+"""The parser of `ig-captioner evaluate`: zero-shot, retrieval, compositional, captioning, linear-probe and lit.
 
 Each writes `results.json`, `results.md` and `model-index.yml` into a folder, and prints the tables; see
 `evaluation_tasks.py`, which is imported when one of them runs.
@@ -20,6 +20,7 @@ examples:
 RETRIEVAL_EXAMPLES = """\
 examples:
   ig-captioner evaluate retrieval --data "flickr8k-val-*.tar" --output out
+  torchrun --nproc_per_node 2 -m ig_captioner.cli evaluate retrieval --data "flickr8k-val-*.tar" --output out
   ig-captioner evaluate retrieval --data "flickr8k-val-*.tar" --clip openai/clip-vit-base-patch32 --output out
 """
 COMPOSITIONAL_EXAMPLES = """\
@@ -35,6 +36,11 @@ examples:
 LINEAR_PROBE_EXAMPLES = """\
 examples:
   ig-captioner evaluate linear-probe --train train/ --data test/ --class-names names.txt --output out
+"""
+LIT_EXAMPLES = """\
+examples:
+  ig-captioner evaluate lit --train "flickr8k-train-*.tar" --data "flickr8k-val-*.tar" --output out
+  ig-captioner evaluate lit --train captioned/ --labelled photos/ --class-names imagenet --output out
 """
 MODEL_HELP = "folder or Hub repository (default: the checkpoint in the package)"
 DATA_HELP = "shards (pattern or folder), a folder of images, or a folder of the datasets library"
@@ -62,17 +68,15 @@ def add_evaluate(commands, add_command: AddCommand, positive_integer: Number) ->
     usage = "--data DATA --class-names FILE_OR_NAME"
     task = add_task("zero_shot", usage, "Classify labelled images by their class names.", ZERO_SHOT_EXAMPLES)
     _add_labels(task)
-    task.add_argument(
-        "--templates",
-        metavar="FILE_OR_NAME",
-        help="as for --class-names (default: those of the same prompts; of a text file: 'a photo of a {}.')",
-    )
+    _add_templates(task)
     _add_tuning(task)
     _add_batch_size(task, positive_integer)
     _add_saving(task)
 
     summary = "Find captions for images, and images for captions."
     task = add_task("retrieval", "--data DATA", summary, RETRIEVAL_EXAMPLES)
+    captions = "the first N captions of each image (default: all)"
+    task.add_argument("--captions", type=positive_integer, metavar="N", help=captions)
     _add_tuning(task)
     _add_batch_size(task, positive_integer)
 
@@ -82,6 +86,7 @@ def add_evaluate(commands, add_command: AddCommand, positive_integer: Number) ->
     task.add_argument("--format", required=True, choices=("sugarcrepe", "aro", "winoground"), help="whose files")
     task.add_argument("--pairs", type=Path, required=True, metavar="FILE_OR_FOLDER", help="the captions")
     _add_tuning(task)
+    _add_batch_size(task, positive_integer)
 
     summary = "Write captions and compare them with those of people."
     task = add_task("captioning", "--data DATA", summary, CAPTIONING_EXAMPLES)
@@ -100,22 +105,55 @@ def add_evaluate(commands, add_command: AddCommand, positive_integer: Number) ->
     _add_tuning(task)
     _add_batch_size(task, positive_integer)
 
+    usage = "--train DATA [--data DATA] [--labelled DATA --class-names FILE_OR_NAME]"
+    summary = "Train a text tower for the frozen image encoder, and measure both as a dual encoder."
+    task = add_task("lit", usage, summary, LIT_EXAMPLES, needs_data=False)
+    _add_lit(task, positive_integer)
+    _add_labels(task, needs_labels=False)
+    _add_templates(task)
+    _add_held_out(task)
+    task.set_defaults(clip=None)
+
+
+def _add_lit(task: argparse.ArgumentParser, positive_integer: Number) -> None:
+    task.add_argument("--train", required=True, metavar="DATA", help="captioned images to train on; forms as --data")
+    task.add_argument("--labelled", metavar="DATA", help="labelled images to classify; forms as --data")
+    sizes = {
+        "steps": (2000, "optimizer steps"),
+        "batch-size": (256, "pairs per step; each pair is told from the others of its step"),
+        "width": (128, "of the text tower and of the embeddings"),
+        "layers": (4, "of the text tower"),
+    }
+    for name, (default, help) in sizes.items():
+        text = f"{help} (default: %(default)s)"
+        task.add_argument(f"--{name}", type=positive_integer, default=default, metavar="N", help=text)
+    rates = "tried one after another; the best on held-out training pairs is taken (default: %(default)s)"
+    task.add_argument("--learning-rates", type=_rate, nargs="+", default=[3e-4, 1e-3, 3e-3], metavar="LR", help=rates)
+    task.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and order (default: %(default)s)")
+
 
 def _run_later(name: str) -> Callable[[argparse.Namespace], int]:
     """The task of that name; what it needs is imported when it runs."""
 
     def run(arguments: argparse.Namespace) -> int:
         from . import evaluation_tasks
+        from .processes import sharing
 
-        return getattr(evaluation_tasks, name)(arguments)
+        with sharing():
+            return getattr(evaluation_tasks, name)(arguments)
 
     run.__name__ = name
     return run
 
 
-def _add_labels(parser: argparse.ArgumentParser) -> None:
+def _add_templates(parser: argparse.ArgumentParser) -> None:
+    templates = "as for --class-names (default: those of the same prompts; of a text file: 'a photo of a {}.')"
+    parser.add_argument("--templates", metavar="FILE_OR_NAME", help=templates)
+
+
+def _add_labels(parser: argparse.ArgumentParser, needs_labels: bool = True) -> None:
     known = "text file with a line each, JSON file of prompts, or name of a data set whose prompts are in the package"
-    parser.add_argument("--class-names", required=True, metavar="FILE_OR_NAME", help=known)
+    parser.add_argument("--class-names", required=needs_labels, metavar="FILE_OR_NAME", help=known)
     parser.add_argument(
         "--label-field",
         default="class_name",
@@ -125,11 +163,15 @@ def _add_labels(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_tuning(parser: argparse.ArgumentParser) -> None:
+def _add_held_out(parser: argparse.ArgumentParser) -> None:
     held_out = "share of the samples, by hash of the key, for tuning alone; no figure is about them"
     parser.add_argument(
         "--held-out-fraction", type=_fraction, default=0.2, metavar="F", help=f"{held_out} (default: %(default)s)"
     )
+
+
+def _add_tuning(parser: argparse.ArgumentParser) -> None:
+    _add_held_out(parser)
     parser.add_argument("--clip", metavar="DIR_OR_REPO", help="a CLIP or SigLIP of transformers to compare with")
 
 
@@ -153,6 +195,16 @@ def _add_batch_size(parser: argparse.ArgumentParser, positive_integer: Number) -
         metavar="N",
         help="images per pass; changes speed and memory, not results (default: %(default)s)",
     )
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return value
 
 
 def _fraction(text: str) -> float:

@@ -15,7 +15,7 @@ Legend: M items, I images and K texts of an item. Log-likelihoods are in nats.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +25,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .evaluation import Row, bootstrap, weights_of_rows
+from .information_gain import IGNORE_INDEX, linear_loss, shift_right
 from .label_trie import encode_for
-from .retrieval import PRIOR_WEIGHTS, best_of_grid
+from .processes import map_batches
+from .retrieval import PRIOR_WEIGHTS, best_of_grid, to_pixels
+
+
+Question = tuple[Image.Image, list[str]]
+"""An image and the texts that are asked about it."""
 
 
 class Item(NamedTuple):
@@ -122,32 +128,62 @@ def find_name(key: str, names: set[str]) -> str | None:
 def score_images(
     items: Sequence[Item],
     images: Iterable[tuple[str, Image.Image]],
-    score: Callable[[Image.Image, list[str]], Tensor],
+    score: Callable[[Iterable[Question]], list[Tensor]],
 ) -> list[Tensor | None]:
     """Scores [I, K] of each item, None where an image is missing.
 
     Args:
-        images: name and image.
-        score: scores [K] of texts under one image; called once per image and box, with the texts of all its items.
+        images: name and image, read once.
+        score: scores [K] of each image's own texts; it gets each image and box once, with the texts of all its items.
     """
     wanted: dict[str, list[tuple[int, int]]] = {}
     for index, item in enumerate(items):
         for place, name in enumerate(item.images):
             wanted.setdefault(name, []).append((index, place))
+    asked: list[list[tuple[int, int]]] = []  # item and image in it, of each question
+
+    def questions() -> Iterator[Question]:
+        for name, image in images:
+            boxes: dict[Any, list[tuple[int, int]]] = {}
+            for index, place in wanted.get(name, []):
+                boxes.setdefault(items[index].box, []).append((index, place))
+            for box, places in boxes.items():
+                asked.append(places)
+                texts = [text for index, _ in places for text in items[index].texts]
+                yield image if box is None else image.crop(box), texts
+
     found: dict[tuple[int, int], Tensor] = {}
-    for name, image in images:
-        boxes: dict[Any, list[tuple[int, int]]] = {}
-        for index, place in wanted.get(name, []):
-            boxes.setdefault(items[index].box, []).append((index, place))
-        for box, questions in boxes.items():
-            texts = [items[index].texts for index, _ in questions]
-            scores = score(image if box is None else image.crop(box), [text for own in texts for text in own])
-            found |= dict(zip(questions, scores.split(list(map(len, texts))), strict=True))
+    for scores, places in zip(score(questions()), asked, strict=True):
+        found |= zip(places, scores.split([len(items[index].texts) for index, _ in places]), strict=True)
     complete = [all((index, place) in found for place in range(len(item.images))) for index, item in enumerate(items)]
     return [
         torch.stack([found[index, place] for place in range(len(item.images))]) if complete[index] else None
         for index, item in enumerate(items)
     ]
+
+
+def score_own_texts(model: Any, processor: Any, questions: Iterable[Question], batch_size: int = 16) -> list[Tensor]:
+    """log P(T|I) [K] of the texts of each image, which no other image sees; the batch size changes nothing."""
+
+    def score(batch: list[Question]) -> list[Tensor]:
+        images, texts = zip(*batch, strict=True)
+        counts = [len(own) for own in texts]
+        encoded = encode_for(model, processor.tokenizer, [text for own in texts for text in own])
+        ids, mask = encoded["input_ids"], encoded["attention_mask"]
+        image_of_text = torch.arange(len(images)).repeat_interleave(torch.tensor(counts)).to(ids.device)
+        with torch.no_grad():
+            key_values, _ = model.model.encode_image(to_pixels(model, processor, list(images)))
+            states = model.model.decoder(
+                shift_right(ids, model.config.decoder_start_token_id, mask),
+                attention_mask=mask,
+                image_key_values=[(key[image_of_text], value[image_of_text]) for key, value in key_values],
+                use_cache=False,
+            ).last_hidden_state
+            labels, head = ids.masked_fill(mask == 0, IGNORE_INDEX), model.lm_head
+            _, token_scores = linear_loss(states, head.weight, head.bias, labels, torch.ones_like(states[..., 0]))
+        return list(token_scores.float().sum(dim=-1).cpu().split(counts))
+
+    return [scores for batch in map_batches(score, questions, batch_size) for scores in batch]
 
 
 def prior_of_texts(model: Any, tokenizer: Any, items: Sequence[Item]) -> list[Tensor]:

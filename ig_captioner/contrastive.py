@@ -3,8 +3,7 @@
 Legend: B images, N texts, C classes, T templates, E width of the embeddings.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
+from .processes import map_batches
 from .processing_ig_captioner import format_labels
 
 
@@ -36,11 +36,13 @@ class ContrastiveModel:
         Raises:
             ValueError: for no images.
         """
-        iterator, parts = iter(images), []
-        while batch := list(islice(iterator, batch_size)):
+
+        def embed(batch: list[Image.Image]) -> Tensor:
             inputs = self.processor(images=batch, return_tensors="pt").to(self.model.device)
             with torch.no_grad():
-                parts.append(_unit(self.model.get_image_features(**inputs)))
+                return _unit(self.model.get_image_features(**inputs))
+
+        parts = map_batches(embed, images, batch_size)
         if not parts:
             raise ValueError("no images to embed")
         return torch.cat(parts)
@@ -51,17 +53,31 @@ class ContrastiveModel:
         padding = "max_length" if "siglip" in self.model.config.model_type else True
         longest = self.model.config.text_config.max_position_embeddings
         options = {"padding": padding, "truncation": True, "max_length": longest, "return_tensors": "pt"}
-        parts = []
-        for start in range(0, len(texts), batch_size):
-            inputs = self.processor(text=list(texts[start : start + batch_size]), **options).to(self.model.device)
+
+        def embed(batch: list[str]) -> Tensor:
+            inputs = self.processor(text=batch, **options).to(self.model.device)
             with torch.no_grad():
-                parts.append(_unit(self.model.get_text_features(**inputs)))
-        return torch.cat(parts)
+                return _unit(self.model.get_text_features(**inputs))
+
+        return torch.cat(map_batches(embed, texts, batch_size))
 
     def embed_classes(self, class_names: Sequence[str], templates: str | Sequence[str]) -> Tensor:
         """Unit vectors [C, E]: of each class the mean over templates, as in CLIP's evaluation."""
         texts = self.embed_texts(format_labels(list(class_names), templates))
         return F.normalize(texts.unflatten(0, (-1, len(class_names))).mean(dim=0), dim=-1)
+
+    def score_own_texts(self, questions: Iterable[tuple[Image.Image, list[str]]], batch_size: int = 16) -> list[Tensor]:
+        """Cosines [K] of each image and its own texts."""
+        texts: list[list[str]] = []
+
+        def images() -> Iterator[Image.Image]:
+            for image, own in questions:
+                texts.append(own)
+                yield image
+
+        of_images = self.embed_images(images(), batch_size)
+        of_texts = self.embed_texts([text for own in texts for text in own]).split([len(own) for own in texts])
+        return [own @ image for image, own in zip(of_images, of_texts, strict=True)]
 
 
 def _unit(features: Any) -> Tensor:

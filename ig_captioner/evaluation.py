@@ -1,6 +1,7 @@
 """What every evaluation shares: rows at prior weight 0, 1 and a tuned one, and bootstrap intervals.
 
-A row is `{"name", "prior_weight", "metrics": {name: {"value", "low", "high"}}}`; a table is a list of rows. The rows:
+A row is `{"name", "prior_weight", "metrics": {name: {"value", "low", "high"}}}`, without the last two where they would
+mean nothing; a table is a list of rows. The rows:
 
 - likelihood: log P(T|I) alone, prior weight 0
 - information gain: log P(T|I) - log P(T), prior weight 1
@@ -84,21 +85,32 @@ def zero_shot_rows(
     held_out, test = split
     tuned = zero_shot.tune_prior_weight(select_images(matrix, held_out), labels[held_out], class_names)
     tested, labels = select_images(matrix, test), labels[test]
-    is_true = true_pairs([[name] for name in class_names], class_names)[labels]
     blind = tested.prior_log_likelihood.expand_as(tested.caption_log_likelihood)
+    named: dict[str, tuple[Tensor, float | None]] = {
+        name: (tested.information_gain(weight), weight) for name, weight in weights_of_rows(tuned).items()
+    }
+    named["blind"] = blind, None
+    named |= {name: (scores[test], None) for name, scores in (others or {}).items()}
+    return [class_row(name, scores, labels, class_names, weight) for name, (scores, weight) in named.items()]
 
-    def row(name: str, scores: Tensor, weight: float | None) -> Row:
-        wrong_before, counts = ranks(scores, is_true), confusion(scores, labels)
 
-        def metrics(drawn: Tensor) -> dict[str, float]:
-            return zero_shot.accuracies(wrong_before[drawn], labels[drawn])
+def class_row(
+    name: str,
+    scores: Tensor,
+    labels: Tensor,
+    class_names: list[str],
+    prior_weight: float | None = None,
+    baseline: bool | None = None,
+) -> Row:
+    """The row of scores [B, C] of labelled images; a baseline, if not said otherwise, where there is no weight."""
+    is_true = true_pairs([[name] for name in class_names], class_names)[labels]
+    wrong_before, counts = ranks(scores, is_true), confusion(scores, labels)
 
-        estimates = make_row(name, metrics, len(test), weight, baseline=weight is None)
-        return {**estimates, "predicted": counts.sum(dim=0).tolist(), "confusion": counts.tolist()}
+    def metrics(drawn: Tensor) -> dict[str, float]:
+        return zero_shot.accuracies(wrong_before[drawn], labels[drawn])
 
-    rows = [row(name, tested.information_gain(weight), weight) for name, weight in weights_of_rows(tuned).items()]
-    rows.append(row("blind", blind, None))
-    return rows + [row(name, scores[test], None) for name, scores in (others or {}).items()]
+    row = make_row(name, metrics, len(labels), prior_weight, prior_weight is None if baseline is None else baseline)
+    return {**row, "predicted": counts.sum(dim=0).tolist(), "confusion": counts.tolist()}
 
 
 def confusion(scores: Tensor, labels: Tensor) -> Tensor:
@@ -114,7 +126,7 @@ def confusion(scores: Tensor, labels: Tensor) -> Tensor:
 def image_to_text_rows(
     held_out: tuple[ScoreMatrix, Tensor], test: tuple[ScoreMatrix, Tensor], others: dict[str, Tensor] | None = None
 ) -> list[Row]:
-    """Rows of recall and median rank; intervals are over images.
+    """Rows of recall, median rank, and how many different texts come first (no interval); intervals are over images.
 
     Args:
         held_out, test: scores of B images and N texts, and which of them belong together, bool [B, N].
@@ -127,42 +139,53 @@ def image_to_text_rows(
     }
     scores["blind"] = matrix.prior_log_likelihood.expand_as(matrix.caption_log_likelihood), None
     scores |= {name: (values, None) for name, values in (others or {}).items()}
-    return [_recall_row(name, ranks(values, is_true), weight) for name, (values, weight) in scores.items()]
+    return [image_to_text_row(name, values, is_true, weight) for name, (values, weight) in scores.items()]
 
 
-def _recall_row(name: str, ranks_of_queries: Tensor, weight: float | None) -> Row:
+def image_to_text_row(
+    name: str, scores: Tensor, is_true: Tensor, prior_weight: float | None = None, baseline: bool | None = None
+) -> Row:
+    """The row of scores [B, N]; a baseline, if not said otherwise, where there is no weight."""
+    ranks_of_images = ranks(scores, is_true)
+
     def metrics(drawn: Tensor) -> dict[str, float]:
-        return retrieval.recall_metrics(ranks_of_queries[drawn])
+        return retrieval.recall_metrics(ranks_of_images[drawn])
 
-    return make_row(name, metrics, len(ranks_of_queries), weight, baseline=weight is None)
+    row = make_row(name, metrics, len(scores), prior_weight, prior_weight is None if baseline is None else baseline)
+    row["metrics"]["distinct_top1"] = {"value": scores.argmax(dim=1).unique().numel()}
+    return row
 
 
 def text_to_image_rows(
     matrix: ScoreMatrix, is_true: Tensor, owners: Tensor, others: dict[str, Tensor] | None = None
 ) -> list[Row]:
-    """Rows of recall and median rank: one for all prior weights, as the prior of a text is the same for all images.
+    """Rows of recall and median rank: one for all prior weights, as the prior of a text is the same for all images."""
+    first = text_to_image_row("any prior weight", matrix.caption_log_likelihood, is_true, owners)
+    named = (others or {}).items()
+    return [first, *(text_to_image_row(name, scores, is_true, owners, baseline=True) for name, scores in named)]
+
+
+def text_to_image_row(name: str, scores: Tensor, is_true: Tensor, owners: Tensor, baseline: bool = False) -> Row:
+    """The row of scores [B, N].
 
     Args:
         owners: the image of each text, int [N]; intervals are over images, each with all of its texts.
     """
-    rows: list[Row] = []
-    for name, scores in {"any prior weight": matrix.caption_log_likelihood, **(others or {})}.items():
-        ranks_of_texts = ranks(scores.T, is_true.T)
+    ranks_of_texts = ranks(scores.T, is_true.T)
 
-        def metrics(drawn: Tensor, ranks_of_texts: Tensor = ranks_of_texts) -> dict[str, float]:
-            times = drawn.bincount(minlength=len(is_true))[owners]
-            return retrieval.recall_metrics(ranks_of_texts.repeat_interleave(times))
+    def metrics(drawn: Tensor) -> dict[str, float]:
+        times = drawn.bincount(minlength=len(is_true))[owners]
+        return retrieval.recall_metrics(ranks_of_texts.repeat_interleave(times))
 
-        rows.append(make_row(name, metrics, len(is_true), baseline=bool(rows)))
-    return rows
+    return make_row(name, metrics, len(is_true), baseline=baseline)
 
 
 def gain_row(matrix: ScoreMatrix, is_true: Tensor) -> Row:
-    """Information gain of the true pairs per token, in nats."""
+    """Information gain of the true pairs per token, in nats; rounded to what float error leaves."""
     gain = matrix.information_gain(1.0).masked_fill(~is_true, 0.0).double().sum(dim=1)
     tokens = (matrix.text_lengths * is_true).double().sum(dim=1)
 
     def metrics(drawn: Tensor) -> dict[str, float]:
-        return {"nats_per_token": (gain[drawn].sum() / tokens[drawn].sum()).item()}
+        return {"nats_per_token": round((gain[drawn].sum() / tokens[drawn].sum()).item(), 4)}
 
     return make_row("information gain", metrics, len(is_true), 1.0)

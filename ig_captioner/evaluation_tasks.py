@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import tensor
+from torch.nn.functional import one_hot
 
 from . import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
 from .calibration import BINS, Calibration, abstain_threshold, calibrate, check_target, coverage_curve, save_calibration
@@ -23,13 +24,26 @@ from .compositional import (
     prior_of_texts,
     read_items,
     score_images,
+    score_own_texts,
     stack_scores,
 )
 from .contrastive import ContrastiveModel
-from .evaluation import RESAMPLES, gain_row, image_to_text_rows, text_to_image_rows, zero_shot_rows
+from .evaluation import (
+    RESAMPLES,
+    class_row,
+    gain_row,
+    image_to_text_row,
+    image_to_text_rows,
+    select_images,
+    text_to_image_row,
+    text_to_image_rows,
+    zero_shot_rows,
+)
 from .evaluation_data import Samples, describe_skipped, split_by_hash
 from .hub import load_model, load_processor
 from .linear_probe import choose_shots, count_shots, mean_pooled_features, probe_row
+from .lit import IMAGES_PER_PASS, DualEncoder, Recipe, choose_tower, read_pairs
+from .processes import is_first, place
 from .processing_ig_captioner import DEFAULT_TEMPLATE
 from .prompts import is_text_file, read_class_names, read_templates
 from .report import describe_run, draw_confusion, draw_coverage, draw_reliability, to_markdown, write_results
@@ -68,13 +82,15 @@ def zero_shot(arguments: argparse.Namespace) -> int:
     rows = zero_shot_rows(matrix, labels, class_names, split, others)
     confusions = {row["name"]: row.pop("confusion") for row in rows}
     calibration = calibrate(matrix, labels, class_names, split, rows[2]["prior_weight"], model.config)
-    tables = {f"{len(class_names)} classes": rows, **calibration.tables}
+    gain = gain_row(select_images(matrix, split[1]), one_hot(labels[split[1]], len(class_names)).bool())
+    tables = {f"{len(class_names)} classes": rows, "True classes": [gain], **calibration.tables}
     data = {**_describe(arguments, samples, split), "classes": len(class_names), "templates": len(templates)}
     data["held-out samples are"] += " and the temperatures"
     _finish(arguments, model, "Zero-shot classification", tables, ZERO_SHOT_NOTES, data, details=calibration.details)
-    _draw(arguments.output, confusions, class_names, calibration)
-    if saves:
-        _save_calibration(arguments, calibration)
+    if is_first():
+        _draw(arguments.output, confusions, class_names, calibration)
+        if saves:
+            _save_calibration(arguments, calibration)
     return 0
 
 
@@ -107,8 +123,8 @@ def retrieval(arguments: argparse.Namespace) -> int:
     """Recall and median rank, both ways; an image may have several captions."""
     model, processor, clip = _load(arguments)
     # Read three times: the texts have to be known before the first image is scored, and images may not fit in memory.
-    samples = Samples(arguments.data, lambda key, files: (read_image(files), read_captions(files)), arguments.limit)
-    captions = [own for _, own in samples]
+    samples = Samples(arguments.data, _captioned, arguments.limit)
+    captions = [own[: arguments.captions] for _, own in samples]
     split = split_by_hash(samples.keys, arguments.held_out_fraction)
 
     def images_of(indices: list[int]):
@@ -174,21 +190,15 @@ def _score_items(arguments: argparse.Namespace, items, priors, model, processor,
         name = find_name(key, names)
         return name, None if name is None else read_image(files)
 
-    def score(image, texts: list[str]):
-        return score_pairs(model, processor, [image], texts).caption_log_likelihood[0]
-
-    def score_by_clip(image, texts: list[str]):
-        return (clip.embed_images([image]) @ clip.embed_texts(texts).T)[0]
-
-    samples = Samples(arguments.data, decode)
-    all_scores = score_images(items, samples, score)
+    samples, size = Samples(arguments.data, decode), arguments.batch_size
+    all_scores = score_images(items, samples, lambda asked: score_own_texts(model, processor, asked, size))
     there = [index for index, scores in enumerate(all_scores) if scores is not None]
     if not there:
         raise ValueError(f"none of {len(items)} items has its images in {arguments.data!r}")
     matrix = stack_scores([all_scores[index] for index in there], [priors[index] for index in there])
     others = {}
     if clip is not None:
-        scores_of_clip = score_images(items, samples, score_by_clip)
+        scores_of_clip = score_images(items, samples, lambda asked: clip.score_own_texts(asked, size))
         stacked = stack_scores([scores_of_clip[index] for index in there], [priors[index] for index in there])
         others[arguments.clip] = stacked.caption_log_likelihood
     split = split_by_hash([items[index].images[0] for index in there], arguments.held_out_fraction)
@@ -207,14 +217,14 @@ def _score_items(arguments: argparse.Namespace, items, priors, model, processor,
 
 
 def captioning(arguments: argparse.Namespace) -> int:
-    """CIDEr-D and BLEU-4 of generated captions; the captions go to `captions.jsonl`."""
+    """CIDEr-D, BLEU-4 and METEOR of generated captions; the captions go to `captions.jsonl`."""
     device, processor = choose_device(arguments.device), load_processor(arguments.model)
     model = load_model(IGCaptionerForConditionalGeneration, arguments.model, **dtype_on(device)).to(device).eval()
     options = {
         "num_beams": arguments.num_beams,
         "max_new_tokens": caption_tokens(arguments.max_new_tokens, model.config.text_config),
     }
-    samples = Samples(arguments.data, lambda key, files: (read_image(files), read_captions(files)), arguments.limit)
+    samples = Samples(arguments.data, _captioned, arguments.limit)
     references: list[list[str]] = []
 
     def images():
@@ -224,16 +234,21 @@ def captioning(arguments: argparse.Namespace) -> int:
 
     captions = generate_captions(model, processor, images(), arguments.batch_size, **options)
     row = captioning_row(f"{arguments.num_beams} beams" if arguments.num_beams > 1 else "greedy", captions, references)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with open(arguments.output / "captions.jsonl", "w", encoding="utf-8") as file:
-        for key, caption, own in zip(samples.keys, captions, references, strict=True):
-            file.write(json.dumps({"key": key, "caption": caption, "references": own}, ensure_ascii=False) + "\n")
+    if is_first():
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        with open(arguments.output / "captions.jsonl", "w", encoding="utf-8") as file:
+            for key, caption, own in zip(samples.keys, captions, references, strict=True):
+                file.write(json.dumps({"key": key, "caption": caption, "references": own}, ensure_ascii=False) + "\n")
     notes = [
         "CIDEr-D at most 1000 %. Words are split without Stanford's PTB tokenizer, so that published figures are not "
         "strictly comparable; the weights of words come from these images' references."
     ]
     if "bleu4" not in row["metrics"]:
         notes.append("No BLEU: sacrebleu is not installed.")
+    if "meteor" in row["metrics"]:
+        notes.append("METEOR is that of nltk (2007: exact words, stems, WordNet's synonyms), not Meteor 1.5 in Java.")
+    else:
+        notes.append("No METEOR: nltk or its WordNet is not installed (python -m nltk.downloader wordnet).")
     data = {**_describe(arguments, samples), "different captions": len(set(captions))}
     _finish(arguments, model, "Captioning", {"Captions": [row]}, notes, data)
     return 0
@@ -275,6 +290,83 @@ def linear_probe(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def lit(arguments: argparse.Namespace) -> int:
+    """Recall and accuracy of a text tower that is trained for the frozen image encoder."""
+    if arguments.data is None and arguments.labelled is None:
+        raise ValueError("nothing to test on: give --data for retrieval, --labelled for classification, or both")
+    if arguments.labelled is not None and arguments.class_names is None:
+        raise ValueError("--labelled needs --class-names")
+    model, processor, _ = _load(arguments)
+    train = Samples(arguments.train, _captioned)
+    pairs = read_pairs(model, processor, train)
+    held_out, fit = split_by_hash(train.keys, arguments.held_out_fraction)
+    recipe = Recipe(**{name: getattr(arguments, name) for name in ("steps", "batch_size", "width", "layers", "seed")})
+    recipes = [recipe._replace(learning_rate=rate) for rate in arguments.learning_rates]
+    parts = pairs.select(fit), pairs.select(held_out)
+    tower, selection = choose_tower(*parts, processor.tokenizer, recipes, model.device)
+    tables: dict[str, list] = {}
+    data: dict[str, Any] = {
+        "train": arguments.train,
+        "skipped in training": describe_skipped(train.skipped) or "none",
+        "training samples": len(fit),
+        "held-out training samples": len(held_out),
+    }
+    if arguments.data is not None:
+        tables |= _lit_retrieval(arguments, model, processor, tower, data)
+    if arguments.labelled is not None:
+        tables |= _lit_classification(arguments, model, processor, tower, data)
+    tables["Learning rates on held-out training pairs, image to text"] = selection
+    notes = [
+        "The image encoder is frozen; the text tower and a linear projection on each side are trained from scratch, "
+        "with the learning rate that has the lowest geometric mean rank on the held-out training pairs. Tested on the "
+        "samples that the tasks zero-shot and retrieval test on."
+    ]
+    _finish(arguments, model, "LiT tuning", tables, notes, data)
+    return 0
+
+
+def _lit_retrieval(arguments: argparse.Namespace, model, processor, tower: DualEncoder, data: dict) -> dict[str, list]:
+    samples = Samples(arguments.data, _captioned, arguments.limit)
+    pairs = read_pairs(model, processor, samples)
+    test = split_by_hash(samples.keys, arguments.held_out_fraction)[1]
+    features, captions = pairs.select(test)
+    texts = [caption for own in captions for caption in own]
+    owners = tensor([image for image, own in enumerate(captions) for _ in own])
+    scores, is_true = tower.score(features, texts), true_pairs(captions, texts)
+    data |= {"data": arguments.data, "skipped": describe_skipped(samples.skipped) or "none"}
+    data |= {"test samples": len(test), "texts": len(texts)}
+    return {
+        "Image to text": [image_to_text_row("LiT", scores, is_true, baseline=False)],
+        "Text to image": [text_to_image_row("LiT", scores, is_true, owners)],
+    }
+
+
+def _lit_classification(
+    arguments: argparse.Namespace, model, processor, tower: DualEncoder, data: dict
+) -> dict[str, list]:
+    class_names, templates = read_class_names(arguments.class_names), _templates(arguments)
+    decode = labelled_decoder(label_from_field(class_names, arguments.label_field))
+    samples, labels = Samples(arguments.labelled, decode, arguments.limit), list[int]()
+
+    def images():
+        for image, label in samples:
+            labels.append(label)
+            yield image
+
+    features = mean_pooled_features(model, processor, images(), IMAGES_PER_PASS)
+    test = split_by_hash(samples.keys, arguments.held_out_fraction)[1]
+    scores = tower.score_classes(features[test], class_names, templates)
+    row = class_row("LiT", scores, tensor(labels)[test], class_names, baseline=False)
+    del row["confusion"]
+    data |= {"labelled": arguments.labelled, "skipped of labelled": describe_skipped(samples.skipped) or "none"}
+    data |= {"labelled test samples": len(test), "classes": len(class_names), "templates": len(templates)}
+    return {f"{len(class_names)} classes": [row]}
+
+
+def _captioned(key: str, files: dict[str, bytes]):
+    return read_image(files), read_captions(files)
+
+
 # What all tasks share
 
 
@@ -304,7 +396,9 @@ def _describe(arguments: argparse.Namespace, samples, split=None, tuned: str = "
 def _finish(
     arguments: argparse.Namespace, model, title: str, tables: dict, notes: list[str], data: dict, **more: Any
 ) -> None:
-    """Writes and prints the results."""
+    """Writes and prints the results; of several processes only the first does."""
+    if not is_first():
+        return
     task = arguments.run.__name__.replace("_", "-")
     intervals = (
         f"In brackets: 95 % bootstrap intervals over test samples ({RESAMPLES} resamples, percentiles, a fixed seed). "
@@ -327,8 +421,12 @@ def _command_line(task: str, arguments: argparse.Namespace) -> str:
     """The command with the value of every option."""
     hidden = {"run", "traceback"} | ({"model"} if arguments.model == TINY_CHECKPOINT else set())
     given: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name not in hidden}
-    words = ["ig-captioner", "evaluate", task]
+    options: list[str] = []
     for name, value in given.items():
         if value is not None and value is not False:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join(words)
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            options += [f"--{name.replace('_', '-')}", *map(str, values)]
+    processes = place()[1]
+    many = ["torchrun", "--nproc_per_node", str(processes), "-m", "ig_captioner.cli"]
+    program = ["ig-captioner"] if processes == 1 else many
+    return shlex.join([*program, "evaluate", task, *options])

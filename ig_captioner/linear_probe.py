@@ -9,7 +9,6 @@ Legend: B images, S shots in all, C classes, E width of the features.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .evaluation import Row, make_row
-from .retrieval import best_of_grid, ranks
+from .processes import map_batches
+from .retrieval import best_of_grid, ranks, to_pixels
 from .shards import first_by_hash
 from .zero_shot import accuracies
 
@@ -42,12 +42,12 @@ def mean_pooled_features(model: Any, processor: Any, images: Iterable[Image.Imag
     Raises:
         ValueError: for no images.
     """
-    iterator, parts = iter(images), []
-    while batch := list(islice(iterator, batch_size)):
-        pixel_values = processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
+
+    def features(batch: list[Image.Image]) -> Tensor:
         with torch.no_grad():
-            output = model.model.vision_model(pixel_values.to(model.device, model.dtype))
-        parts.append(output.pooler_output.float().cpu())
+            return model.model.vision_model(to_pixels(model, processor, batch)).pooler_output.float().cpu()
+
+    parts = map_batches(features, images, batch_size)
     if not parts:
         raise ValueError("no images to make features of")
     return torch.cat(parts)

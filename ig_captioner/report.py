@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import __version__
 from .calibration import Bins
+from .processes import place
 
 
 class Metric(NamedTuple):
@@ -48,8 +49,10 @@ METRICS = {
     "recall_at_5": Metric("R@5 %", "recall"),
     "recall_at_10": Metric("R@10 %", "recall"),
     "median_rank": Metric("median rank", "median_rank", scale=1),
+    "distinct_top1": Metric("different texts first", "distinct_top1", scale=1, digits=0),
     "cider_d": Metric("CIDEr-D %", "cider"),
     "bleu4": Metric("BLEU-4 %", "bleu"),
+    "meteor": Metric("METEOR %", "meteor"),
     "nats_per_token": Metric("nats per token", "information_gain", scale=1, digits=3),
 }
 HUB_TASKS = {
@@ -58,6 +61,7 @@ HUB_TASKS = {
     "compositional": ("image-text-matching", "Compositional image-text matching"),
     "captioning": ("image-to-text", "Image captioning"),
     "linear-probe": ("image-classification", "Linear probe"),
+    "lit": ("zero-shot-image-classification", "LiT tuning"),
 }
 
 
@@ -91,6 +95,12 @@ def git_commit() -> str:
         return "unknown"
 
 
+def portable_name(model: str) -> str:
+    """`model`; the folder of a checkpoint in the package without what is above the package."""
+    root = Path(__file__).parent.parent
+    return Path(model).relative_to(root).as_posix() if Path(model).is_relative_to(root / __package__) else model
+
+
 def weights_digest(model: str) -> str | None:
     """SHA-256 of the weights, if `model` is a folder."""
     path = Path(model) / "model.safetensors"
@@ -102,12 +112,13 @@ def describe_run(model: Any, name: str, command: str) -> dict[str, Any]:
     device = model.device
     return {
         "command": command,
-        "model": name,
+        "model": portable_name(name),
         "weights_sha256": weights_digest(name),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "hardware": {
             "cpu": cpu_model(),
+            "processes": place()[1],
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         },
@@ -167,10 +178,10 @@ def detail_lines(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def format_metric(name: str, estimate: dict[str, float]) -> str:
-    """As in "12.3 (11.0 - 13.9)"."""
+    """As in "12.3 (11.0 - 13.9)", or "12.3" without an interval."""
     metric = metric_of(name)
-    value, low, high = (f"{metric.scale * estimate[part]:.{metric.digits}f}" for part in ("value", "low", "high"))
-    return f"{value} ({low} - {high})"
+    value, *ends = (f"{metric.scale * figure:.{metric.digits}f}" for figure in estimate.values())
+    return f"{value} ({' - '.join(ends)})" if ends else value
 
 
 # Metadata
@@ -179,7 +190,7 @@ def format_metric(name: str, estimate: dict[str, float]) -> str:
 def evaluations(results: dict[str, Any]) -> list[EvalResult]:
     """The results of the model, not of those it is compared with, as entries of a card's metadata."""
     task, task_name = HUB_TASKS[results["task"]]
-    data = Path(results["data"]["data"]).name
+    data = Path(results["data"].get("data") or results["data"]["labelled"]).name
     return [
         EvalResult(
             task_type=task,

@@ -10,17 +10,16 @@ that scores as high as the right one is ranked before it, and so is anything bes
 Legend: B images, N texts, L text tokens. Log-likelihoods are in nats.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.utils import logging
 
 from .information_gain import information_gain
 from .label_trie import CompiledLabels, encode_for, is_compiled
+from .processes import map_batches
 
 
 PRIOR_WEIGHTS = tuple(round(0.05 * step, 2) for step in range(31))  # w = 0 ... 1.5
@@ -44,35 +43,30 @@ class ScoreMatrix(NamedTuple):
 # From images and texts to scores
 
 
-def iterate_scores(
+def text_scorer(
     model: Any,
     processor: Any,
-    images: Iterable[Image.Image],
     texts: Sequence[str] | CompiledLabels,
     *,
-    batch_size: int = 16,
     chunk_size: int | None = None,
-    progress: str | None = None,
     **prior: Any,
-) -> Iterator[ScoreMatrix]:
-    """Scores of all texts under each batch of images; the batch size changes nothing beyond float error.
+) -> Callable[[list[Image.Image]], ScoreMatrix]:
+    """A function that scores all texts under each image of a batch; what is in the batch beside it changes nothing.
 
     Args:
         model: a model with `score`, in evaluation mode, on any device and of any dtype.
         processor: has an `image_processor` and a `tokenizer`.
-        images: read once, `batch_size` at a time.
         texts: may repeat; compiled once, unless they are.
         chunk_size: see `model.score`.
-        progress: title of a progress bar over the images; no bar without it.
         prior: `prior_source` and `reference_pixel_values`, see `model.score`.
 
     Raises:
-        ValueError: for a model in training mode, no texts, or a batch size below 1.
+        ValueError: for a model in training mode, or no texts.
     """
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
-    if batch_size < 1 or not len(texts):
-        raise ValueError(f"at least one text and one image per batch, got {len(texts)} texts, batch_size {batch_size}")
+    if not len(texts):
+        raise ValueError(f"there must be at least one text, got {len(texts)} texts")
     given: Any = texts
     if is_compiled(given):
         if prior:
@@ -82,38 +76,45 @@ def iterate_scores(
     else:
         encoded = encode_for(model, processor.tokenizer, list(given))
         compiled = model.compile_texts(**encoded, chunk_size=chunk_size, **prior)
-    bar = None
-    if progress is not None:
-        bar = logging.tqdm(total=len(images) if isinstance(images, Sized) else None, desc=progress, unit="image")
-    iterator = iter(images)
-    while batch := list(islice(iterator, batch_size)):
-        pixel_values = processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
-        pixel_values = pixel_values.to(model.device, model.dtype)
+
+    def score(images: list[Image.Image]) -> ScoreMatrix:
         with torch.no_grad():
-            scores = model.score(pixel_values, compiled, chunk_size=chunk_size)
-        yield ScoreMatrix(
-            scores.caption_log_likelihood.cpu(), scores.prior_log_likelihood.cpu(), compiled.trie.lengths.float().cpu()
-        )
-        if bar is not None:
-            bar.update(len(batch))
-    if bar is not None:
-        bar.close()
+            scores = model.score(to_pixels(model, processor, images), compiled, chunk_size=chunk_size)
+        likelihoods = scores.caption_log_likelihood.cpu(), scores.prior_log_likelihood.cpu()
+        return ScoreMatrix(*likelihoods, compiled.trie.lengths.float().cpu())
+
+    return score
+
+
+def to_pixels(model: Any, processor: Any, images: list[Image.Image]) -> Tensor:
+    """`pixel_values` [B, channels, height, width] on the model's device, of its dtype."""
+    pixel_values = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    return pixel_values.to(model.device, model.dtype)
 
 
 def score_pairs(
-    model: Any, processor: Any, images: Iterable[Image.Image], texts: Sequence[str] | CompiledLabels, **options: Any
+    model: Any,
+    processor: Any,
+    images: Iterable[Image.Image],
+    texts: Sequence[str] | CompiledLabels,
+    *,
+    batch_size: int = 16,
+    **options: Any,
 ) -> ScoreMatrix:
-    """Scores of every pair of B images and N texts. `options`: see [`iterate_scores`].
+    """Scores of every pair of B images and N texts.
+
+    Args:
+        images: read once, `batch_size` at a time, which changes nothing beyond float error.
+        options: see [`text_scorer`].
 
     Raises:
-        ValueError: for no images, and as `iterate_scores`.
+        ValueError: for no images, a batch size below 1, and as `text_scorer`.
     """
-    return concatenate(iterate_scores(model, processor, images, texts, **options))
+    return concatenate(map_batches(text_scorer(model, processor, texts, **options), images, batch_size))
 
 
-def concatenate(batches: Iterable[ScoreMatrix]) -> ScoreMatrix:
+def concatenate(parts: Sequence[ScoreMatrix]) -> ScoreMatrix:
     """The scores of several batches of images with the same texts."""
-    parts = list(batches)
     if not parts:
         raise ValueError("no images to score")
     return parts[0]._replace(caption_log_likelihood=torch.cat([part.caption_log_likelihood for part in parts]))

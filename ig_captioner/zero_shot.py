@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from .label_trie import CompiledLabels, is_compiled
+from .processes import map_batches
 from .processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
-from .retrieval import PRIOR_WEIGHTS, ScoreMatrix, best_of_grid, concatenate, iterate_scores, ranks, true_pairs
+from .retrieval import PRIOR_WEIGHTS, ScoreMatrix, best_of_grid, concatenate, ranks, text_scorer, true_pairs
 from .shards import Skipped, read_captions, read_decoded, read_image, read_metadata
 
 
@@ -88,6 +89,8 @@ def classify_images(
     samples: Iterable[tuple[Image.Image, int]],
     class_names: Sequence[str] | CompiledLabels,
     templates: str | Sequence[str] | None = None,
+    *,
+    batch_size: int = 16,
     **options: Any,
 ) -> tuple[ScoreMatrix, Tensor]:
     """Scores of C classes under B labelled images.
@@ -96,7 +99,8 @@ def classify_images(
         samples: (image, class index) pairs, read once.
         class_names: compiled ones bring their templates.
         templates: one or more, with `{}` in each; "a photo of a {}." if not given.
-        options: see [`iterate_scores`].
+        batch_size: images per pass; it changes nothing beyond float error.
+        options: see [`text_scorer`].
 
     Returns:
         The scores [B, C], means over templates, and the labels int [B].
@@ -120,9 +124,10 @@ def classify_images(
             labels.append(label)
             yield image
 
-    batches = iterate_scores(model, processor, images(), texts, **options)
-    matrix = concatenate(mean_over_templates(batch, len(class_names)) for batch in batches)
-    return matrix, torch.tensor(labels)
+    score = text_scorer(model, processor, texts, **options)
+    num_classes = len(class_names)
+    batches = map_batches(lambda batch: mean_over_templates(score(batch), num_classes), images(), batch_size)
+    return concatenate(batches), torch.tensor(labels)
 
 
 def mean_over_templates(matrix: ScoreMatrix, num_classes: int) -> ScoreMatrix:

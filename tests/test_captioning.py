@@ -1,8 +1,10 @@
-"""CIDEr-D and BLEU against slow, obvious references, and the captioning task."""
+"""CIDEr-D, BLEU and METEOR against slow, obvious references or by hand, and the captioning task."""
 
 import json
 import math
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from test_evaluation_cli import (
     values,
 )
 
-from ig_captioner import IGCaptionerForConditionalGeneration
+from ig_captioner import IGCaptionerForConditionalGeneration, captioning
 from ig_captioner.captioning import captioning_row, cider_d, words
 
 
@@ -102,6 +104,46 @@ def test_bleu_equals_a_slow_loop():
     assert values(row)["cider_d"] == pytest.approx(sum(slow_cider_d(GENERATED, REFERENCES)) / 5, abs=1e-6)
 
 
+class TinyWordNet:
+    """Of two synonyms."""
+
+    def synsets(self, word):
+        lemmas = [SimpleNamespace(name=lambda name=name: name) for name in ("boy", "lad")]
+        return [SimpleNamespace(lemmas=lambda: lemmas)] if word in ("boy", "lad") else []
+
+
+def test_meteor_by_hand():
+    """Matches: boy and lad, running and runs, quickly; one run of 3 words, of 5 in the caption and 4 in the reference.
+
+    P = 3/5, R = 3/4, F = PR / (0.9 P + 0.1 R), times 1 - 0.5 * (1 run / 3 matches)^3.
+    """
+    pytest.importorskip("nltk")
+    expected = (3 / 5 * 3 / 4) / (0.9 * 3 / 5 + 0.1 * 3 / 4) * (1 - 0.5 / 27)
+    captions, references = ["The boy running, quickly now!", "dogs"], [["A lad runs quickly"], ["a cat"]]
+    scores = captioning.meteor(captions, [["nothing", *references[0]], references[1]], TinyWordNet())
+    assert scores.tolist() == pytest.approx([expected, 0.0])
+
+
+def test_meteor_is_in_the_row_where_wordnet_is(monkeypatch):
+    pytest.importorskip("nltk")
+    monkeypatch.setattr(captioning, "load_wordnet", TinyWordNet)
+    row = captioning_row("greedy", GENERATED, REFERENCES)
+    expected = captioning.meteor(GENERATED, REFERENCES, TinyWordNet()).mean().item()
+    assert values(row)["meteor"] == pytest.approx(expected) and 0 < expected < 1
+    monkeypatch.setattr(captioning, "load_wordnet", lambda: None)
+    assert "meteor" not in captioning_row("greedy", GENERATED, REFERENCES)["metrics"]
+
+
+def test_no_wordnet_without_nltk_or_its_files(monkeypatch, tmp_path):
+    corpus = pytest.importorskip("nltk.corpus")
+    with monkeypatch.context() as patch:
+        patch.setattr("nltk.data.path", [str(tmp_path)])
+        patch.setattr(corpus, "wordnet", corpus.LazyCorpusLoader("wordnet", corpus.reader.WordNetCorpusReader))
+        assert captioning.load_wordnet() is None
+    monkeypatch.setitem(sys.modules, "nltk.corpus", None)
+    assert captioning.load_wordnet() is None
+
+
 def test_captioning_on_the_command_line(run, room, processor, tmp_path):  # noqa: F811
     data = ["--data", str(room / "shards"), "--model", str(room / "model"), "--max-new-tokens", "6", "--output"]
     for size in ("1", "7"):
@@ -118,3 +160,4 @@ def test_captioning_on_the_command_line(run, room, processor, tmp_path):  # noqa
     assert values(row)["cider_d"] == pytest.approx(sum(slow_cider_d(captions, CAPTIONS)) / PHOTOS, abs=1e-6)
     assert results["data"]["different captions"] == len(set(captions))
     assert "bleu4" in row["metrics"] or any("sacrebleu is not installed" in note for note in results["notes"])
+    assert "meteor" in row["metrics"] or any("No METEOR: nltk" in note for note in results["notes"])

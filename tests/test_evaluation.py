@@ -1,10 +1,7 @@
-"""Zero-shot classification, retrieval and the script that measures a checkpoint, against slow, obvious references."""
+"""Zero-shot classification and retrieval against slow, obvious references, and the script that runs all tasks."""
 
 import io
-import json
-import math
 import os
-import statistics
 import tarfile
 from pathlib import Path
 
@@ -12,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.evaluate_checkpoint import CIFAR10_CLASSES, HOLDOUT_FRACTION, main
+from benchmarks import evaluate_checkpoint
 from ig_captioner import (
+    TINY_CHECKPOINT,
     IGCaptionerForZeroShotImageClassification,
     IGCaptionerImageProcessor,
     IGCaptionerProcessor,
@@ -21,8 +19,10 @@ from ig_captioner import (
     retrieval,
     zero_shot,
 )
+from ig_captioner.cli import build_parser
+from ig_captioner.prompts import load_prompts
 from ig_captioner.retrieval import ScoreMatrix, ranks, score_pairs, true_pairs
-from ig_captioner.shards import BrokenSampleError, Skipped, find_shards, first_by_hash, is_held_out, read_shard
+from ig_captioner.shards import BrokenSampleError, Skipped, first_by_hash, read_shard
 from tiny import VARIANTS, tiny_config
 from training.train_tokenizer import train_tokenizer
 
@@ -34,7 +34,7 @@ TEXTS = [
     "a cat",
     "people",
 ]
-PHOTOS = 16
+CIFAR10_CLASSES = load_prompts("cifar10").class_names
 
 
 @pytest.fixture(scope="module")
@@ -330,96 +330,25 @@ def test_subset_by_hash_is_fixed_and_mixed():
 # The script
 
 
-def held_out_keys(prefix, number):
-    keys = (f"{prefix}{index}" for index in range(100_000))
-    return [key for key in keys if is_held_out(key, HOLDOUT_FRACTION)][:number]
+def test_script_runs_every_task_on_files_below_the_data_root(monkeypatch):
+    commands = []
 
+    def run(command):
+        commands.append(command)
+        return int("captioning" in command)
 
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    """Shards of the layout of the real ones: 16 test photos, 10 held-out and 5 other training photos per task."""
-    root, images = tmp_path_factory.mktemp("data"), [png(image) for image in make_images(PHOTOS)]
-
-    def labelled(keys):
-        for index, key in enumerate(keys):
-            name = CIFAR10_CLASSES[index % 10]
-            yield key, {"png": images[index], "json": json.dumps({"class_name": name}).encode()}
-
-    def captioned(keys):
-        for index, key in enumerate(keys):
-            captions = [f"{TEXTS[index % 5]} {index}", TEXTS[0]]
-            yield key, {"png": images[index], "json": json.dumps({"captions": captions}).encode()}
-
-    for name, suffix, write in (("cifar10", ".tar.gz", labelled), ("flickr8k", ".tar", captioned)):
-        test = "test" if name == "cifar10" else "val"
-        trained_on = [key for key in map(str, range(6)) if not is_held_out(key, HOLDOUT_FRACTION)]
-        write_shard(root / f"{name}-{test}-0000{suffix}", write([f"t{index}" for index in range(PHOTOS)]))
-        write_shard(root / f"{name}-train-0000{suffix}", write([*trained_on, *held_out_keys("h", 10)]))
-    return root
-
-
-@pytest.fixture(scope="module")
-def model_folder(model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def test_script_reports_what_a_slow_loop_finds(model, processor, model_folder, data_root, tmp_path, capsys):
-    report = main(["--model", str(model_folder), "--data_root", str(data_root), "--output_dir", str(tmp_path)])
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == report
-    assert (tmp_path / "evaluation.md").read_text() in capsys.readouterr().out
-    cifar, flickr = report["cifar10"], report["flickr8k"]
-    assert (cifar["images"], cifar["held_out_images"]) == (PHOTOS, 10)
-    assert (flickr["images"], flickr["texts"], flickr["held_out_images"]) == (PHOTOS, PHOTOS, 10)
-    images = make_images(PHOTOS)
-    texts = [f"a photo of a {name}." for name in CIFAR10_CLASSES]
-    caption, prior = pair_by_pair(model, processor, images, texts)
-    labels = torch.arange(PHOTOS) % 10
-    for name, weight in (("0", 0.0), ("1", 1.0), ("tuned", cifar["zero_shot"]["tuned"]["prior_weight"])):
-        expected = slow_accuracy(caption - weight * prior, labels, CIFAR10_CLASSES)
-        assert cifar["zero_shot"][name] == {"prior_weight": weight, **expected}
-    texts = [f"{TEXTS[index % 5]} {index}" for index in range(PHOTOS)]
-    caption, prior = pair_by_pair(model, processor, images, texts)
-    is_true = torch.eye(PHOTOS, dtype=torch.bool)
-    for weight in ("0", "1"):
-        expected = [slow_rank(*row) for row in zip(caption - float(weight) * prior, is_true, strict=True)]
-        metrics = flickr["image_to_text"][weight]
-        assert metrics["recall_at_10"] == pytest.approx(sum(rank < 10 for rank in expected) / PHOTOS)
-        assert metrics["median_rank"] == statistics.median(expected) + 1
-    expected = [slow_rank(*row) for row in zip(caption.T, is_true, strict=True)]
-    assert flickr["text_to_image"]["recall_at_5"] == pytest.approx(sum(rank < 5 for rank in expected) / PHOTOS)
-    tokens = sum(map(len, processor.tokenizer(texts)["input_ids"]))
-    gain = (caption.diag() - prior).sum().item() / tokens
-    assert flickr["information_gain_per_token"] == pytest.approx(gain, abs=1e-5)
-    likelihood, tuned = (flickr["image_to_text"][name]["recall_at_10"] for name in ("0", "tuned"))
-    assert flickr["recall_at_10_tuned_over_0"] == (pytest.approx(tuned / likelihood) if likelihood else None)
-    run = report["run"]
-    assert len(run["weights_sha256"]) == 64 and run["versions"]["torch"] and run["hardware"]["threads"] >= 1
-    assert run["git_commit"] and run["command"].startswith("python -m benchmarks.evaluate_checkpoint --model")
-
-
-def test_script_with_a_limit(model_folder, data_root, tmp_path):
-    arguments = ["--model", str(model_folder), "--data_root", str(data_root), "--output_dir", str(tmp_path)]
-    first, second = (main([*arguments, "--limit", "7", "--batch_size", size]) for size in ("2", "16"))
-    for report in (first, second):
-        assert report["cifar10"]["images"] == report["flickr8k"]["texts"] == report["cifar10"]["held_out_images"] == 7
-        assert report["run"]["limit"] == 7
-    assert first["cifar10"] == second["cifar10"]
-    assert first["flickr8k"].pop("information_gain_per_token") == pytest.approx(
-        second["flickr8k"].pop("information_gain_per_token"), abs=1e-5
-    )
-    assert first["flickr8k"] == second["flickr8k"]
-    assert "Limited to 7 samples" in (tmp_path / "evaluation.md").read_text()
-
-
-def test_script_says_where_the_data_should_be(model_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("IG_CAPTIONER_DATA", str(tmp_path / "nowhere"))
-    with pytest.raises(SystemExit):
-        main(["--model", str(model_folder), "--output_dir", str(tmp_path)])
-    message = capsys.readouterr().err
-    assert "--data_root" in message and "IG_CAPTIONER_DATA" in message and "nowhere" in message
+    monkeypatch.setattr(evaluate_checkpoint, "ig_captioner", run)
+    assert evaluate_checkpoint.main(["--data_root", "d", "--output_dir", "o", "--limit", "7"]) == 1
+    parsed = [build_parser().parse_args(command) for command in commands]
+    assert [str(arguments.output) for arguments in parsed] == [f"o/{name}" for name in evaluate_checkpoint.TASKS]
+    for arguments in parsed:
+        assert arguments.model == TINY_CHECKPOINT and arguments.limit == 7
+        given = [vars(arguments).get(name) for name in ("data", "train", "labelled", "pairs")]
+        assert all(str(path).startswith("d/") for path in given if path is not None) and arguments.data is not None
+    commands.clear()
+    assert evaluate_checkpoint.main(["--only", "flickr8k", "cifar10", "--model", "m"]) == 0
+    assert [command[1] for command in commands] == ["retrieval", "zero-shot"]
+    assert all(command[command.index("--model") + 1] == "m" and "--limit" not in command for command in commands)
 
 
 # Real data
@@ -444,15 +373,3 @@ def test_real_labels_agree_and_are_balanced():
         assert by_field(files) == by_caption(files) == by_index(files)
         counts[by_field(files)] += 1
     assert counts == [1000] * 10
-    keys = [key for path in find_shards(["cifar10-train-*.tar.gz"], root) for key, _ in read_shard(path)]
-    assert math.isclose(sum(is_held_out(key, HOLDOUT_FRACTION) for key in keys), 1000, abs_tol=100)
-
-
-@pytest.mark.slow
-def test_shipped_checkpoint_on_real_data_beats_chance(tmp_path):
-    root = real_data()
-    report = main(["--data_root", root, "--output_dir", str(tmp_path), "--limit", "150"])
-    assert report["cifar10"]["zero_shot"]["tuned"]["top1"] > 0.3  # chance: 0.1
-    retrieved = report["flickr8k"]["image_to_text"]["tuned"]
-    assert retrieved["recall_at_10"] > 0.12  # chance: 10 of 150
-    assert report["flickr8k"]["information_gain_per_token"] > 0

@@ -152,6 +152,7 @@ def test_sugarcrepe_equals_a_slow_loop(evaluate, sets, room, model, processor): 
     arguments = ["--format", "sugarcrepe", "--pairs", sets / "sugarcrepe"]
     with_photos = [*arguments, "--data", sets / "photos.tar", "--clip", room / "clip"]
     results = evaluate("compositional", *with_photos)
+    assert results["tables"] == evaluate("compositional", *with_photos, "--batch-size", "1")["tables"]
     assert results["data"]["items"] == 13 and results["data"]["items skipped for a missing image"] == 1
     rows = by_name(results["tables"]["Items with their images"])
     assert list(rows) == ["likelihood", "information gain", "tuned", "blind", str(room / "clip")]

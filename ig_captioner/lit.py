@@ -1,0 +1,218 @@
+"""LiT tuning (Zhai et al., arXiv 2111.07991): a text tower learns to find the captions of a frozen image encoder.
+
+CapPa is evaluated this way, too. The image encoder is never run in training: its features, the mean over patches as for
+the linear probe, are computed once. A small CLIP text model and a linear projection on each side are trained from
+scratch with the symmetric softmax loss; equal captions in a batch are one answer. The learning rate is the best of
+several on held-out pairs of the training data. The result is a dual encoder like CLIP, with cosines as scores.
+
+Legend: B images or pairs, N texts, L text tokens, F width of the features, E width of the embeddings.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from .evaluation import Row, make_row
+from .linear_probe import mean_pooled_features
+from .processing_ig_captioner import encode_texts, format_labels
+from .retrieval import ranks, recall_metrics, true_pairs
+
+
+IMAGES_PER_PASS = 64  # fixed: float error in a feature would grow in training
+MAX_TOKENS = 64
+FIRST_TEMPERATURE = 0.07
+HIGHEST_SCALE = 100.0  # of the cosines, as in CLIP
+WARM_UP = 0.05  # share of the steps
+WEIGHT_DECAY = 1e-4
+
+
+class Recipe(NamedTuple):
+    """How a text tower is trained."""
+
+    steps: int = 2000
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    width: int = 128
+    layers: int = 4
+    seed: int = 0
+
+
+class Pairs(NamedTuple):
+    """B images with their captions."""
+
+    features: Tensor
+    """[B, F], float32."""
+    captions: list[list[str]]
+
+    def select(self, indices: Sequence[int]) -> "Pairs":
+        return Pairs(self.features[list(indices)], [self.captions[index] for index in indices])
+
+
+class DualEncoder(nn.Module):
+    """Unit vectors of image features [B, F] and of texts [N, L]."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, tokenizer: Any, features: Tensor, recipe: Recipe):
+        """`features`: of the training images; they are scaled to mean 0 and variance 1 over these."""
+        super().__init__()
+        self.tokenizer, width = tokenizer, recipe.width
+        self.register_buffer("mean", features.mean(dim=0))
+        self.register_buffer("scale", features.std(dim=0, correction=0).clamp(min=1e-6))
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=max(1, width // 64),
+            max_position_embeddings=MAX_TOKENS,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        self.text_model = CLIPTextModel(config)
+        self.text_projection = nn.Linear(width, width, bias=False)
+        self.image_projection = nn.Linear(features.shape[1], width)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / FIRST_TEMPERATURE)))
+
+    def embed_features(self, features: Tensor) -> Tensor:
+        """[B, E] from [B, F]."""
+        return F.normalize(self.image_projection((features - self.mean) / self.scale), dim=-1)
+
+    def embed_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[N, E]: what the last token, end-of-sequence, has seen of each text."""
+        states = self.text_model(input_ids, attention_mask=attention_mask).last_hidden_state
+        last = attention_mask.sum(dim=-1) - 1
+        return F.normalize(self.text_projection(states[torch.arange(len(states), device=last.device), last]), dim=-1)
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens and mask [N, L], cut to what the tower can read."""
+        encoded = encode_texts(self.tokenizer, list(texts), MAX_TOKENS)
+        return encoded["input_ids"].to(self.mean.device), encoded["attention_mask"].to(self.mean.device)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """[N, E] on the CPU."""
+        return torch.cat([self.embed_tokens(*self.encode(texts[i : i + 256])).cpu() for i in range(0, len(texts), 256)])
+
+    @torch.no_grad()
+    def score(self, features: Tensor, texts: Sequence[str]) -> Tensor:
+        """Cosines [B, N] on the CPU."""
+        return self.embed_features(features.to(self.mean.device)).cpu() @ self.embed_texts(texts).T
+
+    @torch.no_grad()
+    def score_classes(self, features: Tensor, class_names: Sequence[str], templates: str | Sequence[str]) -> Tensor:
+        """Cosines [B, C] with the mean over templates of each class."""
+        texts = self.embed_texts(format_labels(list(class_names), templates))
+        classes = F.normalize(texts.unflatten(0, (-1, len(class_names))).mean(dim=0), dim=-1)
+        return self.embed_features(features.to(self.mean.device)).cpu() @ classes.T
+
+
+def read_pairs(model: Any, processor: Any, samples: Iterable[tuple[Image.Image, list[str]]]) -> Pairs:
+    """Features of the frozen encoder, computed once, and captions of (image, captions) samples."""
+    captions: list[list[str]] = []
+
+    def images() -> Iterator[Image.Image]:
+        for image, own in samples:
+            captions.append(own)
+            yield image
+
+    return Pairs(mean_pooled_features(model, processor, images(), IMAGES_PER_PASS), captions)
+
+
+def train(pairs: Pairs, tokenizer: Any, recipe: Recipe, device: torch.device | str = "cpu") -> DualEncoder:
+    """A text tower for the features of `pairs`; the same recipe gives the same tower on the same machine.
+
+    Raises:
+        ValueError: for fewer than two pairs: nothing is to be told apart.
+    """
+    if len(pairs.captions) < 2:
+        raise ValueError(f"contrastive training needs at least two pairs, got {len(pairs.captions)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = DualEncoder(tokenizer, pairs.features, recipe).to(device)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
+    input_ids, mask = model.encode([caption for own in pairs.captions for caption in own])
+    counts = torch.tensor([len(own) for own in pairs.captions])
+    firsts, features = counts.cumsum(dim=0) - counts, pairs.features.to(device)
+    for _, rows in zip(range(recipe.steps), _draw(len(features), recipe.batch_size, generator), strict=False):
+        texts = firsts[rows] + (torch.rand(len(rows), generator=generator) * counts[rows]).long()
+        length = int(mask[texts].sum(dim=-1).max())
+        loss = contrastive_loss(model, features[rows], input_ids[texts, :length], mask[texts, :length])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the highest learning rate: linear up, then along a cosine down to 0."""
+    warm_up = max(1, round(WARM_UP * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
+
+
+def _draw(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Batches of indices below `count`, epoch after epoch in a new order; what fills no batch is left out."""
+    size = min(batch_size, count)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count // size * size].split(size)
+
+
+def contrastive_loss(model: DualEncoder, features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean cross-entropy of texts given images and images given texts; equal texts share the probability.
+
+    Args:
+        features: [B, F].
+        input_ids, attention_mask: of the caption of each, [B, L].
+    """
+    texts = model.embed_tokens(input_ids, attention_mask)
+    logits = model.log_scale.exp().clamp(max=HIGHEST_SCALE) * model.embed_features(features) @ texts.T
+    tokens = input_ids.masked_fill(attention_mask == 0, -1)
+    is_true = (tokens[:, None] == tokens).all(dim=-1).float()
+    wanted = is_true / is_true.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted)) / 2
+
+
+def choose_tower(
+    pairs: Pairs, held_out: Pairs, tokenizer: Any, recipes: Sequence[Recipe], device: torch.device | str = "cpu"
+) -> tuple[DualEncoder, list[Row]]:
+    """Of towers trained by several recipes the one with the lowest geometric mean rank on held-out pairs.
+
+    Also a row for each on these pairs, image to text.
+    """
+    rows, best = [], None
+    for recipe in recipes:
+        model = train(pairs, tokenizer, recipe, device)
+        found = rank_captions(model, held_out)
+
+        def metrics(drawn: Tensor, found: Tensor = found) -> dict[str, float]:
+            return recall_metrics(found[drawn])
+
+        rows.append(make_row(f"learning rate {recipe.learning_rate:g}", metrics, len(found), baseline=True))
+        mean = (found + 1).double().log().mean().item()
+        if best is None or mean < best[0]:
+            best = mean, model, rows[-1]
+    if best is None:
+        raise ValueError("there is no recipe to train by")
+    best[2]["name"] += ", taken"
+    return best[1], rows
+
+
+def rank_captions(model: DualEncoder, pairs: Pairs) -> Tensor:
+    """How many wrong captions come before the best true one of each image, int [B]."""
+    texts = [caption for own in pairs.captions for caption in own]
+    return ranks(model.score(pairs.features, texts), true_pairs(pairs.captions, texts))

@@ -1,0 +1,90 @@
+"""Results of `ig-captioner evaluate` do not depend on how the work is cut: by batch size, by number of processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli import run  # noqa: F401 (a fixture)
+from test_evaluation_cli import (
+    HELD_OUT,
+    model,  # noqa: F401 (fixtures)
+    processor,  # noqa: F401
+    room,  # noqa: F401
+)
+from test_evaluation_tasks import sets  # noqa: F401 (a fixture)
+
+from ig_captioner.processes import is_first, map_batches, place, sharing
+
+
+SCRIPT = """\
+import json, sys
+from ig_captioner.cli import main
+from ig_captioner.processes import sharing
+
+with sharing():  # one group for all tasks: a second one would find the traces of the first
+    for arguments in json.load(open(sys.argv[1])):
+        code = main(arguments)
+        assert code == 0, (code, arguments)
+"""
+
+
+def test_batches_come_in_order_and_each_item_once():
+    assert map_batches(sum, range(7), 3) == [3, 12, 6]
+    assert map_batches(sum, [], 3) == []
+    with sharing():  # alone
+        assert map_batches(list, iter("abc"), 2) == [["a", "b"], ["c"]]
+        assert place() == (0, 1) and is_first()
+    with pytest.raises(ValueError, match="batch_size 0"):
+        map_batches(sum, [1], 0)
+
+
+@pytest.fixture(scope="module")
+def commands(room, sets):  # noqa: F811
+    """The arguments of every task, without batch size and output."""
+    shards, classes = ["--data", room / "shards"], ["--class-names", room / "prompts.json"]
+    tuning = ["--held-out-fraction", HELD_OUT, "--clip", room / "clip"]
+    pairs = ["--format", "sugarcrepe", "--pairs", sets / "sugarcrepe", "--data", sets / "photos.tar"]
+    tasks = {
+        "zero-shot": [*shards, *classes, *tuning],
+        "retrieval": [*shards, *tuning],
+        "compositional": [*pairs, *tuning],
+        "captioning": [*shards, "--max-new-tokens", 6],
+        "linear-probe": [*shards, *classes, "--train", room / "folder", "--shots", 4, *tuning],
+        "lit": ["--train", room / "shards", *shards, "--steps", 3, "--width", 32, "--held-out-fraction", HELD_OUT],
+    }
+    model = ["--model", room / "model", "--device", "cpu"]  # noqa: F811
+    return {task: ["evaluate", task, *map(str, [*arguments, *model])] for task, arguments in tasks.items()}
+
+
+@pytest.fixture(scope="module")
+def by_two_processes(commands, tmp_path_factory):
+    """The folder with the results of every task, in batches of 3."""
+    root = tmp_path_factory.mktemp("two")
+    every = [[*command, "--batch-size", "3", "--output", str(root / task)] for task, command in commands.items()]
+    (root / "commands.json").write_text(json.dumps(every))
+    (root / "script.py").write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, str(root / "script.py"), str(root / "commands.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("## Run") == len(commands)  # the second process says nothing
+    return root
+
+
+@pytest.mark.parametrize("task", ["zero-shot", "retrieval", "compositional", "captioning", "linear-probe", "lit"])
+def test_results_do_not_depend_on_batches_and_processes(run, commands, by_two_processes, task, tmp_path):  # noqa: F811
+    shared = json.loads((by_two_processes / task / "results.json").read_text())
+    assert shared["run"]["command"].startswith(f"torchrun --nproc_per_node 2 -m ig_captioner.cli evaluate {task} ")
+    assert shared["run"]["hardware"]["processes"] == 2
+    for size in ("1", "3", "16") if task != "lit" else ("3",):  # there it is one of training, and changes results
+        assert run(*commands[task], "--batch-size", size, "--output", str(tmp_path / size))[::2] == (0, [])
+        alone = json.loads((tmp_path / size / "results.json").read_text())
+        assert alone["tables"] == shared["tables"] and alone["data"] == shared["data"]
+        files = {path.name for path in (tmp_path / size).iterdir()}
+        assert files == {path.name for path in (by_two_processes / task).iterdir()}
+        for name in files & {"captions.jsonl", "model-index.yml"}:
+            assert (tmp_path / size / name).read_text() == (by_two_processes / task / name).read_text()
