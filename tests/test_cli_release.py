@@ -156,7 +156,7 @@ def test_demo(run, monkeypatch, checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("module", "message"), [("gradio.themes", r"pip install 'ig_captioner\[demo\]'"), ("os", "os")]
+    ("module", "message"), [("gradio.themes", r"pip install 'ig_captioner\[app\]'"), ("os", "os")]
 )
 def test_demo_without_gradio(run, monkeypatch, module, message):
     def launch(*args, **options):
