@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -91,10 +92,15 @@ def write_facts(folder: Path, facts: CardFacts) -> None:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """What `results/` holds, in the order of the tasks, then of the file names."""
+    """What `results/` holds, in the order of the tasks, then of the file names, which tell equal titles apart."""
     order = list(HUB_TASKS)
-    paths = sorted((folder / RESULTS_FOLDER).glob("*.json"))
-    return sorted(map(_read_result, paths), key=lambda results: order.index(results["task"]))
+    found = [(path.stem, _read_result(path)) for path in sorted((folder / RESULTS_FOLDER).glob("*.json"))]
+    found.sort(key=lambda entry: order.index(entry[1]["task"]))
+    titles = Counter(results["title"] for _, results in found)
+    return [
+        {**results, "title": f"{results['title']}: {name}"} if titles[results["title"]] > 1 else results
+        for name, results in found
+    ]
 
 
 def _read_result(path: Path) -> dict[str, Any]:
@@ -157,9 +163,15 @@ def fill_card(
         facts=facts,
         has_code=has_code,
         dtype=stored if stored == dtype else f"{stored}, loaded as {dtype}",
-        measured="\n".join(re.sub("^#", "###", to_markdown(one), flags=re.MULTILINE) for one in results),
+        measured="\n".join(map(_section, results)),
         **_sizes(model),
     )
+
+
+def _section(results: dict[str, Any]) -> str:
+    """The tables of one task, two levels down; its details stay in the results file."""
+    shown = {name: value for name, value in results.items() if name != "details"}
+    return re.sub("^#", "###", to_markdown(shown), flags=re.MULTILINE)
 
 
 def _metadata(repo_id: str, facts: CardFacts, results: Sequence[dict[str, Any]]) -> ModelCardData:
