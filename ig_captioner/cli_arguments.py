@@ -41,6 +41,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
+        for word in args or ():
+            if word.startswith("--") and word.partition("=")[2] == "--":  # argparse loses it before Python 3.13
+                self.error(f"'--' is no value: {word}")
         # The parser of all commands would refuse the rest, without knowing the command.
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
@@ -171,15 +174,17 @@ def read_texts(texts: list[str], file: str | None, option: str, read: Callable[[
 
     Raises:
         UsageError: for a photo among the texts, or if there are neither texts nor a file.
-        ValueError: for a file without texts, and for bytes that are not UTF-8, which no tokenizer reads.
+        ValueError: for a file without texts, and for texts that are not UTF-8, which no tokenizer reads.
     """
     if not texts and file is None:
         raise UsageError(f"no {option.strip('-')}: give {option} or {option}-file")
     for text in texts:
         if Path(text).suffix and os.path.isfile(text):
             raise UsageError(f"{text!r} stands behind {option} but is a file: photos come before {option}")
+    texts = texts if file is None else texts + read(file)
+    for text in texts:
         check_text(text)
-    return texts if file is None else texts + read(file)
+    return texts
 
 
 def read_lines(file: str) -> list[str]:
@@ -190,7 +195,7 @@ def read_lines(file: str) -> list[str]:
 
 
 def check_text(text: str) -> None:
-    """Raises ValueError for an argument with bytes that are not UTF-8, which no tokenizer reads."""
+    """Raises ValueError for a text with half of a surrogate pair, such as bytes of an argument that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

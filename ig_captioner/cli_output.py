@@ -92,9 +92,16 @@ def print_json(content: Row) -> None:
     print(json.dumps(content, allow_nan=False), flush=True)
 
 
+class _Lines:
+    """What a CSV writer writes to. Told to end lines with a line feed alone, it would not quote carriage returns."""
+
+    def write(self, line: str) -> None:
+        sys.stdout.write(line.removesuffix("\r\n") + "\n")
+
+
 def print_csv(rows: list[Row], header: bool = True) -> None:
     """Rows with the same names; the names come first."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer = csv.writer(_Lines())
     if header and rows:
         writer.writerow(rows[0])
     writer.writerows(row.values() for row in rows)

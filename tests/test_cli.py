@@ -346,6 +346,8 @@ WRONG_USAGE = [
     (["classify", "0.png", "--labels", "cat", "--prior-weight", "1e300"], "prior-weight.*0 to 100.*'1e300'"),
     (["classify", "0.png", "--labels", "cat", "--batch-size", "9" * 5000], "batch-size.*at most 65536.*9"),
     (["classify", "0.png", "--labels", "cat", "--format", "xml"], "format.*xml"),
+    (["classify", "0.png", "--labels=--"], "'--' is no value: --labels=--"),
+    (["caption", "0.png", "--format=--"], "'--' is no value: --format=--"),
     (["classify", "0.png", "--compiled-labels", "x", "--labels", "cat"], "--compiled-labels brings.*--labels is given"),
     (["classify", "0.png", "--top-k", "1", "a\nb\x1b[31m"], r"arguments: a b\\x1b\[31m; photos"),
     (["caption"], "PHOTO"),

@@ -76,6 +76,7 @@ def test_files_of_the_same_form_and_of_lines(tmp_path):
         '{"classes": ["cat"]}',
         '{"classes": [], "templates": ["{}"]}',
         '{"classes": [1], "templates": []}',
+        "[" * 100_000,
     ],
 )
 def test_wrong_files_are_named(tmp_path, content):

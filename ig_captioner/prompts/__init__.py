@@ -42,7 +42,7 @@ def load_prompts(name_or_file: str | Path) -> Prompts:
         content = json.loads(path.read_text(encoding="utf-8"))
         class_names = [names if isinstance(names, str) else names[0] for names in content["classes"]]
         templates = list(content["templates"])
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} does not hold prompts: {type(error).__name__}: {error}") from error
     if not class_names or not templates or not all(isinstance(text, str) for text in class_names + templates):
         raise ValueError(f"{path} does not hold prompts: classes and templates must be lists of texts")
