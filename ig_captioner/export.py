@@ -16,7 +16,8 @@ tensors stand under their input names in the `labels.safetensors` that `Compiled
 them. Scores are those of `score` to 1e-3 nats (measured: about 1e-5), the information gain is
 log P(T|I) - prior_weight * log P(T).
 
-Smaller weights are a matter of loading, not of this file; `benchmarks/export.py` measures what they cost:
+Smaller weights are a matter of loading, not of this file. `benchmarks/export.py` measures what they cost: on a CPU
+bfloat16 saves time too, while int8 weights alone save only space.
 
     from_pretrained(..., dtype=torch.bfloat16)
     from_pretrained(..., quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))    # torchao.quantization
