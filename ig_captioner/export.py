@@ -230,7 +230,7 @@ def export_onnx(model: IGCaptionerScorer, processor: Any, folder: str | Path) ->
     image_processor = {k: v for k, v in processor.image_processor.to_dict().items() if k != "auto_map"}
     settings = {
         "prior_weight": model.config.prior_weight,
-        "temperature": getattr(model.config, "temperature", 1.0),
+        "temperature": model.config.temperature,
         "image_processor": image_processor,
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
