@@ -68,7 +68,7 @@ def ask(capsys):
         assert code in (0, 1, 2) and bool(errors) == (code != 0), (code, errors)
         for error in errors:
             assert re.match(r"ig-captioner( \w+)?: error: .", error) and error.isprintable()
-            # so would begin what the program does not foresee
+            # the form of an exception that the program does not foresee
             assert not re.match(r"ig-captioner: error: \w*(Error|Exception)\b", error), error
         assert code < 2 or (len(errors) == 1 and not out)
         return code, out, errors
@@ -161,16 +161,20 @@ arguments = st.one_of(
 )
 
 
-@odd(150)
-@given(st.sampled_from(sorted(COMMANDS)), st.lists(arguments, max_size=8))
-@example("classify", ["0.png", "--labels-file", "x" * 10_000])
-@example("classify", ["0.png", "--labels-file", "\0"])
-@example("classify", ["0.png", "--labels-file", "\udcff"])
-@example("classify", ["0.png", "--compiled-labels", "\0"])
-@example("score", ["0.png", "--texts-file", "\0"])
-@example("caption", ["\0*", "\udcff*", "x" * 10_000, "", "0.png"])
-def test_any_words(ask, command, words):
-    ask(command, *words)
+@odd(120)
+@given(
+    st.sampled_from(sorted(COMMANDS)),
+    st.lists(arguments, max_size=2),
+    st.lists(st.tuples(st.sampled_from(OPTIONS), arguments), max_size=2),
+)
+@example("classify", [], [("--labels-file", "x" * 10_000)])
+@example("classify", [], [("--labels-file", "\0")])
+@example("classify", [], [("--labels-file", "\udcff")])
+@example("classify", [], [("--templates-file", "cifar10"), ("--format", "csv")])
+@example("score", [], [("--texts-file", "\0")])
+@example("caption", ["\0*", "\udcff*", "x" * 10_000, ""], [])
+def test_any_words(ask, command, photos, options):
+    ask(command, *photos, "0.png", *COMMANDS[command], *(word for option in options for word in option))
 
 
 @odd(40)
