@@ -288,7 +288,7 @@ def push_release(
     with TemporaryDirectory() as temporary:
         if not _is_release(release):
             release = save_release(Path(temporary, "release"), release, repo_id=repo_id)
-        contents: dict[str, Path | bytes] = {name: release / name for name in _names_of_files(release)}
+        contents: dict[str, Path | bytes] = {name: release / name for name in names_of_files(release)}
         card = make_card(release, load_model(IGCaptionerForZeroShotImageClassification, release), repo_id)
         message = commit_message or f"Release by ig_captioner {__version__}"
         return _commit(HfApi(token=token), repo_id, {**contents, CARD_FILE: card}, private, revision, message)
@@ -316,14 +316,14 @@ def _commit(
 
 def _is_release(folder: Path) -> bool:
     """Whether a folder holds a release and nothing else."""
-    names = _names_of_files(folder)
+    names = names_of_files(folder)
     if not set(RELEASE_FILES) <= set(names) or not all(map(_is_of_a_release, names)):
         return False
     _check_code_references(folder)
     return True
 
 
-def _names_of_files(folder: Path) -> list[str]:
+def names_of_files(folder: Path) -> list[str]:
     """Of all files below a folder, as the Hub names them."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
