@@ -172,9 +172,7 @@ def test_demo(run, monkeypatch, checkpoint):
     assert calls == [((checkpoint,), defaults), (("m",), given)]
 
 
-@pytest.mark.parametrize(
-    ("module", "message"), [("gradio.themes", r"pip install 'ig_captioner\[app\]'"), ("os", "os")]
-)
+@pytest.mark.parametrize(("module", "message"), [("gradio.themes", r"pip install 'ig_captioner\[app\]'"), ("os", "os")])
 def test_demo_without_gradio(run, monkeypatch, module, message):
     def launch(*args, **options):
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
