@@ -1,7 +1,7 @@
 """The parser of `ig-captioner evaluate`: zero-shot, retrieval, compositional, captioning, linear-probe and lit.
 
 Each writes `results.json`, `results.md` and `model-index.yml` into a folder, and prints the tables; see
-`evaluation_tasks.py`, which is imported when one of them runs.
+`evaluation_tasks.py` and `evaluation_transfer.py`, which are imported when one of them runs.
 """
 
 import argparse
@@ -44,6 +44,8 @@ examples:
 """
 MODEL_HELP = "folder or Hub repository (default: the checkpoint in the package)"
 DATA_HELP = "shards (pattern or folder), a folder of images, or a folder of the datasets library"
+
+TRANSFER = ("linear_probe", "lit")
 
 AddCommand = Callable[..., argparse.ArgumentParser]
 Number = Callable[[str], int]
@@ -136,11 +138,11 @@ def _run_later(name: str) -> Callable[[argparse.Namespace], int]:
     """The task of that name; what it needs is imported when it runs."""
 
     def run(arguments: argparse.Namespace) -> int:
-        from . import evaluation_tasks
+        from . import evaluation_tasks, evaluation_transfer
         from .processes import sharing
 
         with sharing():
-            return getattr(evaluation_tasks, name)(arguments)
+            return getattr(evaluation_transfer if name in TRANSFER else evaluation_tasks, name)(arguments)
 
     run.__name__ = name
     return run

@@ -36,6 +36,7 @@ RELEASE_EXAMPLES = """\
 examples:
   ig-captioner release my-captioner                              # the checkpoint in the package
   ig-captioner release my-captioner --model runs/tiny/checkpoint-00002000/model --repo-id me/my-captioner
+  ig-captioner release my-captioner --model mine/ --results out/zero-shot/results.json out/retrieval/results.json
 """
 PUSH_EXAMPLES = """\
 examples:
@@ -75,6 +76,8 @@ def add_release(commands) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier release, with all files in DIR")
     parser.add_argument("--repo-id", metavar="NAME", help="what the examples of a new card load (default: DIR's name)")
     parser.add_argument("--license", metavar="ID", help="licence in the card's metadata, such as apache-2.0")
+    results = "results.json of ig-captioner evaluate, for a card that is filled by code"
+    parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="FILE", help=results)
 
 
 def add_push(commands) -> None:
@@ -125,13 +128,13 @@ def compile_labels(arguments: argparse.Namespace) -> int:
 
 def release(arguments: argparse.Namespace) -> int:
     """Writes a release and prints what is in it."""
-    from .hub import save_release
+    from .hub import names_of_files, save_release
 
-    names = {"repo_id": arguments.repo_id, "license": arguments.license}
-    folder = save_release(arguments.directory, arguments.model, overwrite=arguments.overwrite, **names)
-    files = sorted(path for path in folder.iterdir())
-    print(f"{printable(folder)}: {len(files)} files, written and loaded again")
-    print(table([["bytes", "file"], *([f"{path.stat().st_size:,}", path.name] for path in files)]))
+    options = {name: getattr(arguments, name) for name in ("overwrite", "repo_id", "license", "results")}
+    folder = save_release(arguments.directory, arguments.model, **options)
+    names = names_of_files(folder)
+    print(f"{printable(folder)}: {len(names)} files, written and loaded again")
+    print(table([["bytes", "file"], *([f"{(folder / name).stat().st_size:,}", printable(name)] for name in names)]))
     return 0
 
 

@@ -29,7 +29,7 @@ from .demo_input import (
     open_photo,
     parse_labels,
 )
-from .demo_page import CSS, MAX_SHOWN, caption_view, label_bars, note, placeholder, token_view
+from .demo_page import CSS, MAX_SHOWN, caption_view, label_bars, note, placeholder, threshold_note, token_view
 from .demo_scores import Captioner, Scores, as_code, large_set
 from .processing_ig_captioner import DEFAULT_TEMPLATE
 
@@ -126,21 +126,27 @@ class Handlers:
         """Bars and code at a prior weight, from scores that are there."""
         if scores is None:
             return NO_RESULT, ""
-        bars = label_bars(scores.ranked(prior_weight, MAX_SHOWN), len(scores.labels), prior_weight)
+        bars = _bars(scores, prior_weight)
         if scores.num_cut:
             bars += note(f"{scores.num_cut} texts were cut: the model reads {self.captioner.max_tokens} tokens.")
-        return bars, as_code(self.captioner.name, scores.labels, scores.template, prior_weight)
+        return bars, as_code(self.captioner.name, scores, prior_weight)
 
     def rank_large_set(self, scores: Scores | None, prior_weight: float) -> str:
         if scores is None:
             return NO_LARGE_RESULT
-        return label_bars(scores.ranked(prior_weight, MAX_SHOWN), len(scores.labels), prior_weight)
+        return _bars(scores, prior_weight)
 
     def explain(self, scores: Scores | None, label: str | None) -> str:
         """The tokens of a label's text."""
         if scores is None or label not in scores.labels:
             return ""
         return token_view(self.captioner.pieces(scores.tokens[scores.labels.index(label)]))
+
+
+def _bars(scores: Scores, prior_weight: float) -> str:
+    rows = scores.ranked(prior_weight, MAX_SHOWN)
+    bars = label_bars(rows, len(scores.labels), prior_weight, scores.temperature)
+    return bars + threshold_note(rows[0], scores.abstain_threshold)
 
 
 def _chosen(pixel_values: Tensor | None) -> Tensor:

@@ -92,7 +92,7 @@ def placeholder(content: str) -> str:
 # Labels
 
 
-def label_bars(rows: Sequence[Row], num_labels: int, prior_weight: float) -> str:
+def label_bars(rows: Sequence[Row], num_labels: int, prior_weight: float, temperature: float = 1.0) -> str:
     """Three bars per label, best label first; `rows` are those to be shown of `num_labels`.
 
     log P(T|I) and -log P(T) share a scale. Of -log P(T) the part that the prior weight counts is filled.
@@ -115,10 +115,22 @@ def label_bars(rows: Sequence[Row], num_labels: int, prior_weight: float) -> str
         lines.append(f'<div class="ig-row" role="row">{label}{"".join(cells)}{score}</div>')
     table = f'<div role="table" aria-label="Labels by information gain">{"".join(lines)}</div>'
     hidden = f" The best {len(rows)} of {num_labels:,} labels." if len(rows) < num_labels else ""
+    divided = "IG" if temperature == 1 else f"IG / {temperature:g}, the checkpoint's temperature,"
     return table + note(
         f"Nats. IG = log P(T|I) &minus; {prior_weight:g} &middot; log P(T): the filled part of the &minus;log P(T) bar "
-        "less the log P(T|I) bar. Red: what log P(T|I) and IG would choose. Score: softmax of IG over all labels."
-        + hidden
+        "less the log P(T|I) bar. Red: what log P(T|I) and IG would choose. "
+        f"Score: softmax of {divided} over all labels." + hidden
+    )
+
+
+def threshold_note(best: Row, abstain_threshold: float | None) -> str:
+    """What the pipeline would say of a photo whose best label is `best`, if the checkpoint may abstain."""
+    if abstain_threshold is None:
+        return ""
+    verb = "reaches" if best.information_gain >= abstain_threshold else "does not reach"
+    return note(
+        f"The pipeline answers &ldquo;none of these&rdquo; where no label reaches this checkpoint's threshold, IG "
+        f"{number(abstain_threshold)}; here the best {verb} it. The scores are those of the labels alone."
     )
 
 

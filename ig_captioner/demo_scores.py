@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -31,7 +31,7 @@ MAX_TOKENS_PER_CHARACTER = 5  # four bytes, and a space before them
 
 
 class Row(NamedTuple):
-    """A label at some prior weight; `score` is the softmax of information gain over all labels."""
+    """A label at some prior weight; `score` is the softmax of information gain / temperature over all labels."""
 
     label: str
     caption_log_likelihood: float
@@ -75,6 +75,7 @@ class Scores:
         caption_log_likelihood, prior_log_likelihood: [C].
         tokens: of each label's text, [C], or none.
         num_cut: how many of the texts were longer than the model reads.
+        temperature, abstain_threshold: the checkpoint's. Of "none of these" there is no row.
     """
 
     labels: tuple[str, ...]
@@ -83,12 +84,14 @@ class Scores:
     prior_log_likelihood: list[float]
     tokens: tuple[TextTokens, ...] = ()
     num_cut: int = 0
+    temperature: float = 1.0
+    abstain_threshold: float | None = None
 
     def ranked(self, prior_weight: float, top_k: int | None = None) -> list[Row]:
         """Labels by information gain, best first; equals stay in their order."""
         both = list(zip(self.caption_log_likelihood, self.prior_log_likelihood, strict=True))
         gains = [caption - prior_weight * prior for caption, prior in both]
-        relative = [math.exp(gain - max(gains)) for gain in gains]
+        relative = [math.exp((gain - max(gains)) / self.temperature) for gain in gains]
         order = sorted(range(len(gains)), key=lambda i: -gains[i])[:top_k]
         return [Row(self.labels[i], *both[i], gains[i], relative[i] / sum(relative)) for i in order]
 
@@ -115,10 +118,13 @@ class Captioner:
         self.name = model
         self.processor = load_processor(model)
         self.model = load_model(IGCaptionerForConditionalGeneration, model, **dtype_on(chosen)).to(chosen)
-        self.prior_weight = self.model.config.prior_weight
-        self.max_tokens = min(
-            self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings
-        )
+        config = self.model.config
+        self.prior_weight = config.prior_weight
+        self.settings: dict[str, Any] = {
+            "temperature": config.temperature,
+            "abstain_threshold": config.abstain_threshold,
+        }
+        self.max_tokens = min(self.processor.tokenizer.model_max_length, config.text_config.max_position_embeddings)
         self.compile_large_set = lru_cache(MAX_KEPT_TEMPLATES)(self._compile_large_set)
 
     def read(self, photo: Image.Image) -> Tensor:
@@ -139,6 +145,7 @@ class Captioner:
             compiled.texts.prior_log_likelihood.tolist(),
             tuple(tokens),
             sum(len(ids) > self.max_tokens for ids in lengths["input_ids"]),
+            **self.settings,
         )
 
     @torch.no_grad()
@@ -147,7 +154,7 @@ class Captioner:
         compiled = self.compile_large_set(template)
         scores = self.model.score(pixel_values, compiled)
         caption, prior = scores.caption_log_likelihood[0].tolist(), scores.prior_log_likelihood.tolist()
-        return Scores(compiled.labels, template, caption, prior)
+        return Scores(compiled.labels, template, caption, prior, **self.settings)
 
     def _compile_large_set(self, template: str) -> CompiledLabels:
         return compile_labels(self.model, self.processor.tokenizer, large_set(), template)
@@ -193,9 +200,10 @@ def large_set() -> tuple[str, ...]:
     return tuple(dict.fromkeys(load_prompts(LARGE_SET).class_names))
 
 
-def as_code(model: str, labels: Sequence[str], template: str, prior_weight: float) -> str:
+def as_code(model: str, scores: Scores, prior_weight: float) -> str:
     """Python that gives the same scores: a call of the pipeline on `photo.jpg`."""
     is_shipped = model == TINY_CHECKPOINT
+    never_abstain = '    abstain_threshold=float("-inf"),\n' * (scores.abstain_threshold is not None)
     names = ["TINY_CHECKPOINT"] * is_shipped + ["IGZeroShotImageClassificationPipeline"]
     return f"""\
 from transformers import pipeline
@@ -209,10 +217,10 @@ classify = pipeline(
 )
 predictions = classify(
     "photo.jpg",
-    candidate_labels={list(labels)!r},
-    hypothesis_template={template!r},
+    candidate_labels={list(scores.labels)!r},
+    hypothesis_template={scores.template!r},
     prior_weight={prior_weight!r},
-    return_log_likelihoods=True,
+{never_abstain}    return_log_likelihoods=True,
 )
 for row in predictions:
     print(row["label"], row["information_gain"], row["score"])

@@ -1,18 +1,19 @@
-"""The tasks of `ig-captioner evaluate`: from its arguments to results on disk and tables on the screen.
+"""Tasks of `ig-captioner evaluate` that ask a checkpoint as it is: zero-shot, retrieval, compositional, captioning.
 
-Each returns the exit code. What is measured and how is in the modules that they put together.
+Each goes from the command's arguments to results on disk and tables on the screen, and returns the exit code. What is
+measured and how is in the modules that they put together; tasks that fit something first are in
+`evaluation_transfer.py`.
 """
 
 import argparse
 import json
-import shlex
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from torch import tensor
 from torch.nn.functional import one_hot
 
-from . import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
+from . import IGCaptionerForConditionalGeneration
 from .calibration import BINS, Calibration, abstain_threshold, calibrate, check_target, coverage_curve, save_calibration
 from .captioning import captioning_row, generate_captions
 from .cli_arguments import choose_device, dtype_on
@@ -27,28 +28,15 @@ from .compositional import (
     score_own_texts,
     stack_scores,
 )
-from .contrastive import ContrastiveModel
-from .evaluation import (
-    RESAMPLES,
-    class_row,
-    gain_row,
-    image_to_text_row,
-    image_to_text_rows,
-    select_images,
-    text_to_image_row,
-    text_to_image_rows,
-    zero_shot_rows,
-)
+from .evaluation import gain_row, image_to_text_rows, select_images, text_to_image_rows, zero_shot_rows
 from .evaluation_data import Samples, describe_skipped, split_by_hash
+from .evaluation_run import captioned, choose_templates, describe_samples, finish, load_models
 from .hub import load_model, load_processor
-from .linear_probe import choose_shots, count_shots, mean_pooled_features, probe_row
-from .lit import IMAGES_PER_PASS, DualEncoder, Recipe, choose_tower, read_pairs
-from .processes import is_first, place
-from .processing_ig_captioner import DEFAULT_TEMPLATE
-from .prompts import is_text_file, read_class_names, read_templates
-from .report import describe_run, draw_confusion, draw_coverage, draw_reliability, to_markdown, write_results
+from .processes import is_first
+from .prompts import read_class_names
+from .report import draw_confusion, draw_coverage, draw_reliability
 from .retrieval import score_pairs, true_pairs
-from .shards import first_by_hash, read_captions, read_image
+from .shards import first_by_hash, read_image
 from .zero_shot import classify_images, label_from_field, labelled_decoder
 
 
@@ -61,6 +49,14 @@ ZERO_SHOT_NOTES = [
     "Abstaining: answers of the surest images alone. Right class there: how often an image is surer with all "
     "classes than one without its own class.",
 ]
+RETRIEVAL_NOTES = [
+    "Every image ranks the captions of all test images, and every caption all test images; of several right "
+    "answers the best counts, and ties count against. Blind: the likeliest text, log P(T), whatever the image.",
+]
+COMPOSITIONAL_NOTES = [
+    "Shares of items whose right caption scores higher than the wrong ones; ties count against. Blind: the "
+    "likelier text, log P(T), whatever the image; with two images per item it cannot be right.",
+]
 
 
 def zero_shot(arguments: argparse.Namespace) -> int:
@@ -68,8 +64,8 @@ def zero_shot(arguments: argparse.Namespace) -> int:
     saves = arguments.save_temperature or arguments.save_threshold is not None
     if saves:
         check_target(arguments.model)
-    class_names, templates = read_class_names(arguments.class_names), _templates(arguments)
-    model, processor, clip = _load(arguments)
+    class_names, templates = read_class_names(arguments.class_names), choose_templates(arguments)
+    model, processor, clip = load_models(arguments)
     decode = labelled_decoder(label_from_field(class_names, arguments.label_field))
     samples = Samples(arguments.data, decode, arguments.limit)
     size = {"batch_size": arguments.batch_size}
@@ -84,9 +80,9 @@ def zero_shot(arguments: argparse.Namespace) -> int:
     calibration = calibrate(matrix, labels, class_names, split, rows[2]["prior_weight"], model.config)
     gain = gain_row(select_images(matrix, split[1]), one_hot(labels[split[1]], len(class_names)).bool())
     tables = {f"{len(class_names)} classes": rows, "True classes": [gain], **calibration.tables}
-    data = {**_describe(arguments, samples, split), "classes": len(class_names), "templates": len(templates)}
+    data = {**describe_samples(arguments, samples, split), "classes": len(class_names), "templates": len(templates)}
     data["held-out samples are"] += " and the temperatures"
-    _finish(arguments, model, "Zero-shot classification", tables, ZERO_SHOT_NOTES, data, details=calibration.details)
+    finish(arguments, model, "Zero-shot classification", tables, ZERO_SHOT_NOTES, data, details=calibration.details)
     if is_first():
         _draw(arguments.output, confusions, class_names, calibration)
         if saves:
@@ -113,17 +109,11 @@ def _save_calibration(arguments: argparse.Namespace, calibration: Calibration) -
     print(f"saved in {arguments.model}: " + ", ".join(f"{name} {value:.3f}" for name, value in fields.items()))
 
 
-def _templates(arguments: argparse.Namespace) -> list[str]:
-    if arguments.templates is not None:
-        return read_templates(arguments.templates)
-    return [DEFAULT_TEMPLATE] if is_text_file(arguments.class_names) else read_templates(arguments.class_names)
-
-
 def retrieval(arguments: argparse.Namespace) -> int:
     """Recall and median rank, both ways; an image may have several captions."""
-    model, processor, clip = _load(arguments)
+    model, processor, clip = load_models(arguments)
     # Read three times: the texts have to be known before the first image is scored, and images may not fit in memory.
-    samples = Samples(arguments.data, _captioned, arguments.limit)
+    samples = Samples(arguments.data, captioned, arguments.limit)
     captions = [own[: arguments.captions] for _, own in samples]
     split = split_by_hash(samples.keys, arguments.held_out_fraction)
 
@@ -150,12 +140,8 @@ def retrieval(arguments: argparse.Namespace) -> int:
         "Text to image": text_to_image_rows(test[0], test[1], owners, others),
         "True pairs": [gain_row(*test)],
     }
-    notes = [
-        "Every image ranks the captions of all test images, and every caption all test images; of several right "
-        "answers the best counts, and ties count against. Blind: the likeliest text, log P(T), whatever the image."
-    ]
-    data = {**_describe(arguments, samples, split), "texts": len(owners)}
-    _finish(arguments, model, "Image-text retrieval", tables, notes, data)
+    data = {**describe_samples(arguments, samples, split), "texts": len(owners)}
+    finish(arguments, model, "Image-text retrieval", tables, RETRIEVAL_NOTES, data)
     return 0
 
 
@@ -165,7 +151,7 @@ def compositional(arguments: argparse.Namespace) -> int:
     if arguments.limit is not None:
         chosen = first_by_hash(map(str, range(len(items))), arguments.limit)
         items = [item for index, item in enumerate(items) if str(index) in chosen]
-    model, processor, clip = _load(arguments)
+    model, processor, clip = load_models(arguments)
     priors = prior_of_texts(model, processor.tokenizer, items)
     tables, data = {}, {"data": str(arguments.pairs), "items": len(items)}
     if arguments.data is not None:
@@ -174,11 +160,7 @@ def compositional(arguments: argparse.Namespace) -> int:
         tables["All items, text alone"] = blind_rows(priors, [item.category for item in items])
     elif arguments.data is None:
         raise ValueError(f"text alone answers nothing of --format {arguments.format}: --data is missing")
-    notes = [
-        "Shares of items whose right caption scores higher than the wrong ones; ties count against. Blind: the "
-        "likelier text, log P(T), whatever the image; with two images per item it cannot be right."
-    ]
-    _finish(arguments, model, f"Compositional understanding: {arguments.format}", tables, notes, data)
+    finish(arguments, model, f"Compositional understanding: {arguments.format}", tables, COMPOSITIONAL_NOTES, data)
     return 0
 
 
@@ -224,7 +206,7 @@ def captioning(arguments: argparse.Namespace) -> int:
         "num_beams": arguments.num_beams,
         "max_new_tokens": caption_tokens(arguments.max_new_tokens, model.config.text_config),
     }
-    samples = Samples(arguments.data, _captioned, arguments.limit)
+    samples = Samples(arguments.data, captioned, arguments.limit)
     references: list[list[str]] = []
 
     def images():
@@ -235,198 +217,29 @@ def captioning(arguments: argparse.Namespace) -> int:
     captions = generate_captions(model, processor, images(), arguments.batch_size, **options)
     row = captioning_row(f"{arguments.num_beams} beams" if arguments.num_beams > 1 else "greedy", captions, references)
     if is_first():
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        with open(arguments.output / "captions.jsonl", "w", encoding="utf-8") as file:
-            for key, caption, own in zip(samples.keys, captions, references, strict=True):
-                file.write(json.dumps({"key": key, "caption": caption, "references": own}, ensure_ascii=False) + "\n")
+        _write_captions(arguments.output, samples.keys, captions, references)
+    data = {**describe_samples(arguments, samples), "different captions": len(set(captions))}
+    finish(arguments, model, "Captioning", {"Captions": [row]}, _captioning_notes(row["metrics"]), data)
+    return 0
+
+
+def _write_captions(folder: Path, keys: list[str], captions: list[str], references: list[list[str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
+        for key, caption, own in zip(keys, captions, references, strict=True):
+            file.write(json.dumps({"key": key, "caption": caption, "references": own}, ensure_ascii=False) + "\n")
+
+
+def _captioning_notes(metrics: Collection[str]) -> list[str]:
+    """What is to be known of the metrics that are there, and why others are not."""
     notes = [
         "CIDEr-D at most 1000 %. Words are split without Stanford's PTB tokenizer, so that published figures are not "
         "strictly comparable; the weights of words come from these images' references."
     ]
-    if "bleu4" not in row["metrics"]:
+    if "bleu4" not in metrics:
         notes.append("No BLEU: sacrebleu is not installed.")
-    if "meteor" in row["metrics"]:
+    if "meteor" in metrics:
         notes.append("METEOR is that of nltk (2007: exact words, stems, WordNet's synonyms), not Meteor 1.5 in Java.")
     else:
         notes.append("No METEOR: nltk or its WordNet is not installed (python -m nltk.downloader wordnet).")
-    data = {**_describe(arguments, samples), "different captions": len(set(captions))}
-    _finish(arguments, model, "Captioning", {"Captions": [row]}, notes, data)
-    return 0
-
-
-def linear_probe(arguments: argparse.Namespace) -> int:
-    """Top-1, top-5 and mean per class of a linear map, fitted to a few images per class."""
-    class_names = read_class_names(arguments.class_names)
-    if len(set(class_names)) < len(class_names):
-        raise ValueError(f"{arguments.class_names} has several classes of one name: a probe cannot tell them apart")
-    model, processor, clip = _load(arguments)
-    decode = labelled_decoder(label_from_field(class_names, arguments.label_field))
-    train, test = Samples(arguments.train, decode), Samples(arguments.data, decode, arguments.limit)
-    all_labels = [label for _, label in train]
-    shots = choose_shots(train.keys, all_labels, arguments.shots)
-    labels = tensor([all_labels[index] for index in shots]), tensor([label for _, label in test])
-    split = split_by_hash(test.keys, arguments.held_out_fraction)
-
-    def row(name: str, embed, baseline: bool = False):
-        chosen = set(shots)
-        of_shots = embed((image for index, (image, _) in enumerate(train) if index in chosen))
-        of_test = embed((image for image, _ in test))
-        return probe_row(name, (of_shots, labels[0]), (of_test, labels[1]), split, len(class_names), baseline)
-
-    size = arguments.batch_size
-    rows = [row("mean of the patches", lambda images: mean_pooled_features(model, processor, images, size))]
-    if clip is not None:
-        rows.append(row(arguments.clip, lambda images: clip.embed_images(images, size), baseline=True))
-    data = {
-        **_describe(arguments, test, split, tuned="penalty"),
-        "train": arguments.train,
-        "shots": count_shots(labels[0].tolist()),
-    }
-    notes = [
-        "Ridge regression onto one-hot labels. The shots are one fixed choice by hash of the key; the intervals do not "
-        "say how much another choice would change."
-    ]
-    _finish(arguments, model, "Linear probe", {f"{len(class_names)} classes": rows}, notes, data)
-    return 0
-
-
-def lit(arguments: argparse.Namespace) -> int:
-    """Recall and accuracy of a text tower that is trained for the frozen image encoder."""
-    if arguments.data is None and arguments.labelled is None:
-        raise ValueError("nothing to test on: give --data for retrieval, --labelled for classification, or both")
-    if arguments.labelled is not None and arguments.class_names is None:
-        raise ValueError("--labelled needs --class-names")
-    model, processor, _ = _load(arguments)
-    train = Samples(arguments.train, _captioned)
-    pairs = read_pairs(model, processor, train)
-    held_out, fit = split_by_hash(train.keys, arguments.held_out_fraction)
-    recipe = Recipe(**{name: getattr(arguments, name) for name in ("steps", "batch_size", "width", "layers", "seed")})
-    recipes = [recipe._replace(learning_rate=rate) for rate in arguments.learning_rates]
-    parts = pairs.select(fit), pairs.select(held_out)
-    tower, selection = choose_tower(*parts, processor.tokenizer, recipes, model.device)
-    tables: dict[str, list] = {}
-    data: dict[str, Any] = {
-        "train": arguments.train,
-        "skipped in training": describe_skipped(train.skipped) or "none",
-        "training samples": len(fit),
-        "held-out training samples": len(held_out),
-    }
-    if arguments.data is not None:
-        tables |= _lit_retrieval(arguments, model, processor, tower, data)
-    if arguments.labelled is not None:
-        tables |= _lit_classification(arguments, model, processor, tower, data)
-    tables["Learning rates on held-out training pairs, image to text"] = selection
-    notes = [
-        "The image encoder is frozen; the text tower and a linear projection on each side are trained from scratch, "
-        "with the learning rate that has the lowest geometric mean rank on the held-out training pairs. Tested on the "
-        "samples that the tasks zero-shot and retrieval test on."
-    ]
-    _finish(arguments, model, "LiT tuning", tables, notes, data)
-    return 0
-
-
-def _lit_retrieval(arguments: argparse.Namespace, model, processor, tower: DualEncoder, data: dict) -> dict[str, list]:
-    samples = Samples(arguments.data, _captioned, arguments.limit)
-    pairs = read_pairs(model, processor, samples)
-    test = split_by_hash(samples.keys, arguments.held_out_fraction)[1]
-    features, captions = pairs.select(test)
-    texts = [caption for own in captions for caption in own]
-    owners = tensor([image for image, own in enumerate(captions) for _ in own])
-    scores, is_true = tower.score(features, texts), true_pairs(captions, texts)
-    data |= {"data": arguments.data, "skipped": describe_skipped(samples.skipped) or "none"}
-    data |= {"test samples": len(test), "texts": len(texts)}
-    return {
-        "Image to text": [image_to_text_row("LiT", scores, is_true, baseline=False)],
-        "Text to image": [text_to_image_row("LiT", scores, is_true, owners)],
-    }
-
-
-def _lit_classification(
-    arguments: argparse.Namespace, model, processor, tower: DualEncoder, data: dict
-) -> dict[str, list]:
-    class_names, templates = read_class_names(arguments.class_names), _templates(arguments)
-    decode = labelled_decoder(label_from_field(class_names, arguments.label_field))
-    samples, labels = Samples(arguments.labelled, decode, arguments.limit), list[int]()
-
-    def images():
-        for image, label in samples:
-            labels.append(label)
-            yield image
-
-    features = mean_pooled_features(model, processor, images(), IMAGES_PER_PASS)
-    test = split_by_hash(samples.keys, arguments.held_out_fraction)[1]
-    scores = tower.score_classes(features[test], class_names, templates)
-    row = class_row("LiT", scores, tensor(labels)[test], class_names, baseline=False)
-    del row["confusion"]
-    data |= {"labelled": arguments.labelled, "skipped of labelled": describe_skipped(samples.skipped) or "none"}
-    data |= {"labelled test samples": len(test), "classes": len(class_names), "templates": len(templates)}
-    return {f"{len(class_names)} classes": [row]}
-
-
-def _captioned(key: str, files: dict[str, bytes]):
-    return read_image(files), read_captions(files)
-
-
-# What all tasks share
-
-
-def _load(arguments: argparse.Namespace):
-    """Model, processor, and the contrastive model if there is one."""
-    device = choose_device(arguments.device)
-    model = load_model(IGCaptionerForZeroShotImageClassification, arguments.model, **dtype_on(device)).to(device).eval()
-    clip = None if arguments.clip is None else ContrastiveModel.load(arguments.clip, device)
-    return model, load_processor(arguments.model), clip
-
-
-def _describe(arguments: argparse.Namespace, samples, split=None, tuned: str = "prior weight") -> dict[str, Any]:
-    """How many samples there are, of which kind."""
-    described = {"data": arguments.data, "skipped": describe_skipped(samples.skipped) or "none"}
-    if arguments.limit is not None:
-        described["limit"] = arguments.limit
-    if split is None:
-        return {**described, "test samples": len(samples.keys)}
-    return {
-        **described,
-        "test samples": len(split[1]),
-        "held-out samples": len(split[0]),
-        "held-out samples are": f"chosen by a hash of the key, and tune the {tuned}",
-    }
-
-
-def _finish(
-    arguments: argparse.Namespace, model, title: str, tables: dict, notes: list[str], data: dict, **more: Any
-) -> None:
-    """Writes and prints the results; of several processes only the first does."""
-    if not is_first():
-        return
-    task = arguments.run.__name__.replace("_", "-")
-    intervals = (
-        f"In brackets: 95 % bootstrap intervals over test samples ({RESAMPLES} resamples, percentiles, a fixed seed). "
-        "They say nothing about other training runs."
-    )
-    results = {
-        "task": task,
-        "title": title,
-        "tables": tables,
-        **more,
-        "notes": [*notes, intervals],
-        "data": data,
-        "run": describe_run(model, arguments.model, _command_line(task, arguments)),
-    }
-    write_results(arguments.output, results)
-    print(to_markdown(results), end="")
-
-
-def _command_line(task: str, arguments: argparse.Namespace) -> str:
-    """The command with the value of every option."""
-    hidden = {"run", "traceback"} | ({"model"} if arguments.model == TINY_CHECKPOINT else set())
-    given: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name not in hidden}
-    options: list[str] = []
-    for name, value in given.items():
-        if value is not None and value is not False:
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            options += [f"--{name.replace('_', '-')}", *map(str, values)]
-    processes = place()[1]
-    many = ["torchrun", "--nproc_per_node", str(processes), "-m", "ig_captioner.cli"]
-    program = ["ig-captioner"] if processes == 1 else many
-    return shlex.join([*program, "evaluate", task, *options])
+    return notes

@@ -26,11 +26,14 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     constants,
+    get_local_safetensors_metadata,
     get_token,
     snapshot_download,
 )
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import load_file
+from torch import Tensor
 
 from . import (
     TINY_CHECKPOINT,
@@ -59,6 +62,7 @@ RELEASE_FILES = (
     *REMOTE_CODE_FILES,
 )
 CARD_FILES = (CARD_FILE, FACTS_FILE, f"{RESULTS_FOLDER}/*.json")
+WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 # All that a release may hold, of other versions of this package, too: what `push_release` removes if it is outdated.
 RELEASE_PATTERNS = (
     *RELEASE_FILES,
@@ -136,7 +140,8 @@ def save_release(
     Args:
         directory: missing or empty, unless `overwrite` says that an earlier release there, whatever files it holds,
             may be replaced.
-        model: a folder or a repository on the Hub, of either head; weights keep their dtype.
+        model: a folder or a repository on the Hub, of either head; weights keep the dtype that they are stored in,
+            which may not be the one that the configuration has them loaded in.
         repo_id: the name that the card's examples load; the folder's own by default.
         license: the Hub's name of a licence, for the card's metadata.
         results: files `results.json` of `ig-captioner evaluate`, for the card.
@@ -156,9 +161,9 @@ def save_release(
     # A checkpoint may come from elsewhere: what it says about code must fit the code it gets.
     loaded.config.auto_map = dict(AUTO_MAP)
     loaded.config.custom_pipelines = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
-    source = _card_source(os.fspath(model))
+    source = _source(os.fspath(model))
     with new_folder(directory) as folder:
-        loaded.save_pretrained(folder)
+        loaded.save_pretrained(folder, state_dict=_stored_weights(source))
         processor.save_pretrained(folder)
         _copy_card(source, folder, license)
         add_results(folder, results, weights_digest(os.fspath(model)))
@@ -216,13 +221,20 @@ def new_folder(directory: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _card_source(model: str) -> Path:
-    """A folder with the card of a checkpoint and what it is made from, if there is any.
+def _source(model: str) -> Path:
+    """A folder with the weights of a checkpoint, its card and what that is made from, if there is any.
 
     Raises:
         OSError: the Hub cannot be asked, which is not to be taken for a checkpoint without a card.
     """
-    return Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=[*CARD_FILES]))
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(snapshot_download(model, allow_patterns=[*WEIGHT_FILES, *CARD_FILES]))
+
+
+def _stored_weights(source: Path) -> dict[str, Tensor]:
+    files = sorted(get_local_safetensors_metadata(source).files_metadata)
+    return {name: weight for file in files for name, weight in load_file(source / file).items()}
 
 
 def _copy_card(source: Path, folder: Path, license: str | None) -> None:
@@ -288,7 +300,7 @@ def push_release(
     with TemporaryDirectory() as temporary:
         if not _is_release(release):
             release = save_release(Path(temporary, "release"), release, repo_id=repo_id)
-        contents: dict[str, Path | bytes] = {name: release / name for name in _names_of_files(release)}
+        contents: dict[str, Path | bytes] = {name: release / name for name in names_of_files(release)}
         card = make_card(release, load_model(IGCaptionerForZeroShotImageClassification, release), repo_id)
         message = commit_message or f"Release by ig_captioner {__version__}"
         return _commit(HfApi(token=token), repo_id, {**contents, CARD_FILE: card}, private, revision, message)
@@ -316,14 +328,14 @@ def _commit(
 
 def _is_release(folder: Path) -> bool:
     """Whether a folder holds a release and nothing else."""
-    names = _names_of_files(folder)
+    names = names_of_files(folder)
     if not set(RELEASE_FILES) <= set(names) or not all(map(_is_of_a_release, names)):
         return False
     _check_code_references(folder)
     return True
 
 
-def _names_of_files(folder: Path) -> list[str]:
+def names_of_files(folder: Path) -> list[str]:
     """Of all files below a folder, as the Hub names them."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 

@@ -13,6 +13,7 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_card import write_measured
 from test_cli import checkpoint, here, run  # noqa: F401 (fixtures)
 from test_hub import save_checkpoint
 
@@ -113,6 +114,22 @@ def test_release(run, here):
     assert (code, lines, len(errors)) == (1, [], 1) and "--overwrite" in errors[0]
     assert run("release", "out", "--model", "out", "--overwrite")[0] == 0
     assert run("classify", "0.png", "--labels", "cat", "--model", "out")[0] == 0
+
+
+def test_release_with_results(run, here, checkpoint):
+    of_zero_shot = write_measured(here / "zero-shot", checkpoint, classes=[0.25, 0.5])
+    of_probe = write_measured(here / "probe", checkpoint, task="linear-probe", classes=[0.125, 0.375])
+    code, lines, errors = run("release", "out", "--results", str(of_zero_shot), str(of_probe))
+    assert (code, errors) == (0, [])
+    listed = {name: int(size.replace(",", "")) for size, name in map(str.split, lines[2:])}
+    assert {"results/zero-shot.json", "results/probe.json"} < set(listed)
+    files = [path for path in (here / "out").rglob("*") if path.is_file()]
+    assert listed == {path.relative_to(here / "out").as_posix(): path.stat().st_size for path in files}
+    card = (here / "out" / "README.md").read_text()
+    assert all(f"Title of {task}" in card for task in ("zero-shot", "linear-probe"))
+    code, lines, errors = run("release", "other", "--results", "missing.json")
+    assert (code, lines, len(errors)) == (1, [], 1) and "missing.json" in errors[0]
+    assert not (here / "other").exists()
 
 
 def test_push(run, monkeypatch):

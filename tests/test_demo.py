@@ -476,7 +476,7 @@ def test_code_gives_the_same_scores(captioner, checkpoint, photo, labels, tmp_pa
     monkeypatch.chdir(tmp_path)
     photo.save("photo.jpg", quality=95)
     scores = captioner.classify(captioner.read(open_photo(Path("photo.jpg").read_bytes())), labels, 'it\'s "a" {}\\')
-    code = as_code(checkpoint, scores.labels, scores.template, 0.35)
+    code = as_code(checkpoint, scores, 0.35)
     assert not any(character in code for character in "\u202e\x00\x1b")  # code reads as it runs
     names: dict = {}
     exec(compile(code, "code", "exec"), names)
@@ -484,8 +484,25 @@ def test_code_gives_the_same_scores(captioner, checkpoint, photo, labels, tmp_pa
     assert len(capsys.readouterr().out.splitlines()) == len(labels)
 
 
+def test_code_of_a_calibrated_checkpoint_gives_the_scores_of_the_page(photo, tmp_path, monkeypatch):
+    checkpoint = str(save_checkpoint(tmp_path / "tiny", temperature=2.0, abstain_threshold=100.0))
+    monkeypatch.chdir(tmp_path)
+    photo.save("photo.jpg", quality=95)
+    captioner = Captioner(checkpoint, "cpu")
+    scores = captioner.classify(captioner.read(open_photo(Path("photo.jpg").read_bytes())), LABELS, "a {}")
+    rows = scores.ranked(1.0)
+    first, second = rows[:2]
+    ratio = math.exp((first.information_gain - second.information_gain) / 2)
+    assert first.score / second.score == pytest.approx(ratio)
+    names: dict = {}
+    exec(compile(as_code(checkpoint, scores, 1.0), "code", "exec"), names)
+    check_rows(rows, names["predictions"])  # without "none of these"
+    large = captioner.classify_large_set(captioner.read(photo), "a {}")
+    assert (large.temperature, large.abstain_threshold) == (2.0, 100.0)
+
+
 def test_code_of_the_shipped_checkpoint_shows_no_path(shipped):
-    code = as_code(shipped.name, ["cat"], "{}", 1)
+    code = as_code(shipped.name, Scores(("cat",), "{}", [-1.0], [-1.0]), 1)
     assert "model=TINY_CHECKPOINT,\n" in code and TINY_CHECKPOINT not in code
     compile(code, "code", "exec")
 
@@ -596,7 +613,7 @@ def test_classify(handlers, captioner, checkpoint, pixel_values, raises_on_the_p
     scores, bars, code, choice, tokens = handlers.classify(pixel_values, "cat, dog, photo", "a {}", 0.5)
     best = scores.ranked(0.5)[0].label
     assert scores.labels == ("cat", "dog", "photo") and scores.template == "a {}"
-    assert bars == label_bars(scores.ranked(0.5), 3, 0.5) and code == as_code(checkpoint, scores.labels, "a {}", 0.5)
+    assert bars == label_bars(scores.ranked(0.5), 3, 0.5) and code == as_code(checkpoint, scores, 0.5)
     assert choice.value == best and [value for _, value in choice.choices] == list(scores.labels)
     own = scores.tokens[scores.labels.index(best)]
     assert tokens == token_view(captioner.pieces(own)) == handlers.explain(scores, best)
@@ -621,6 +638,19 @@ def test_the_slider_ranks_again(handlers, captioner, pixel_values, monkeypatch):
         assert handlers.rank_large_set(large, weight) == label_bars(large.ranked(weight, 20), 998, weight)
     assert handlers.rank(None, 1.0)[1] == "" and "Choose a photo" in handlers.rank(None, 1.0)[0]
     assert "Not computed" in handlers.rank_large_set(None, 1.0)
+
+
+def test_the_page_tells_the_settings_of_a_calibrated_checkpoint(captioner):
+    demo = pytest.importorskip("ig_captioner.demo", exc_type=ImportError)
+    handlers = demo.Handlers(captioner)
+    settings = {"temperature": 2.5, "abstain_threshold": 1.25}
+    scores = Scores(("a", "b"), "{}", [-1.0, -2.0], [-2.0, -2.0], **settings)
+    for bars in (handlers.rank(scores, 1.0)[0], handlers.rank_large_set(scores, 1.0)):
+        text = Elements(bars).text
+        assert "softmax of IG / 2.5" in text and "threshold, IG 1.25; here the best does not reach it" in text
+    assert "here the best reaches it" in handlers.rank(scores, 1.125)[0]  # IG 1.25, at the threshold
+    plain = handlers.rank(Scores(("a",), "{}", [-1.0], [-2.0]), 1.0)[0]
+    assert "softmax of IG over all labels" in plain and "threshold" not in plain
 
 
 def test_many_and_long_labels(handlers, pixel_values):

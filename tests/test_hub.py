@@ -82,6 +82,32 @@ def test_a_release_is_complete_and_keeps_weights(tmp_path, room, head, dtype):
         assert path.stat().st_mode & 0o777 == (checkpoint / "config.json").stat().st_mode & 0o777, path.name
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_weights_keep_their_dtype_whatever_the_configuration_says(checkpoint, room, stored):
+    """Stored as float16 and loaded as float32, or the other way round, where rounding must not be stored."""
+    loaded = {torch.float16: torch.float32, torch.float32: torch.float16}[stored]
+    weights = {name: weight.to(stored) for name, weight in load_file(checkpoint / "model.safetensors").items()}
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["dtype"] = str(loaded).removeprefix("torch.")
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    folder = save_release(room / "tiny", checkpoint)
+    assert (folder / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    assert load_model(IGCaptionerForZeroShotImageClassification, folder).dtype == loaded
+    names = [str(dtype).removeprefix("torch.") for dtype in (stored, loaded)]
+    assert "stored as {}, loaded as {}".format(*names) in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_release_of_shards_holds_the_same_weights(checkpoint, room):
+    model = load_model(IGCaptionerForZeroShotImageClassification, checkpoint)
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    model.save_pretrained(checkpoint, max_shard_size="20KB")
+    assert len(list(checkpoint.glob("model-*.safetensors"))) > 1
+    written = load_file(save_release(room / "tiny", checkpoint) / "model.safetensors")
+    assert written.keys() == weights.keys() and all(torch.equal(written[name], weights[name]) for name in weights)
+
+
 def test_relative_folders_and_strings(checkpoint, room, monkeypatch):
     monkeypatch.chdir(room)
     (room / "empty").mkdir()

@@ -1,0 +1,97 @@
+"""What all tasks of `ig-captioner evaluate` share: what their arguments name, and how their results are told."""
+
+import argparse
+import shlex
+from typing import Any
+
+from . import TINY_CHECKPOINT, IGCaptionerForZeroShotImageClassification
+from .cli_arguments import choose_device, dtype_on
+from .contrastive import ContrastiveModel
+from .evaluation import RESAMPLES
+from .evaluation_data import describe_skipped
+from .hub import load_model, load_processor
+from .processes import is_first, place
+from .processing_ig_captioner import DEFAULT_TEMPLATE
+from .prompts import is_text_file, read_templates
+from .report import describe_run, to_markdown, write_results
+from .shards import read_captions, read_image
+
+
+# In
+
+
+def load_models(arguments: argparse.Namespace):
+    """Model, processor, and the contrastive model if there is one."""
+    device = choose_device(arguments.device)
+    model = load_model(IGCaptionerForZeroShotImageClassification, arguments.model, **dtype_on(device)).to(device).eval()
+    clip = None if arguments.clip is None else ContrastiveModel.load(arguments.clip, device)
+    return model, load_processor(arguments.model), clip
+
+
+def choose_templates(arguments: argparse.Namespace) -> list[str]:
+    """Those asked for, or those that come with the class names."""
+    if arguments.templates is not None:
+        return read_templates(arguments.templates)
+    return [DEFAULT_TEMPLATE] if is_text_file(arguments.class_names) else read_templates(arguments.class_names)
+
+
+def captioned(key: str, files: dict[str, bytes]):
+    """The image and the captions of a sample, for `Samples`."""
+    return read_image(files), read_captions(files)
+
+
+# Out
+
+
+def describe_samples(arguments: argparse.Namespace, samples, split=None, tuned: str = "prior weight") -> dict[str, Any]:
+    """How many samples there are, of which kind."""
+    described = {"data": arguments.data, "skipped": describe_skipped(samples.skipped) or "none"}
+    if arguments.limit is not None:
+        described["limit"] = arguments.limit
+    if split is None:
+        return {**described, "test samples": len(samples.keys)}
+    return {
+        **described,
+        "test samples": len(split[1]),
+        "held-out samples": len(split[0]),
+        "held-out samples are": f"chosen by a hash of the key, and tune the {tuned}",
+    }
+
+
+def finish(
+    arguments: argparse.Namespace, model, title: str, tables: dict, notes: list[str], data: dict, **more: Any
+) -> None:
+    """Writes and prints the results; of several processes only the first does."""
+    if not is_first():
+        return
+    task = arguments.run.__name__.replace("_", "-")
+    intervals = (
+        f"In brackets: 95 % bootstrap intervals over test samples ({RESAMPLES} resamples, percentiles, a fixed seed). "
+        "They say nothing about other training runs."
+    )
+    results = {
+        "task": task,
+        "title": title,
+        "tables": tables,
+        **more,
+        "notes": [*notes, intervals],
+        "data": data,
+        "run": describe_run(model, arguments.model, _command_line(task, arguments)),
+    }
+    write_results(arguments.output, results)
+    print(to_markdown(results), end="")
+
+
+def _command_line(task: str, arguments: argparse.Namespace) -> str:
+    """The command with the value of every option."""
+    hidden = {"run", "traceback"} | ({"model"} if arguments.model == TINY_CHECKPOINT else set())
+    given: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name not in hidden}
+    options: list[str] = []
+    for name, value in given.items():
+        if value is not None and value is not False:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            options += [f"--{name.replace('_', '-')}", *map(str, values)]
+    processes = place()[1]
+    many = ["torchrun", "--nproc_per_node", str(processes), "-m", "ig_captioner.cli"]
+    program = ["ig-captioner"] if processes == 1 else many
+    return shlex.join([*program, "evaluate", task, *options])
