@@ -1,5 +1,6 @@
 """The small-scale experiments: what runs share and change, their data, the CLIP baseline, what the tables say."""
 
+import argparse
 import dataclasses
 import io
 import json
@@ -241,3 +242,11 @@ def test_all_experiments_on_generated_data(tmp_path):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")}
     command.main(arguments)  # nothing is trained again
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")}
+
+
+def test_runs_of_another_recipe_are_not_mixed_in(tmp_path):
+    options = argparse.Namespace(output_dir=tmp_path, recipe=RECIPES / "cpu.yaml")
+    command.Workshop(options, load_recipe(RECIPES / "cpu.yaml"))
+    command.Workshop(options, load_recipe(RECIPES / "cpu.yaml"))
+    with pytest.raises(ValueError, match="another recipe"):
+        command.Workshop(options, load_recipe(RECIPES / "gpu.yaml"))

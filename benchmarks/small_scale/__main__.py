@@ -3,10 +3,12 @@
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,20 @@ EXPERIMENTS = ("comparison", "long_tail", "ablations")
 
 
 class Workshop:
-    """Where runs lie, and how they are started. A run is a process with one thread; finished ones are not repeated."""
+    """Where the runs of a recipe lie, and how they are started. Each is a process; finished ones are not repeated.
+
+    Raises ValueError where runs of another recipe lie.
+    """
 
     def __init__(self, options: argparse.Namespace, recipe: Recipe):
         self.options, self.recipe, self.folder = options, recipe, options.output_dir.resolve()
         self.tokenizer, self.long_tail = self.folder / "tokenizer", self.folder / LONG_TAIL_SHARD
         self.holdout = recipe.train["data"]["sources"]["cifar10"]["holdout_fraction"]
         self.folder.mkdir(parents=True, exist_ok=True)
+        content, kept = json.dumps(asdict(recipe)), self.folder / "recipe.json"
+        if kept.is_file() and kept.read_text() != content:
+            raise ValueError(f"{kept} is another recipe than {options.recipe}: name another --output_dir")
+        kept.write_text(content)
 
     def prepare(self) -> None:
         """Tokenizer and long-tailed shard."""
@@ -56,7 +65,7 @@ class Workshop:
             folder.mkdir()
             order = {
                 "run": run._asdict(),
-                "recipe": str(self.options.recipe.resolve()),
+                "recipe": asdict(self.recipe),
                 "tokenizer": str(self.tokenizer),
             }
             order |= {"long_tail": str(self.long_tail), "data_root": str(Path(self.options.data_root).resolve())}
@@ -86,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = load_recipe(options.recipe)
     workshop = Workshop(options, recipe)
     workshop.prepare()
-    command = "python -m benchmarks.small_scale " + " ".join(options.experiments)
+    command = describe_command(options)
     folder = options.results
     if set(options.experiments) & {"comparison", "ablations"}:
         searched = workshop.run_all(search_runs(recipe))
@@ -105,6 +114,16 @@ def main(arguments: list[str] | None = None) -> None:
         unchanged = [each for each in compared if each["run"]["seed"] in seeds and each["run"]["arm"] != "CLIP"]
         all_runs = unchanged + workshop.run_all(ablation_runs(recipe, rates, seeds))
         write_report(folder, "ablations", ablations(all_runs), all_runs, command)
+
+
+def describe_command(options: argparse.Namespace) -> str:
+    """The command with all that changes its results."""
+    words = ["python", "-m", "benchmarks.small_scale", *options.experiments]
+    if options.recipe != HERE / "cpu.yaml":
+        words += ["--recipe", options.recipe.name]
+    if options.ablation_seeds != 1:
+        words += ["--ablation_seeds", str(options.ablation_seeds)]
+    return shlex.join(words)
 
 
 def choose_rates(searched: list[dict[str, Any]]) -> dict[str, float]:

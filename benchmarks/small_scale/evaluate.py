@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ig_captioner.contrastive import ContrastiveModel
 from ig_captioner.evaluation import (
-    confusion,
+    class_row,
+    image_to_text_row,
     image_to_text_rows,
-    make_row,
+    text_to_image_row,
     text_to_image_rows,
     zero_shot_rows,
 )
 from ig_captioner.label_trie import encode_for
 from ig_captioner.prompts import load_prompts
-from ig_captioner.retrieval import ScoreMatrix, ranks, recall_metrics, score_pairs, true_pairs
+from ig_captioner.retrieval import ScoreMatrix, score_pairs, true_pairs
 from ig_captioner.shards import (
     Skipped,
     find_shards,
@@ -35,7 +35,7 @@ from ig_captioner.shards import (
     read_image,
     read_shard,
 )
-from ig_captioner.zero_shot import accuracies, label_from_field, labelled_decoder
+from ig_captioner.zero_shot import label_from_field, labelled_decoder
 
 
 CLASS_NAMES = load_prompts("cifar10").class_names
@@ -122,9 +122,7 @@ def evaluate_captioner(model: Any, processor: Any, data: TestData) -> dict[str, 
         pairs[part] = scores(photos, captions), true_pairs([[caption] for caption in captions], captions)
     for name in classified:
         held_out_pair, test_pair = ((matrices[name], is_true) for matrices, is_true in pairs.values())
-        tables[f"Flickr8k image to text, {name}"] = with_distinct(
-            image_to_text_rows(held_out_pair, test_pair), test_pair[0]
-        )
+        tables[f"Flickr8k image to text, {name}"] = image_to_text_rows(held_out_pair, test_pair)
         tables[f"Flickr8k held out, {name}"] = image_to_text_rows(held_out_pair, held_out_pair)
     matrices, is_true = pairs["test"]
     owners = torch.arange(len(is_true))
@@ -137,15 +135,6 @@ def per_token(matrix: ScoreMatrix) -> ScoreMatrix:
     return ScoreMatrix(matrix.caption_log_likelihood / lengths, matrix.prior_log_likelihood / lengths, lengths)
 
 
-def with_distinct(rows: list[dict[str, Any]], matrix: ScoreMatrix) -> list[dict[str, Any]]:
-    """Adds to rows with a prior weight how many different texts come first for some image."""
-    for row in rows:
-        if row["prior_weight"] is not None:
-            best = matrix.information_gain(row["prior_weight"]).argmax(dim=1)
-            row["distinct_top1"] = len(best.unique())
-    return rows
-
-
 # CLIP
 
 
@@ -155,25 +144,13 @@ def evaluate_contrastive(model: ContrastiveModel, data: TestData) -> dict[str, A
     tables: dict[str, Any] = {}
     for name, part in zip(("CIFAR-10 held out", "CIFAR-10"), data.cifar10, strict=True):
         scores = model.embed_images(part.images, BATCH_SIZE) @ classes.T
-        tables[name] = [class_row(scores, torch.tensor(part.labels))]
+        tables[name] = [class_row("CLIP", scores, torch.tensor(part.labels), CLASS_NAMES)]
     for name, part in zip(("held out", "image to text"), data.flickr8k, strict=True):
         scores = model.embed_images(part.images, BATCH_SIZE) @ model.embed_texts(part.labels).T
         is_true = true_pairs([[caption] for caption in part.labels], part.labels)
-        row = recall_row(ranks(scores, is_true))
-        tables[f"Flickr8k {name}"] = [{**row, "distinct_top1": len(scores.argmax(dim=1).unique())}]
-    tables["Flickr8k text to image"] = [recall_row(ranks(scores.T, is_true.T))]
+        tables[f"Flickr8k {name}"] = [image_to_text_row("CLIP", scores, is_true)]
+    tables["Flickr8k text to image"] = [text_to_image_row("CLIP", scores, is_true, torch.arange(len(is_true)))]
     return tables
-
-
-def class_row(scores: Tensor, labels: Tensor) -> dict[str, Any]:
-    wrong_before = ranks(scores, torch.eye(len(CLASS_NAMES), dtype=torch.bool)[labels])
-    row = make_row("CLIP", lambda drawn: accuracies(wrong_before[drawn], labels[drawn]), len(labels))
-    counts = confusion(scores, labels)
-    return {**row, "predicted": counts.sum(dim=0).tolist(), "confusion": counts.tolist()}
-
-
-def recall_row(ranks_of_queries: Tensor) -> dict[str, Any]:
-    return make_row("CLIP", lambda drawn: recall_metrics(ranks_of_queries[drawn]), len(ranks_of_queries))
 
 
 # What learning rates are chosen by

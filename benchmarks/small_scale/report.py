@@ -67,10 +67,7 @@ def find_row(result: Result, line: Line, table: str) -> dict[str, Any] | None:
 def values_of(results: list[Result], line: Line, column: Column) -> list[float]:
     """One value per seed."""
     rows = [find_row(each, line, column.table) for each in results if each["run"]["arm"] == line.arm]
-    found = [row for row in rows if row is not None]
-    if column.metric == "distinct_top1":
-        return [float(row["distinct_top1"]) for row in found if "distinct_top1" in row]
-    return [row["metrics"][column.metric]["value"] for row in found]
+    return [row["metrics"][column.metric]["value"] for row in rows if row is not None]
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -244,7 +241,7 @@ def write_report(folder: Path, experiment: str, text: list[str], results: list[R
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": git_commit(),
-        "hardware": cpu_model(),
+        "hardware": f"{cpu_model()}; trained on {', '.join(sorted({each['device'] for each in unique}))}",
         "samples per run": ", ".join(f"{count:,}" for count in sorted({each["samples"] for each in unique})),
         "minutes, all runs together": f"{sum(each['minutes'] for each in unique):.0f}",
         "parameters": ", ".join(f"{arm} {count:,}" for arm, count in parameters.items()),
@@ -264,7 +261,7 @@ def slim(result: Result) -> Result:
         name: [
             {"name": row["name"], "prior_weight": row["prior_weight"]}
             | {metric: round(estimate["value"], 5) for metric, estimate in row["metrics"].items()}
-            | {key: row[key] for key in ("predicted", "distinct_top1") if key in row}
+            | {key: row[key] for key in ("predicted",) if key in row}
             for row in rows
         ]
         for name, rows in result["tables"].items()

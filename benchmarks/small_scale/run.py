@@ -11,20 +11,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoProcessor
 
 from ig_captioner import IGCaptionerForZeroShotImageClassification
+from training.config import from_dict
 from training.train import train
 
 from .contrastive import train_contrastive
 from .evaluate import evaluate_captioner, evaluate_contrastive, load_test_data, quality
-from .plan import Run, load_recipe, training_config
+from .plan import Recipe, Run, training_config
 
 
 def execute(folder: Path) -> dict[str, Any]:
     """Returns what it writes to `metrics.json`."""
     order = json.loads((folder / "run.json").read_text())
-    run, recipe = Run(**order["run"]), load_recipe(Path(order["recipe"]))
+    run, recipe = Run(**order["run"]), from_dict(Recipe, order["recipe"])
     tokenizer, long_tail = Path(order["tokenizer"]), Path(order["long_tail"])
     config = training_config(run, recipe, folder, tokenizer, long_tail, order["data_root"])
     holdout = recipe.train["data"]["sources"]["cifar10"]["holdout_fraction"]
@@ -44,6 +46,7 @@ def execute(folder: Path) -> dict[str, Any]:
         "run": order["run"],
         "parameters": parameters,
         "samples": config.max_samples,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "minutes": round((time.perf_counter() - start) / 60, 2),
         "quality": quality(tables),
         "tables": tables,
