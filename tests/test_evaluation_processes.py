@@ -86,5 +86,6 @@ def test_results_do_not_depend_on_batches_and_processes(run, commands, by_two_pr
         assert alone["tables"] == shared["tables"] and alone["data"] == shared["data"]
         files = {path.name for path in (tmp_path / size).iterdir()}
         assert files == {path.name for path in (by_two_processes / task).iterdir()}
-        for name in files & {"captions.jsonl", "model-index.yml"}:
-            assert (tmp_path / size / name).read_text() == (by_two_processes / task / name).read_text()
+        if task == "captioning":
+            captions = (folder / "captions.jsonl" for folder in (tmp_path / size, by_two_processes / task))
+            assert next(captions).read_text() == next(captions).read_text()
