@@ -8,6 +8,7 @@ Nothing is sent anywhere: no analytics, no share link, fonts and scripts from th
 hour.
 """
 
+import asyncio
 import functools
 import html
 import inspect
@@ -28,6 +29,7 @@ from .demo_input import (
     fetch,
     open_photo,
     parse_labels,
+    read_upload,
 )
 from .demo_page import CSS, MAX_SHOWN, caption_view, label_bars, note, placeholder, threshold_note, token_view
 from .demo_scores import Captioner, Scores, as_code, large_set
@@ -37,6 +39,7 @@ from .processing_ig_captioner import DEFAULT_TEMPLATE
 try:
     import gradio as gr
     import gradio.processing_utils
+    import gradio.utils
 except ImportError as error:
     raise ImportError(f"the web demo needs gradio ({error}): pip install 'ig_captioner[app]'") from error
 
@@ -88,13 +91,16 @@ class Handlers:
         """`pixel_values` of an uploaded file, as Gradio describes it."""
         if upload is None:
             raise InputError("Choose a photo first.")
-        with open(upload["path"], "rb") as file:
-            return self.captioner.read(open_photo(file.read(MAX_BYTES + 1)))
+        content = read_upload(upload.get("path"), gradio.utils.get_upload_folder())
+        return self._decode(content)[1]
 
     @shows_errors
     async def fetch(self, url: str) -> tuple[PIL.Image.Image, Tensor]:
         """The photo behind a URL, and its `pixel_values`."""
-        photo = open_photo(await fetch(url))
+        return await asyncio.to_thread(self._decode, await fetch(url))
+
+    def _decode(self, content: bytes) -> tuple[PIL.Image.Image, Tensor]:
+        photo = open_photo(content)
         return photo, self.captioner.read(photo)
 
     def forget(self) -> tuple:
@@ -241,7 +247,7 @@ def _connect(handlers: Handlers, parts: dict[str, Any]) -> None:
         "outputs": pick("pixel_values scores large_scores bars code choice tokens caption large_bars"),
         **at_once,
     }
-    # the file itself, not decoded by Gradio: its size comes first
+    # the file itself, neither checked nor decoded by Gradio: `read_upload` does the one, and its size comes first
     read = {"fn": handlers.read, "inputs": pick("photo"), "outputs": pick("pixel_values"), "preprocess": False, **model}
     load = {"fn": handlers.fetch, "inputs": pick("url"), "outputs": pick("photo pixel_values"), **private}
 

@@ -7,6 +7,8 @@ import asyncio
 import io
 import ipaddress
 import socket
+from pathlib import Path
+from typing import Any
 
 import httpx
 import PIL.Image
@@ -73,6 +75,22 @@ def _check_text(name: str, text: str) -> None:
 
 
 # Photos
+
+
+def read_upload(path: Any, folder: str) -> bytes:
+    """The bytes of a file in the folder of uploads, up to one more than the limit. The path comes from the client.
+
+    Raises:
+        InputError: for what is no regular file in there, links to elsewhere included.
+    """
+    try:
+        file = Path(path).resolve()
+        if file.is_relative_to(Path(folder).resolve()) and file.is_file():
+            with file.open("rb") as opened:
+                return opened.read(MAX_BYTES + 1)
+    except (TypeError, ValueError, OSError, RuntimeError):  # no path, or one that leads round in circles
+        pass
+    raise InputError(f"There is no uploaded file {path!r}: choose the photo again.")
 
 
 def open_photo(content: bytes) -> PIL.Image.Image:

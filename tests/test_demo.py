@@ -4,6 +4,7 @@ import ast
 import asyncio
 import io
 import math
+import os
 import re
 import runpy
 import socket
@@ -40,6 +41,7 @@ from ig_captioner.demo_input import (
     is_public,
     open_photo,
     parse_labels,
+    read_upload,
 )
 from ig_captioner.demo_page import caption_view, label_bars, number, token_view, visible
 from ig_captioner.demo_scores import Captioner, Piece, Row, Scores, TextTokens, as_code, large_set
@@ -203,6 +205,39 @@ def test_files_that_are_no_photo(photo):
     for damaged in (whole[:200], jpeg[: len(jpeg) - 200], png_header(60, 40)):
         with pytest.raises(InputError, match="damaged"):
             open_photo(damaged)
+
+
+def test_only_uploaded_files_are_read(tmp_path):
+    folder, outside = tmp_path / "uploads", tmp_path / "uploads.png"
+    (folder / "a").mkdir(parents=True)
+    for file in (folder / "a" / "photo.png", outside):
+        file.write_bytes(bytes(MAX_BYTES + 2))
+    (tmp_path / "link").symlink_to(folder)
+    for name in (
+        folder / "a" / "photo.png",
+        tmp_path / "link" / "a" / "photo.png",
+        folder / "a" / ".." / "a/photo.png",
+    ):
+        for place in (folder, tmp_path / "link"):
+            assert len(read_upload(str(name), str(place))) == MAX_BYTES + 1
+    (folder / "out.png").symlink_to(outside)
+    (folder / "round").symlink_to("round")
+    os.mkfifo(folder / "pipe")
+    names = [
+        "../uploads.png",
+        "a/../../uploads.png",
+        "out.png",
+        "round",
+        "pipe",
+        "a",
+        "",
+        "none.png",
+        "a\0b",
+        "a" * 300,
+    ]
+    for path in (None, 0, [], {}, "", "photo.png", "/dev/zero", str(outside), *(f"{folder}/{name}" for name in names)):
+        with pytest.raises(InputError, match="no uploaded file"):
+            read_upload(path, str(folder))
 
 
 # URLs
@@ -592,7 +627,8 @@ def test_numbers():
 # Handlers of the page
 
 
-def test_read(handlers, photo, pixel_values, tmp_path, raises_on_the_page):
+def test_read(handlers, photo, pixel_values, tmp_path, raises_on_the_page, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     (tmp_path / "photo").write_bytes(encoded(photo))
     (tmp_path / "text.png").write_text("no <b>image</b>")
     assert torch.equal(handlers.read({"path": str(tmp_path / "photo"), "url": "http://127.0.0.1/other"}), pixel_values)
@@ -600,6 +636,9 @@ def test_read(handlers, photo, pixel_values, tmp_path, raises_on_the_page):
         handlers.read({"path": str(tmp_path / "text.png")})
     with raises_on_the_page("Choose a photo"):
         handlers.read(None)
+    for upload in ({}, {"path": None}, {"path": __file__}, {"path": "<b>"}):
+        with raises_on_the_page("no uploaded file"):
+            handlers.read(upload)
 
 
 def test_fetch(handlers, site, photo, pixel_values, raises_on_the_page):
@@ -607,6 +646,13 @@ def test_fetch(handlers, site, photo, pixel_values, raises_on_the_page):
     assert np.array_equal(shown, photo) and torch.equal(values, pixel_values)
     with raises_on_the_page("not on the public internet"):
         asyncio.run(handlers.fetch("http://10.0.0.1/"))
+
+
+def test_photos_are_decoded_off_the_event_loop(handlers, site, monkeypatch):
+    threads = []
+    monkeypatch.setattr(handlers.captioner, "read", lambda photo: threads.append(threading.current_thread()))
+    asyncio.run(handlers.fetch(f"http://{site}/photo"))
+    assert len(threads) == 1 and threads[0] is not threading.current_thread()
 
 
 def test_classify(handlers, captioner, checkpoint, pixel_values, raises_on_the_page):
@@ -778,21 +824,37 @@ def test_the_server_limits_uploads(server):
         assert answer.status_code == status
 
 
-def test_a_client_cannot_name_a_file_or_url(server, site):
+def read_events(server, file: dict) -> str:
+    """What the server answers to a client that says where its photo is."""
     app, url = server
     read = next(i for i, fn in app.fns.items() if fn.name == "read")
+    job = {"data": [file], "fn_index": read, "session_hash": "s", "event_data": None, "trigger_id": None}
+    httpx.post(f"{url}gradio_api/queue/join", json=job).raise_for_status()
+    return httpx.get(f"{url}gradio_api/queue/data", params={"session_hash": "s"}, timeout=30).text
+
+
+UPLOADED = {"_type": "gradio.FileData"}
+
+
+@pytest.mark.parametrize("file", [{"meta": UPLOADED}, {"meta": {"_type": "x"}}, {}])
+def test_a_client_cannot_name_a_file_or_url(server, site, photo, tmp_path, file):
+    (tmp_path / "photo.png").write_bytes(encoded(photo))
     port = site.split(":")[1]
-    for path, match in (
-        (f"http://127.0.0.1:{port}/photo", "Photos are uploaded"),
-        (f"http://photos.test:{port}/photo", "Photos are uploaded"),
-        (__file__, None),
-    ):
-        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        job = {"data": [file], "fn_index": read, "session_hash": "s", "event_data": None, "trigger_id": None}
-        httpx.post(f"{url}gradio_api/queue/join", json=job).raise_for_status()
-        events = httpx.get(f"{url}gradio_api/queue/data", params={"session_hash": "s"}, timeout=30).text
-        assert '"success":false' in events and (match is None or match in events)
+    urls = [f"http://{host}:{port}/photo" for host in ("127.0.0.1", "photos.test")]
+    for path in (*urls, str(tmp_path / "photo.png"), __file__, "/dev/zero", "", None):
+        events = read_events(server, {"path": path, **file})
+        assert '"success":false' in events and '"success":true' not in events
+        if file.get("meta") != UPLOADED:  # Gradio lets them through
+            assert "no uploaded file" in events
+        elif path in urls:
+            assert "Photos are uploaded" in events
     assert Site.seen == []
+
+
+@pytest.mark.parametrize("file", [{"meta": UPLOADED}, {}])
+def test_a_client_can_name_what_it_uploaded(server, photo, file):
+    answer = httpx.post(f"{server[1]}gradio_api/upload", files={"files": ("a.png", encoded(photo))})
+    assert '"success":true' in read_events(server, {"path": answer.json()[0], **file})
 
 
 def test_launch(checkpoint, monkeypatch, capsys):
