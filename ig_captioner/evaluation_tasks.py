@@ -102,7 +102,7 @@ def _draw(folder: Path, confusions: dict, class_names: list[str], calibration: C
 
 
 def _save_calibration(arguments: argparse.Namespace, calibration: Calibration) -> None:
-    fields = {"temperature": calibration.temperature} if arguments.save_temperature else {}
+    fields = {"score_temperature": calibration.temperature} if arguments.save_temperature else {}
     if arguments.save_threshold is not None:
         fields["abstain_threshold"] = abstain_threshold(calibration.held_out.certainty, arguments.save_threshold)
     save_calibration(arguments.model, **fields)
