@@ -22,12 +22,12 @@ from .cli_arguments import (
     add_texts,
     choose_device,
     dtype_on,
-    finite_number,
     integer_up_to,
     positive_integer,
     read_labels,
     read_lines,
     read_texts,
+    threshold,
 )
 from .cli_output import Results, Row, check_finite, table, terminal_columns
 
@@ -93,8 +93,8 @@ def add_classify(commands) -> None:
     parser.add_argument("--top-k", type=positive_integer, metavar="K", help="show the best K labels (default: all)")
     alone = "score each label on its own, by the sigmoid of its information gain: several may fit"
     parser.add_argument("--multi-label", action="store_true", help=alone)
-    below = '"none of these" comes first where no label has this much information gain (default: the checkpoint\'s)'
-    parser.add_argument("--abstain-below", type=finite_number, metavar="NATS", help=below)
+    below = '"none of these" comes first where no label gains this much (default: the checkpoint\'s; =-inf: never)'
+    parser.add_argument("--abstain-below", type=threshold, metavar="NATS", help=below)
     add_format(parser)
     add_device(parser)
 
