@@ -324,7 +324,7 @@ def calibrate(
 # Into a checkpoint
 
 
-def check_target(model: str) -> None:
+def check_checkpoint_folder(model: str) -> None:
     """Raises ValueError if `model` is no folder whose configuration may be changed."""
     path = Path(model)
     if not (path / "config.json").is_file():
