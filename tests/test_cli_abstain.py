@@ -39,6 +39,20 @@ def test_a_saved_threshold_can_be_switched_off(run, here):  # noqa: F811
     assert {row["label"] for row in off} == set(LABELS)
 
 
+def test_tables_tell_what_was_calibrated(run, here):  # noqa: F811
+    model = str(save_checkpoint(here / "calibrated", score_temperature=2.5, abstain_threshold=-1.25))
+    notes = {
+        (): 'softmax of IG / 2.5 over the labels, with "none of these" at IG = -1.25',
+        ("--abstain-below", "3"): 'softmax of IG / 2.5 over the labels, with "none of these" at IG = 3',
+        ("--abstain-below=-inf", "--multi-label"): "sigmoid of IG / 2.5, each label on its own",
+    }
+    for options, note in notes.items():
+        lines = run("classify", "0.png", "--labels", *LABELS, "--model", model, *options)[1]
+        assert lines[0].split("; score: ")[1] == note
+    described = json.loads(run("info", model, "--format", "jsonl")[1][0])
+    assert (described["score_temperature"], described["abstain_threshold"]) == (2.5, -1.25)
+
+
 @pytest.mark.parametrize("text", ["nan", "inf", "none"])
 def test_a_threshold_must_be_a_number(run, text):  # noqa: F811
     code, lines, errors = run("classify", "0.png", "--labels", "cat", "--abstain-below", text)
