@@ -49,7 +49,7 @@ def main() -> None:
         (image_key_values,) = encoder.run(None, {"pixel_values": pixel_values})
         (caption_log_likelihood,) = scorer.run(None, {"image_key_values": image_key_values, **texts})
         gains = caption_log_likelihood[0] - settings["prior_weight"] * prior_log_likelihood
-        scores = np.exp((gains - gains.max()) / settings["temperature"])
+        scores = np.exp((gains - gains.max()) / settings["score_temperature"])
         for i in np.argsort(-gains):
             print(f"{path}  {options.labels[i]}: {scores[i] / scores.sum():.3f}, information gain {gains[i]:.2f} nats")
 

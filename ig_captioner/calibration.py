@@ -302,7 +302,8 @@ def calibrate(
     scores = matrix.information_gain(config.prior_weight)
     held_out, test = ((scores[part], labels[part]) for part in split)
     fitted = fit_temperature(*held_out)
-    temperatures = {f"temperature {config.temperature:.3g}": config.temperature, f"fitted, {fitted:.3g}": fitted}
+    given = config.score_temperature
+    temperatures = {f"temperature {given:.3g}": given, f"fitted, {fitted:.3g}": fitted}
     reliability = {
         name: bin_by_score(Answers(confidence(test[0], temperature), is_right(*test)))
         for name, temperature in temperatures.items()
@@ -310,7 +311,7 @@ def calibrate(
     ways, by_gain = ways_to_abstain(*test, fitted), Answers(held_out[0].amax(dim=1), is_right(*held_out))
     coverage = {name: answers for name, (answers, _) in ways.items()}
     tables = {
-        "Calibration": calibration_rows(matrix, labels, split, tuned, config.temperature),
+        "Calibration": calibration_rows(matrix, labels, split, tuned, given),
         "Abstaining": abstaining_rows(ways, config.prior_weight),
     }
     details = {
@@ -323,7 +324,7 @@ def calibrate(
 # Into a checkpoint
 
 
-def check_target(model: str) -> None:
+def check_checkpoint_folder(model: str) -> None:
     """Raises ValueError if `model` is no folder whose configuration may be changed."""
     path = Path(model)
     if not (path / "config.json").is_file():
@@ -333,7 +334,7 @@ def check_target(model: str) -> None:
 
 
 def save_calibration(folder: str | Path, **fields: float) -> None:
-    """Writes `temperature` and `abstain_threshold` into a checkpoint's `config.json`; all else stays as it is.
+    """Writes `score_temperature` and `abstain_threshold` into a checkpoint's `config.json`; all else stays as it is.
 
     Raises:
         StrictDataclassError: for values that the configuration refuses.

@@ -139,13 +139,13 @@ def prior_weight(text: str) -> float:
     return value
 
 
-def finite_number(text: str) -> float:
+def threshold(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    if not value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number, or -inf for never, got {text!r}")
     return value
 
 

@@ -4,6 +4,7 @@ Legend: B photos, N texts.
 """
 
 import argparse
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,12 +23,12 @@ from .cli_arguments import (
     add_texts,
     choose_device,
     dtype_on,
-    finite_number,
     integer_up_to,
     positive_integer,
     read_labels,
     read_lines,
     read_texts,
+    threshold,
 )
 from .cli_output import Results, Row, check_finite, table, terminal_columns
 
@@ -93,8 +94,8 @@ def add_classify(commands) -> None:
     parser.add_argument("--top-k", type=positive_integer, metavar="K", help="show the best K labels (default: all)")
     alone = "score each label on its own, by the sigmoid of its information gain: several may fit"
     parser.add_argument("--multi-label", action="store_true", help=alone)
-    below = '"none of these" comes first where no label has this much information gain (default: the checkpoint\'s)'
-    parser.add_argument("--abstain-below", type=finite_number, metavar="NATS", help=below)
+    below = '"none of these" comes first where no label gains this much (default: the checkpoint\'s; =-inf: never)'
+    parser.add_argument("--abstain-below", type=threshold, metavar="NATS", help=below)
     add_format(parser)
     add_device(parser)
 
@@ -172,8 +173,7 @@ def classify(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         return_log_likelihoods=True,
     )
-    scores = "sigmoid of IG, each label on its own" if arguments.multi_label else "softmax of IG over the labels"
-    note = f"{_formula(weight)}; score: {scores}"
+    note = f"{_formula(weight)}; score: {_score_note(arguments, classifier.model.config)}"
     results = Results(arguments.format, "image", "predictions", note)
     for index, entries in enumerate(predictions):
         results.add(photos.read[index], [{name: entry[name] for name in PREDICTION_FIELDS} for entry in entries])
@@ -301,6 +301,18 @@ def _formula(prior_weight: float) -> str:
     """What tables call IG."""
     weight = "" if prior_weight == 1 else f"{prior_weight:g} * "
     return f"IG = log P(T|I) - {weight}log P(T), in nats"
+
+
+def _score_note(arguments: argparse.Namespace, config) -> str:
+    """What the table of `classify` calls score."""
+    gain = "IG" if config.score_temperature == 1 else f"IG / {config.score_temperature:g}"
+    note = (
+        f"sigmoid of {gain}, each label on its own" if arguments.multi_label else f"softmax of {gain} over the labels"
+    )
+    limit = config.abstain_threshold if arguments.abstain_below is None else arguments.abstain_below
+    if limit is None or limit == -math.inf:
+        return note
+    return f'{note}, with "none of these" at IG = {limit:g}'
 
 
 def caption_tokens(wanted: int | None, text_config) -> int:

@@ -175,6 +175,8 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
         "longest_text": min(processor.tokenizer.model_max_length, text.max_position_embeddings),
         "prior_weight": config.prior_weight,
         "prior_source": config.prior_source,
+        "score_temperature": config.score_temperature,
+        "abstain_threshold": "none" if config.abstain_threshold is None else config.abstain_threshold,
     }
 
 

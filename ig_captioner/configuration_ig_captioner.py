@@ -271,8 +271,9 @@ class IGCaptionerConfig(PreTrainedConfig):
         prior_source (`"unconditional"` or `"reference_images"`): where log P(T) comes from: the decoder without an
             image, or, for models that were never trained so, the mean of P(T|I) over reference images (VisualGPTScore,
             arXiv 2306.01879). Calls may bring those; `num_reference_images` images of noise take their place.
-        temperature (`float`): what the pipeline divides information gains by before their softmax or sigmoid; 1 leaves
-            them as they are, fitted values make scores agree with how often they are right. It moves no ranking.
+        score_temperature (`float`): what the pipeline divides information gains by before their softmax or sigmoid; 1
+            leaves them as they are, fitted values make scores agree with how often they are right. It moves no ranking.
+            Not named `temperature`, which transformers would take for the one of sampling.
         abstain_threshold (`float`, *optional*): nats of information gain that "none of these" has as a further
             candidate of the pipeline; there is none by default.
         tie_word_embeddings (`bool`, *optional*): whether the output projection is the token embedding; by default
@@ -302,7 +303,7 @@ class IGCaptionerConfig(PreTrainedConfig):
     prior_weight: float | int = 1.0
     prior_source: Literal["unconditional", "reference_images"] = "unconditional"
     num_reference_images: int = 8
-    temperature: float | int = 1.0
+    score_temperature: float | int = 1.0
     abstain_threshold: float | int | None = None
     tie_word_embeddings: bool | None = None
 
@@ -340,8 +341,8 @@ class IGCaptionerConfig(PreTrainedConfig):
         for name in ("conditional_weight", "unconditional_weight", "prior_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be finite and positive, got {self.temperature}")
+        if not 0 < self.score_temperature < math.inf:
+            raise ValueError(f"score_temperature must be finite and positive, got {self.score_temperature}")
         if self.abstain_threshold is not None and not -math.inf < self.abstain_threshold < math.inf:
             raise ValueError(f"abstain_threshold must be finite, or None, got {self.abstain_threshold}")
         if self.tie_word_embeddings and self.text_config.num_embeddings != self.text_config.vocab_size:

@@ -121,7 +121,7 @@ class Captioner:
         config = self.model.config
         self.prior_weight = config.prior_weight
         self.settings: dict[str, Any] = {
-            "temperature": config.temperature,
+            "temperature": config.score_temperature,
             "abstain_threshold": config.abstain_threshold,
         }
         self.max_tokens = min(self.processor.tokenizer.model_max_length, config.text_config.max_position_embeddings)

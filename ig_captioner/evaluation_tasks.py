@@ -14,7 +14,15 @@ from torch import tensor
 from torch.nn.functional import one_hot
 
 from . import IGCaptionerForConditionalGeneration
-from .calibration import BINS, Calibration, abstain_threshold, calibrate, check_target, coverage_curve, save_calibration
+from .calibration import (
+    BINS,
+    Calibration,
+    abstain_threshold,
+    calibrate,
+    check_checkpoint_folder,
+    coverage_curve,
+    save_calibration,
+)
 from .captioning import captioning_row, generate_captions
 from .cli_arguments import choose_device, dtype_on
 from .cli_predict import caption_tokens
@@ -63,7 +71,7 @@ def zero_shot(arguments: argparse.Namespace) -> int:
     """Top-1, top-5 and mean per class, calibration, and pictures of both. May save what was fitted."""
     saves = arguments.save_temperature or arguments.save_threshold is not None
     if saves:
-        check_target(arguments.model)
+        check_checkpoint_folder(arguments.model)
     class_names, templates = read_class_names(arguments.class_names), choose_templates(arguments)
     model, processor, clip = load_models(arguments)
     decode = labelled_decoder(label_from_field(class_names, arguments.label_field))
@@ -102,7 +110,7 @@ def _draw(folder: Path, confusions: dict, class_names: list[str], calibration: C
 
 
 def _save_calibration(arguments: argparse.Namespace, calibration: Calibration) -> None:
-    fields = {"temperature": calibration.temperature} if arguments.save_temperature else {}
+    fields = {"score_temperature": calibration.temperature} if arguments.save_temperature else {}
     if arguments.save_threshold is not None:
         fields["abstain_threshold"] = abstain_threshold(calibration.held_out.certainty, arguments.save_threshold)
     save_calibration(arguments.model, **fields)

@@ -209,7 +209,7 @@ def export_onnx(model: IGCaptionerScorer, processor: Any, folder: str | Path) ->
     """Writes `image_encoder.onnx`, `text_scorer.onnx`, `text_prior.onnx` and `label_scorer.onnx`, and what feeds them.
 
     Weights are in `weights.bin`, once for all four. `settings.json` has the image processor's settings, `prior_weight`
-    and `temperature`; `tokenizer.json` is for `tokenizers.Tokenizer.from_file`, with padding and truncation set.
+    and `score_temperature`; `tokenizer.json` is for `tokenizers.Tokenizer.from_file`, with padding and truncation set.
 
     Args:
         model: in evaluation mode and float32.
@@ -230,7 +230,7 @@ def export_onnx(model: IGCaptionerScorer, processor: Any, folder: str | Path) ->
     image_processor = {k: v for k, v in processor.image_processor.to_dict().items() if k != "auto_map"}
     settings = {
         "prior_weight": model.config.prior_weight,
-        "temperature": model.config.temperature,
+        "score_temperature": model.config.score_temperature,
         "image_processor": image_processor,
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -273,7 +273,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         if threshold is not None and threshold > -math.inf:
             labels.append(None)
             gains.append(float(threshold))  # the one field that "none of these" has
-        scores = _scores(gains, config.temperature if temperature is None else temperature, multi_label)
+        scores = _scores(gains, config.score_temperature if temperature is None else temperature, multi_label)
         # Sorted by information gain: far-off labels share a score of 0.
         order = sorted(range(len(gains)), key=lambda i: -gains[i])[:top_k]
         entries = [{"score": scores[i], "label": labels[i]} for i in order]

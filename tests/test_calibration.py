@@ -315,12 +315,12 @@ def test_what_is_fitted_is_saved_and_used(evaluate, run, room, processor, class_
     caption, prior = class_scores
     gain, labels = caption - prior, torch.tensor(LABELS)
     config = IGCaptionerConfig.from_pretrained(folder)
-    temperature, threshold = config.temperature, config.abstain_threshold
+    temperature, threshold = config.score_temperature, config.abstain_threshold
     assert temperature == pytest.approx(fit_temperature(gain[TUNING], labels[TUNING]), rel=1e-3)
     assert threshold == pytest.approx(abstain_threshold(gain[TUNING].amax(dim=1), 0.5), abs=2e-3)
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {name for name in after if after[name] != before.get(name)} == {"config.json"}
-    own = {"temperature", "abstain_threshold"}
+    own = {"score_temperature", "abstain_threshold"}
     kept = [{k: v for k, v in json.loads(files["config.json"]).items() if k not in own} for files in (before, after)]
     assert kept[0] == kept[1]
 
@@ -352,12 +352,12 @@ def test_only_a_folder_of_ones_own_is_changed(run, room, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", 0),
-        ("temperature", -1.0),
-        ("temperature", math.nan),
-        ("temperature", math.inf),
-        ("temperature", "1"),
-        ("temperature", None),
+        ("score_temperature", 0),
+        ("score_temperature", -1.0),
+        ("score_temperature", math.nan),
+        ("score_temperature", math.inf),
+        ("score_temperature", "1"),
+        ("score_temperature", None),
         ("abstain_threshold", math.inf),
         ("abstain_threshold", math.nan),
         ("abstain_threshold", "0"),
@@ -374,7 +374,7 @@ def test_wrong_fields_are_named_and_not_saved(field, value, tmp_path):
 
 
 def test_fields_survive_a_round_trip(tmp_path):
-    IGCaptionerConfig(temperature=2, abstain_threshold=-3.5).save_pretrained(tmp_path)
+    IGCaptionerConfig(score_temperature=2, abstain_threshold=-3.5).save_pretrained(tmp_path)
     config = IGCaptionerConfig.from_pretrained(tmp_path)
-    assert (config.temperature, config.abstain_threshold) == (2, -3.5)
-    assert (IGCaptionerConfig().temperature, IGCaptionerConfig().abstain_threshold) == (1.0, None)
+    assert (config.score_temperature, config.abstain_threshold) == (2, -3.5)
+    assert (IGCaptionerConfig().score_temperature, IGCaptionerConfig().abstain_threshold) == (1.0, None)

@@ -2,7 +2,9 @@
 
 import json
 
+import pytest
 from test_cli import LABELS, checkpoint, here, run  # noqa: F401 (fixtures)
+from test_hub import save_checkpoint
 
 
 def predictions(run, *options: str) -> list[dict]:  # noqa: F811
@@ -30,6 +32,28 @@ def test_labels_on_their_own(run):  # noqa: F811
     assert code == 0 and "each label on its own" in lines[0]
 
 
-def test_a_threshold_must_be_finite(run):  # noqa: F811
-    code, lines, errors = run("classify", "0.png", "--labels", "cat", "--abstain-below", "nan")
-    assert (code, lines, len(errors)) == (2, [], 1) and "'nan'" in errors[0]
+def test_a_saved_threshold_can_be_switched_off(run, here):  # noqa: F811
+    model = ("--model", str(save_checkpoint(here / "calibrated", abstain_threshold=1e4)))
+    assert predictions(run, *model)[0]["label"] is None
+    off = predictions(run, *model, "--abstain-below=-inf")
+    assert {row["label"] for row in off} == set(LABELS)
+
+
+def test_tables_tell_what_was_calibrated(run, here):  # noqa: F811
+    model = str(save_checkpoint(here / "calibrated", score_temperature=2.5, abstain_threshold=-1.25))
+    notes = {
+        (): 'softmax of IG / 2.5 over the labels, with "none of these" at IG = -1.25',
+        ("--abstain-below", "3"): 'softmax of IG / 2.5 over the labels, with "none of these" at IG = 3',
+        ("--abstain-below=-inf", "--multi-label"): "sigmoid of IG / 2.5, each label on its own",
+    }
+    for options, note in notes.items():
+        lines = run("classify", "0.png", "--labels", *LABELS, "--model", model, *options)[1]
+        assert lines[0].split("; score: ")[1] == note
+    described = json.loads(run("info", model, "--format", "jsonl")[1][0])
+    assert (described["score_temperature"], described["abstain_threshold"]) == (2.5, -1.25)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "none"])
+def test_a_threshold_must_be_a_number(run, text):  # noqa: F811
+    code, lines, errors = run("classify", "0.png", "--labels", "cat", "--abstain-below", text)
+    assert (code, lines, len(errors)) == (2, [], 1) and repr(text) in errors[0] and "-inf" in errors[0]

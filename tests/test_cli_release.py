@@ -35,6 +35,7 @@ def test_info(run, checkpoint):
     assert described["image_size"] == config.vision_config.image_size
     assert described["text_width"] == config.text_config.hidden_size
     assert (described["prior_weight"], described["prior_source"]) == (0.75, "unconditional")
+    assert (described["score_temperature"], described["abstain_threshold"]) == (1, "none")
     assert described["longest_text"] == 12  # of the tokenizer; the model has more positions
     (row,) = csv.DictReader(io.StringIO("\n".join(run("info", "--format", "csv")[1])))
     assert row == {name: str(value) for name, value in described.items()}

@@ -520,7 +520,7 @@ def test_code_gives_the_same_scores(captioner, checkpoint, photo, labels, tmp_pa
 
 
 def test_code_of_a_calibrated_checkpoint_gives_the_scores_of_the_page(photo, tmp_path, monkeypatch):
-    checkpoint = str(save_checkpoint(tmp_path / "tiny", temperature=2.0, abstain_threshold=100.0))
+    checkpoint = str(save_checkpoint(tmp_path / "tiny", score_temperature=2.0, abstain_threshold=100.0))
     monkeypatch.chdir(tmp_path)
     photo.save("photo.jpg", quality=95)
     captioner = Captioner(checkpoint, "cpu")

@@ -138,7 +138,7 @@ def test_graphs_share_their_weights(onnx):
 def test_what_feeds_the_graphs(onnx):
     _, folder = onnx
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    assert settings["prior_weight"] == 1.0 and settings["temperature"] == 1.0
+    assert settings["prior_weight"] == 1.0 and settings["score_temperature"] == 1.0
     assert settings["image_processor"]["size"] == {"height": 16, "width": 16}
     assert settings["image_processor"]["image_mean"] == [0.5, 0.5, 0.5]
     texts = ["A photo of a Cat.", "", "dog", " ".join(["word"] * 100)]

@@ -129,6 +129,15 @@ def test_references_to_code_are_those_of_this_package(checkpoint, room):
     assert list(written["custom_pipelines"]) == ["zero-shot-image-classification"]
 
 
+def test_generation_of_a_calibrated_checkpoint_is_that_of_any_other(checkpoint, tmp_path, room):
+    calibrated = save_checkpoint(tmp_path / "calibrated", score_temperature=4.0, abstain_threshold=-1.5)
+    plain, other = (load_model(IGCaptionerForConditionalGeneration, folder) for folder in (checkpoint, calibrated))
+    assert other.config.score_temperature == 4 and not hasattr(other.config, "temperature")
+    assert other.generation_config.to_dict() == plain.generation_config.to_dict()
+    saved = json.loads((save_release(room / "release", calibrated) / "generation_config.json").read_text())
+    assert "temperature" not in saved
+
+
 def test_a_card_of_its_own_is_kept(checkpoint, room):
     card = "---\nlicense: cc0-1.0\nlibrary_name: transformers\n---\r\n\n# Schön\n{{ not a template }}\n".encode()
     (checkpoint / "README.md").write_bytes(card)

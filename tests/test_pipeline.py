@@ -286,7 +286,9 @@ def test_none_of_these_is_a_candidate_at_the_threshold(classifier, photos, multi
 
 def test_the_config_says_temperature_and_threshold(photos):
     torch.manual_seed(0)
-    calibrated = IGCaptionerForZeroShotImageClassification(make_config(temperature=3, abstain_threshold=-2.0)).eval()
+    calibrated = IGCaptionerForZeroShotImageClassification(
+        make_config(score_temperature=3, abstain_threshold=-2.0)
+    ).eval()
     torch.manual_seed(0)
     classifier, plain = make_pipeline(calibrated), make_pipeline(type(calibrated)(make_config()).eval())
     expected = plain(photos, LABELS, temperature=3, abstain_threshold=-2)
