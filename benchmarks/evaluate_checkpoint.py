@@ -15,6 +15,8 @@ from ig_captioner.cli import main as ig_captioner
 
 TASKS = {  # paths below the data root end in one of these
     "cifar10": "zero-shot --data cifar10-test-0000.tar.gz --class-names cifar10",
+    "cifar10-one-template": "zero-shot --data cifar10-test-0000.tar.gz --class-names cifar10 --templates "
+    "benchmarks/results/evaluation/cifar10-one-template/one-template.txt",  # that of its training
     "flickr8k": "retrieval --data flickr8k-val-0000.tar --captions 1",
     "captioning": "captioning --data flickr8k-val-0000.tar",
     "linear-probe": "linear-probe --train cifar10-train-*.tar.gz --data cifar10-test-0000.tar.gz --class-names cifar10",
