@@ -44,14 +44,17 @@ def main() -> None:
     }
     (prior_log_likelihood,) = prior.run(None, texts)  # [C], the same for every photo
 
+    names = [*options.labels, "none of these"]  # the last one is a candidate where there is a threshold
     for path in options.photos:
         pixel_values = read_photo(path, settings["image_processor"])[None]
         (image_key_values,) = encoder.run(None, {"pixel_values": pixel_values})
         (caption_log_likelihood,) = scorer.run(None, {"image_key_values": image_key_values, **texts})
         gains = caption_log_likelihood[0] - settings["prior_weight"] * prior_log_likelihood
+        if settings["abstain_threshold"] is not None:
+            gains = np.append(gains, settings["abstain_threshold"])
         scores = np.exp((gains - gains.max()) / settings["score_temperature"])
         for i in np.argsort(-gains):
-            print(f"{path}  {options.labels[i]}: {scores[i] / scores.sum():.3f}, information gain {gains[i]:.2f} nats")
+            print(f"{path}  {names[i]}: {scores[i] / scores.sum():.3f}, information gain {gains[i]:.2f} nats")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from .retrieval import ScoreMatrix, ranks
 TEMPERATURES = (0.01, 100.0)
 """Where temperatures are looked for."""
 BINS = 15
+FEWEST_HELD_OUT = 100
+"""Images, below which what is fitted to them is not saved."""
 SHARES = (0.95, 0.9, 0.8, 0.5)
 """Of images that are kept while the least certain are given up."""
 Split = tuple[list[int], list[int]]
@@ -287,6 +289,17 @@ class Calibration(NamedTuple):
     details: dict[str, list[dict[str, Any]]]
     reliability: dict[str, Bins]
     coverage: dict[str, Answers]
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why what was fitted should not be used, if there is a reason."""
+        doubts, number = [], len(self.held_out.is_right)
+        if number < FEWEST_HELD_OUT:
+            doubts.append(f"Only {number} images are held out: a calibration is fitted to at least {FEWEST_HELD_OUT}.")
+        if any(math.isclose(self.temperature, end, rel_tol=1e-6) for end in TEMPERATURES):
+            low, high = TEMPERATURES
+            doubts.append(f"No temperature from {low:g} to {high:g} is best: the fit ended at {self.temperature:g}.")
+        return doubts
 
 
 def calibrate(

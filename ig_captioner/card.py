@@ -122,14 +122,19 @@ def add_results(folder: Path, paths: Iterable[str | Path], digest: str | None) -
         digest: SHA-256 of the checkpoint's weights, if it is known.
 
     Raises:
-        ValueError: a file holds no results, or those of other weights.
+        ValueError: a file holds no results, or those of other weights, or two would get the same name.
         OSError: a file cannot be read.
     """
+    named: dict[str, Path] = {}
     for path in map(Path, paths):
+        name = path.resolve().parent.name if path.name == "results.json" else path.stem
+        if name in named:
+            raise ValueError(f"{named[name]} and {path} would both become {RESULTS_FOLDER}/{name}.json")
+        named[name] = path
+    for name, path in named.items():
         measured = _read_result(path)["run"].get("weights_sha256")
         if digest and measured and measured != digest:
             raise ValueError(f"{path} was measured with other weights: SHA-256 {measured}, here {digest}")
-        name = path.resolve().parent.name if path.name == "results.json" else path.stem
         (folder / RESULTS_FOLDER).mkdir(exist_ok=True)
         text = LOCAL_FOLDERS.sub("", path.read_text(encoding="utf-8"))
         (folder / RESULTS_FOLDER / f"{name}.json").write_text(text, encoding="utf-8")

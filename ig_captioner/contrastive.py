@@ -27,8 +27,9 @@ class ContrastiveModel:
 
     @classmethod
     def load(cls, name: str, device: torch.device | str = "cpu") -> "ContrastiveModel":
-        """From a folder or a Hub repository, in float32."""
-        return cls(AutoModel.from_pretrained(name, dtype="float32").to(device), AutoProcessor.from_pretrained(name))
+        """From a folder or a Hub repository, in float32. Pickled weights are refused."""
+        model = AutoModel.from_pretrained(name, dtype="float32", use_safetensors=True)
+        return cls(model.to(device), AutoProcessor.from_pretrained(name))
 
     def embed_images(self, images: Iterable[Image.Image], batch_size: int = 16) -> Tensor:
         """Unit vectors [B, E], float32 on the CPU.

@@ -90,7 +90,8 @@ def zero_shot(arguments: argparse.Namespace) -> int:
     tables = {f"{len(class_names)} classes": rows, "True classes": [gain], **calibration.tables}
     data = {**describe_samples(arguments, samples, split), "classes": len(class_names), "templates": len(templates)}
     data["held-out samples are"] += " and the temperatures"
-    finish(arguments, model, "Zero-shot classification", tables, ZERO_SHOT_NOTES, data, details=calibration.details)
+    notes = [*ZERO_SHOT_NOTES, *calibration.doubts]
+    finish(arguments, model, "Zero-shot classification", tables, notes, data, details=calibration.details)
     if is_first():
         _draw(arguments.output, confusions, class_names, calibration)
         if saves:
@@ -110,6 +111,9 @@ def _draw(folder: Path, confusions: dict, class_names: list[str], calibration: C
 
 
 def _save_calibration(arguments: argparse.Namespace, calibration: Calibration) -> None:
+    """Raises ValueError where there are doubts about what was fitted."""
+    if calibration.doubts:
+        raise ValueError(f"nothing is saved in {arguments.model}. {' '.join(calibration.doubts)}")
     fields = {"score_temperature": calibration.temperature} if arguments.save_temperature else {}
     if arguments.save_threshold is not None:
         fields["abstain_threshold"] = abstain_threshold(calibration.held_out.certainty, arguments.save_threshold)

@@ -32,6 +32,7 @@ import hashlib
 import json
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
-from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
 from .configuration_ig_captioner import as_height_width
 from .decoder_ig_captioner import TextStates
@@ -208,8 +208,9 @@ def _program(module: nn.Module, inputs: dict[str, tuple[Tensor, dict[int, Any]]]
 def export_onnx(model: IGCaptionerScorer, processor: Any, folder: str | Path) -> None:
     """Writes `image_encoder.onnx`, `text_scorer.onnx`, `text_prior.onnx` and `label_scorer.onnx`, and what feeds them.
 
-    Weights are in `weights.bin`, once for all four. `settings.json` has the image processor's settings, `prior_weight`
-    and `score_temperature`; `tokenizer.json` is for `tokenizers.Tokenizer.from_file`, with padding and truncation set.
+    Weights are in `weights.bin`, once for all four. `settings.json` has the image processor's settings and,
+    of the configuration, `prior_weight`, `score_temperature` and `abstain_threshold`; `tokenizer.json` is for
+    `tokenizers.Tokenizer.from_file`, with padding and truncation set.
 
     Args:
         model: in evaluation mode and float32.
@@ -231,6 +232,7 @@ def export_onnx(model: IGCaptionerScorer, processor: Any, folder: str | Path) ->
     settings = {
         "prior_weight": model.config.prior_weight,
         "score_temperature": model.config.score_temperature,
+        "abstain_threshold": model.config.abstain_threshold,
         "image_processor": image_processor,
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -286,16 +288,23 @@ def _tokenizer(model: IGCaptionerScorer, tokenizer: Any) -> Tokenizer:
     return copy
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ig_captioner.export", description="Writes a captioner as ONNX.")
     parser.add_argument("model", help="folder or Hub name")
     parser.add_argument("folder", type=Path, help="where the files go")
     options = parser.parse_args(arguments)
-    model = AutoModelForZeroShotImageClassification.from_pretrained(options.model, dtype=torch.float32).eval()
-    export_onnx(model, AutoProcessor.from_pretrained(options.model), options.folder)
+    from . import IGCaptionerForZeroShotImageClassification
+    from .hub import load_model, load_processor
+
+    try:
+        model = load_model(IGCaptionerForZeroShotImageClassification, options.model, dtype=torch.float32)
+        export_onnx(model, load_processor(options.model), options.folder)
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     for path in sorted(options.folder.iterdir()):
         print(f"{path.stat().st_size / 1e6:8.2f} MB  {path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

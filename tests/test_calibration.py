@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from test_cli import run  # noqa: F401 (a fixture)
-from test_evaluation import make_images
+from test_evaluation import make_images, png, write_shard
 from test_evaluation_cli import (  # noqa: F401 (fixtures)
     HELD_OUT,
     KEYS,
@@ -300,11 +300,48 @@ def test_calibration_of_zero_shot_equals_a_slow_loop(evaluate, room, class_score
     assert f"| 50.0 | {thresholds[-1]['threshold in nats']} | " in markdown
 
 
-def test_what_is_fitted_is_saved_and_used(evaluate, run, room, processor, class_scores, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    ("number", "temperature", "words"),
+    [(100, 1.0, []), (99, 1.0, ["Only 99"]), (100, 0.01, ["ended at 0.01"]), (5, 100.0, ["Only 5", "ended at 100"])],
+)
+def test_doubts(number, temperature, words):
+    answers = Answers(torch.zeros(number), torch.ones(number, dtype=torch.bool))
+    doubts = calibration.Calibration(temperature, answers, {}, {}, {}, {}).doubts
+    assert len(doubts) == len(words) and all(word in doubt for word, doubt in zip(words, doubts, strict=True))
+
+
+def test_a_calibration_in_doubt_is_told_and_not_saved(run, room, tmp_path):  # noqa: F811
+    folder = tmp_path / "model"
+    shutil.copytree(room / "model", folder)
+    before = (folder / "config.json").read_bytes()
+    arguments = ["--data", room / "shards", "--class-names", room / "prompts.json", "--model", folder]
+    options = ["--held-out-fraction", HELD_OUT, "--output", tmp_path / "out", "--save-temperature"]
+    code, lines, errors = run("evaluate", "zero-shot", *map(str, [*arguments, *options]))
+    doubt = f"Only {len(TUNING)} images are held out"
+    assert code == 1 and "nothing is saved" in errors[-1] and doubt in errors[-1]
+    assert any(doubt in line for line in lines)  # the report is written nevertheless
+    assert (folder / "config.json").read_bytes() == before
+
+
+def write_nearly_right(path, gain: torch.Tensor) -> torch.Tensor:
+    """A shard whose images have their best class, but for the second best of one to tune on. Gives the classes."""
+    labels = gain.argmax(dim=1)
+    labels[TUNING[0]] = gain[TUNING[0]].argsort()[-2]
+    names = [json.dumps({"class_name": NAMES[label]}).encode() for label in labels]
+    samples = zip(KEYS, make_images(PHOTOS), names, strict=True)
+    write_shard(path, [(key, {"png": png(image), "json": name}) for key, image, name in samples])
+    return labels
+
+
+def test_what_is_fitted_is_saved_and_used(run, room, processor, class_scores, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(calibration, "FEWEST_HELD_OUT", len(TUNING))
     folder = tmp_path / "calibrated"
     shutil.copytree(room / "model", folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    arguments = ["--data", room / "shards", "--class-names", room / "prompts.json"]
+    caption, prior = class_scores
+    gain = caption - prior
+    labels = write_nearly_right(tmp_path / "photos.tar", gain)
+    arguments = ["--data", tmp_path / "photos.tar", "--class-names", room / "prompts.json"]
     fitting = ["--model", str(folder), "--held-out-fraction", str(HELD_OUT), "--output", str(tmp_path / "fit")]
     saving = ["--save-temperature", "--save-threshold", "0.5"]
     code, lines, errors = run("evaluate", "zero-shot", *map(str, arguments), *fitting, *saving)
@@ -312,8 +349,6 @@ def test_what_is_fitted_is_saved_and_used(evaluate, run, room, processor, class_
     command = json.loads((tmp_path / "fit" / "results.json").read_text())["run"]["command"]
     assert command.endswith("--save-temperature --save-threshold 0.5")
 
-    caption, prior = class_scores
-    gain, labels = caption - prior, torch.tensor(LABELS)
     config = IGCaptionerConfig.from_pretrained(folder)
     temperature, threshold = config.score_temperature, config.abstain_threshold
     assert temperature == pytest.approx(fit_temperature(gain[TUNING], labels[TUNING]), rel=1e-3)

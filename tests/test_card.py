@@ -16,6 +16,7 @@ from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration
 from ig_captioner.card import (
     CARD_TEMPLATE,
     CardFacts,
+    add_results,
     main,
     make_card,
     read_facts,
@@ -185,6 +186,14 @@ def test_results_tell_no_folders_of_this_machine(source, tmp_path):
     folder = save_release(tmp_path / "tiny", source, results=[path])
     told |= {"model": "source", "command": "evaluate --data b.tar --clip a/b --more 'hf://x/y/z.tar'"}
     assert read_results(folder) == [results] and str(tmp_path) not in (folder / "README.md").read_text()
+
+
+def test_results_of_one_name_are_refused(source, tmp_path):
+    first, second = (write_measured(tmp_path / part / "photos", source, A=[0.1, 0.2]) for part in ("a", "b"))
+    for paths in ([first, second], [first, second.rename(tmp_path / "photos.json")]):
+        with pytest.raises(ValueError, match=f"{paths[0]} and {paths[1]} .* results/photos.json"):
+            add_results(source, paths, None)
+        assert not (source / "results").exists()
 
 
 def test_results_of_other_weights_or_of_nothing_are_refused(source, tmp_path):

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, TorchAoConfig
 
 from ig_captioner import TINY_CHECKPOINT
 from ig_captioner import IGCaptionerForZeroShotImageClassification as ZeroShot
-from ig_captioner.export import TRIE_FIELDS, TextPrior, export_onnx, export_programs
+from ig_captioner.export import TRIE_FIELDS, TextPrior, export_onnx, export_programs, main
 from ig_captioner.label_trie import build_trie
 from tiny import BOS, VARIANTS, naive_scores, padded, random_images, random_texts, tiny_model
 
@@ -139,6 +139,7 @@ def test_what_feeds_the_graphs(onnx):
     _, folder = onnx
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     assert settings["prior_weight"] == 1.0 and settings["score_temperature"] == 1.0
+    assert settings["abstain_threshold"] is None
     assert settings["image_processor"]["size"] == {"height": 16, "width": 16}
     assert settings["image_processor"]["image_mean"] == [0.5, 0.5, 0.5]
     texts = ["A photo of a Cat.", "", "dog", " ".join(["word"] * 100)]
@@ -146,6 +147,17 @@ def test_what_feeds_the_graphs(onnx):
     expected = processor_for(16, 16)(text=texts, max_length=20)
     assert [text.ids for text in ours] == expected["input_ids"]
     assert [text.attention_mask for text in ours] == expected["attention_mask"]
+
+
+def test_what_is_no_checkpoint_is_an_error_of_one_line(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    for model, message in ((tmp_path / "missing", "no such model folder"), (tmp_path / "pickled", "safetensors")):
+        with pytest.raises(SystemExit) as stop:
+            main([str(model), str(tmp_path / "onnx")])
+        lines = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 1 and message in lines[-1] and lines[-1].startswith("python -m ig_captioner.export: ")
+    assert not (tmp_path / "onnx").exists()
 
 
 @pytest.mark.slow
