@@ -31,10 +31,8 @@ def main() -> None:
     parser.add_argument("--template", default="a photo of a {}.")
     options = parser.parse_args()
     settings = json.loads((options.folder / "settings.json").read_text(encoding="utf-8"))
-    encoder, scorer, prior = (
-        onnxruntime.InferenceSession(options.folder / f"{name}.onnx")
-        for name in ("image_encoder", "text_scorer", "text_prior")
-    )
+    graphs = "image_encoder", "text_scorer", "text_prior"
+    encoder, scorer, prior = (onnxruntime.InferenceSession(options.folder / f"{name}.onnx") for name in graphs)
 
     tokenizer = Tokenizer.from_file(str(options.folder / "tokenizer.json"))
     encoded = tokenizer.encode_batch([options.template.replace("{}", label) for label in options.labels])
