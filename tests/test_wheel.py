@@ -52,7 +52,9 @@ def test_the_wheel_of_a_clean_clone_classifies(tmp_path):
 
     noise = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((90, 60)).save(tmp_path / "photo.png")
-    output = run(python.parent / "ig-captioner", "classify", "photo.png", "--json", "--labels", *LABELS, cwd=tmp_path)
+    output = run(
+        python.parent / "ig-captioner", "classify", "photo.png", "--format", "jsonl", "--labels", *LABELS, cwd=tmp_path
+    )
     scores = {row["label"]: row["score"] for row in json.loads(output)["predictions"]}
     classify = pipeline(model=TINY_CHECKPOINT, pipeline_class=IGZeroShotImageClassificationPipeline)
     expected = classify(str(tmp_path / "photo.png"), candidate_labels=LABELS)
