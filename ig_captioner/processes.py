@@ -27,7 +27,8 @@ _is_sharing = False
 def sharing() -> Iterator[None]:
     """Inside, `map_batches` shares its work among the processes that torchrun has started; they must all get there."""
     global _is_sharing
-    if _is_sharing or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    # clusters may set WORLD_SIZE for jobs that start their processes by themselves: then there is no RANK
+    if _is_sharing or "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if torch.cuda.is_available():
