@@ -38,7 +38,7 @@ CARD_TEMPLATE = Path(__file__).with_name("model_card.md")
 PIPELINE_TAG = "zero-shot-image-classification"
 TAGS = [PIPELINE_TAG, "image-to-text", "image-captioning", "information-gain", "ig-captioner"]
 LOCAL_FOLDERS = re.compile(r"""(?<![\w:/.])(?:/[^\s'"/]+)+/(?=[^\s'"/])""")
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors and torch say it
 
 
 @strict

@@ -18,8 +18,6 @@ from .cli_arguments import (
 from .cli_output import print_csv, print_json, printable, table
 
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors and torch say it
-
 INFO_EXAMPLES = """\
 examples:
   ig-captioner info                      # the checkpoint in the package
@@ -183,6 +181,8 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
 def _describe_weights(model: str) -> dict[str, Any]:
     """What the headers of the safetensors files say."""
     from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
+
+    from .card import DTYPES
 
     read = get_local_safetensors_metadata if Path(model).is_dir() else get_safetensors_metadata
     counts = read(model).parameter_count
