@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from . import __version__
-from .cli_arguments import Parser, UsageError, add_command, positive_integer
+from .cli_arguments import Parser, UsageError, add_command
 from .cli_evaluate import add_evaluate
 from .cli_output import quiet, report
 from .cli_predict import add_caption, add_classify, add_demo, add_retrieve, add_score
@@ -73,7 +73,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (add_classify, add_caption, add_score, add_retrieve, add_demo):
         add(commands)
-    add_evaluate(commands, add_command, positive_integer)
+    add_evaluate(commands)
     for add in (add_info, add_compile_labels, add_release, add_push):
         add(commands)
     summary = "Print what makes a shell complete commands, options and files with the tab key."

@@ -129,24 +129,23 @@ def integer_up_to(largest: int) -> Callable[[str], int]:
 positive_integer = integer_up_to(10**9)
 
 
-def prior_weight(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= LARGEST_PRIOR_WEIGHT:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to {LARGEST_PRIOR_WEIGHT:g}, got {text!r}")
-    return value
+def number(meaning: str, is_valid: Callable[[float], bool]) -> Callable[[str], float]:
+    """What reads a number that `is_valid`, which nan is never; else the error says that it "must be" `meaning`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"must be {meaning}, got {text!r}")
+        return value
+
+    return read
 
 
-def threshold(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number, or -inf for never, got {text!r}")
-    return value
+prior_weight = number(f"a number from 0 to {LARGEST_PRIOR_WEIGHT:g}", lambda value: 0 <= value <= LARGEST_PRIOR_WEIGHT)
+threshold = number("a finite number, or -inf for never", lambda value: value < math.inf)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from .cli_arguments import MODEL_HELP, add_command, add_device, number, positive_integer
+
 
 ZERO_SHOT_EXAMPLES = """\
 examples:
@@ -42,16 +44,15 @@ examples:
   ig-captioner evaluate lit --train "flickr8k-train-*.tar" --data "flickr8k-val-*.tar" --output out
   ig-captioner evaluate lit --train captioned/ --labelled photos/ --class-names imagenet --output out
 """
-MODEL_HELP = "folder or Hub repository (default: the checkpoint in the package)"
 DATA_HELP = "shards (pattern or folder), a folder of images, or a folder of the datasets library"
 
 TRANSFER = ("linear_probe", "lit")
 
-AddCommand = Callable[..., argparse.ArgumentParser]
-Number = Callable[[str], int]
+rate = number("a positive number", lambda value: 0 < value < float("inf"))
+fraction = number("between 0 and 1", lambda value: 0 < value < 1)
 
 
-def add_evaluate(commands, add_command: AddCommand, positive_integer: Number) -> None:
+def add_evaluate(commands) -> None:
     """Registers the commands with the parser of `ig-captioner`."""
     summary = "Measure a checkpoint on labelled or captioned images, at prior weight 0, 1 and a tuned one."
     parser = commands.add_parser("evaluate", help=summary, description=summary)
@@ -63,8 +64,7 @@ def add_evaluate(commands, add_command: AddCommand, positive_integer: Number) ->
         task.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
         limit = "a fixed choice of N, by their keys (default: all)"
         task.add_argument("--limit", type=positive_integer, metavar="N", help=limit)
-        devices = ("auto", "cpu", "cuda")
-        task.add_argument("--device", choices=devices, default="auto", help="auto: a GPU if there is one")
+        add_device(task)
         return task
 
     usage = "--data DATA --class-names FILE_OR_NAME"
@@ -72,7 +72,7 @@ def add_evaluate(commands, add_command: AddCommand, positive_integer: Number) ->
     _add_labels(task)
     _add_templates(task)
     _add_tuning(task)
-    _add_batch_size(task, positive_integer)
+    _add_batch_size(task)
     _add_saving(task)
 
     summary = "Find captions for images, and images for captions."
@@ -80,7 +80,7 @@ def add_evaluate(commands, add_command: AddCommand, positive_integer: Number) ->
     captions = "the first N captions of each image (default: all)"
     task.add_argument("--captions", type=positive_integer, metavar="N", help=captions)
     _add_tuning(task)
-    _add_batch_size(task, positive_integer)
+    _add_batch_size(task)
 
     usage = "--format FORMAT --pairs FILE_OR_FOLDER [--data DATA]"
     summary = "Tell the right caption of an image from one that differs in a word or in order."
@@ -88,14 +88,14 @@ def add_evaluate(commands, add_command: AddCommand, positive_integer: Number) ->
     task.add_argument("--format", required=True, choices=("sugarcrepe", "aro", "winoground"), help="whose files")
     task.add_argument("--pairs", type=Path, required=True, metavar="FILE_OR_FOLDER", help="the captions")
     _add_tuning(task)
-    _add_batch_size(task, positive_integer)
+    _add_batch_size(task)
 
     summary = "Write captions and compare them with those of people."
     task = add_task("captioning", "--data DATA", summary, CAPTIONING_EXAMPLES)
     task.add_argument("--num-beams", type=positive_integer, default=1, metavar="N", help="1: greedy (default)")
     longest = "longest caption (default: as ig-captioner caption)"
     task.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help=longest)
-    _add_batch_size(task, positive_integer)
+    _add_batch_size(task)
 
     usage = "--train DATA --data DATA --class-names FILE_OR_NAME"
     summary = "Classify labelled images by a linear map of frozen features, fitted to a few images per class."
@@ -105,19 +105,19 @@ def add_evaluate(commands, add_command: AddCommand, positive_integer: Number) ->
     shots = "images per class (default: %(default)s)"
     task.add_argument("--shots", type=positive_integer, default=10, metavar="N", help=shots)
     _add_tuning(task)
-    _add_batch_size(task, positive_integer)
+    _add_batch_size(task)
 
     usage = "--train DATA [--data DATA] [--labelled DATA --class-names FILE_OR_NAME]"
     summary = "Train a text tower for the frozen image encoder, and measure both as a dual encoder."
     task = add_task("lit", usage, summary, LIT_EXAMPLES, needs_data=False)
-    _add_lit(task, positive_integer)
+    _add_lit(task)
     _add_labels(task, needs_labels=False)
     _add_templates(task)
     _add_held_out(task)
     task.set_defaults(clip=None)
 
 
-def _add_lit(task: argparse.ArgumentParser, positive_integer: Number) -> None:
+def _add_lit(task: argparse.ArgumentParser) -> None:
     task.add_argument("--train", required=True, metavar="DATA", help="captioned images to train on; forms as --data")
     task.add_argument("--labelled", metavar="DATA", help="labelled images to classify; forms as --data")
     sizes = {
@@ -130,7 +130,7 @@ def _add_lit(task: argparse.ArgumentParser, positive_integer: Number) -> None:
         text = f"{help} (default: %(default)s)"
         task.add_argument(f"--{name}", type=positive_integer, default=default, metavar="N", help=text)
     rates = "tried one after another; the best on held-out training pairs is taken (default: %(default)s)"
-    task.add_argument("--learning-rates", type=_rate, nargs="+", default=[3e-4, 1e-3, 3e-3], metavar="LR", help=rates)
+    task.add_argument("--learning-rates", type=rate, nargs="+", default=[3e-4, 1e-3, 3e-3], metavar="LR", help=rates)
     task.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and order (default: %(default)s)")
 
 
@@ -168,7 +168,7 @@ def _add_labels(parser: argparse.ArgumentParser, needs_labels: bool = True) -> N
 def _add_held_out(parser: argparse.ArgumentParser) -> None:
     held_out = "share of the samples, by hash of the key, for tuning alone; no figure is about them"
     parser.add_argument(
-        "--held-out-fraction", type=_fraction, default=0.2, metavar="F", help=f"{held_out} (default: %(default)s)"
+        "--held-out-fraction", type=fraction, default=0.2, metavar="F", help=f"{held_out} (default: %(default)s)"
     )
 
 
@@ -182,14 +182,14 @@ def _add_saving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-temperature", action="store_true", help=f"{into} the fitted temperature")
     parser.add_argument(
         "--save-threshold",
-        type=_fraction,
+        type=fraction,
         metavar="F",
         help=f"{into} the threshold of information gain that this share of the held-out samples reaches: below it, the "
         'pipeline answers "none of these"',
     )
 
 
-def _add_batch_size(parser: argparse.ArgumentParser, positive_integer: Number) -> None:
+def _add_batch_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size",
         type=positive_integer,
@@ -197,23 +197,3 @@ def _add_batch_size(parser: argparse.ArgumentParser, positive_integer: Number) -
         metavar="N",
         help="images per pass; changes speed and memory, not results (default: %(default)s)",
     )
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return value
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text!r}")
-    return value

@@ -92,6 +92,11 @@ class DualEncoder(nn.Module):
         last = attention_mask.sum(dim=-1) - 1
         return F.normalize(self.text_projection(states[torch.arange(len(states), device=last.device), last]), dim=-1)
 
+    def logits(self, features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scaled cosines of images and texts, [B, N]."""
+        scale = self.log_scale.exp().clamp(max=HIGHEST_SCALE)
+        return scale * self.embed_features(features) @ self.embed_tokens(input_ids, attention_mask).T
+
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens and mask [N, L], cut to what the tower can read."""
         encoded = encode_texts(self.tokenizer, list(texts), MAX_TOKENS)
@@ -147,7 +152,9 @@ def train(pairs: Pairs, tokenizer: Any, recipe: Recipe, device: torch.device | s
     for _, rows in zip(range(recipe.steps), _draw(len(features), recipe.batch_size, generator), strict=False):
         texts = firsts[rows] + (torch.rand(len(rows), generator=generator) * counts[rows]).long()
         length = int(mask[texts].sum(dim=-1).max())
-        loss = contrastive_loss(model, features[rows], input_ids[texts, :length], mask[texts, :length])
+        tokens, of_tokens = input_ids[texts, :length], mask[texts, :length]
+        logits = model.logits(features[rows], tokens, of_tokens)
+        loss = contrastive_loss(logits, tokens.masked_fill(of_tokens == 0, -1))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -172,16 +179,13 @@ def _draw(count: int, batch_size: int, generator: torch.Generator) -> Iterator[T
         yield from order[: count // size * size].split(size)
 
 
-def contrastive_loss(model: DualEncoder, features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def contrastive_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Mean cross-entropy of texts given images and images given texts; equal texts share the probability.
 
     Args:
-        features: [B, F].
-        input_ids, attention_mask: of the caption of each, [B, L].
+        logits: [B, B], images down, texts across.
+        tokens: of the text of each pair, [B, L], padded alike.
     """
-    texts = model.embed_tokens(input_ids, attention_mask)
-    logits = model.log_scale.exp().clamp(max=HIGHEST_SCALE) * model.embed_features(features) @ texts.T
-    tokens = input_ids.masked_fill(attention_mask == 0, -1)
     is_true = (tokens[:, None] == tokens).all(dim=-1).float()
     wanted = is_true / is_true.sum(dim=1, keepdim=True)
     return (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted)) / 2

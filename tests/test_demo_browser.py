@@ -23,7 +23,7 @@ demo = pytest.importorskip("ig_captioner.demo", reason="needs gradio", exc_type=
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:
-    pytest.skip("no Chromium on this machine", allow_module_level=True)
+    pytest.skip("the tests drive a real browser: no chromium or google-chrome on the PATH", allow_module_level=True)
 
 pytestmark = pytest.mark.slow
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}

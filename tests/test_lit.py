@@ -95,7 +95,8 @@ def test_loss_equals_a_slow_loop_with_equal_captions(processor):  # noqa: F811
     features, texts = torch.randn(4, 8), ["a cat", "a small hot dog", "a cat", "bird"]
     model = DualEncoder(processor.tokenizer, features, SMALL).eval()  # noqa: F811
     with torch.no_grad():
-        loss = contrastive_loss(model, features, *model.encode(texts)).item()
+        tokens, mask = model.encode(texts)
+        loss = contrastive_loss(model.logits(features, tokens, mask), tokens.masked_fill(mask == 0, -1)).item()
         images = model.embed_features(features)
         alone = torch.cat([model.embed_tokens(*model.encode([text])) for text in texts])  # without padding
     logits = (images @ alone.T / 0.07).tolist()

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from benchmarks.small_scale import __main__ as command
-from benchmarks.small_scale.contrastive import clip_config, contrastive_loss
+from benchmarks.small_scale.contrastive import clip_config
 from benchmarks.small_scale.evaluate import CLASS_NAMES, per_token
 from benchmarks.small_scale.long_tail import class_counts, write_long_tail
 from benchmarks.small_scale.plan import (
@@ -27,6 +27,7 @@ from benchmarks.small_scale.plan import (
     training_config,
 )
 from benchmarks.small_scale.report import CLASSES, Line, difference, interval, weighted_accuracy
+from ig_captioner.lit import contrastive_loss
 from ig_captioner.retrieval import ScoreMatrix
 from ig_captioner.shards import is_held_out, read_metadata, read_shard
 from tiny import tiny_config

@@ -68,7 +68,7 @@ def test_compiled_model(workspace, tmp_path, monkeypatch):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which("g++"),
-    reason="inductor needs g++ on a CPU",
+    reason="no g++ on the PATH: torch.compile's inductor builds C++ code on a CPU",
 )
 def test_model_compiled_to_code(workspace, tmp_path, monkeypatch):  # noqa: F811
     options = {"model.text_config.dropout": 0.0, "gradient_checkpointing": True}

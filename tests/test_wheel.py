@@ -33,7 +33,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 def test_the_wheel_of_a_clean_clone_classifies(tmp_path):
     pytest.importorskip("setuptools", minversion="77", reason="building the wheel needs it")
     if not (ROOT / ".git").exists():
-        pytest.skip("this is no clone")
+        pytest.skip("the wheel is built from a clean clone, and this tree is in no git repository to clone")
     run("git", "clone", "--quiet", ROOT, "clone", cwd=tmp_path)
     pip = ("-m", "pip", "--quiet", "--disable-pip-version-check")
     run(sys.executable, *pip, "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", "./clone", cwd=tmp_path)

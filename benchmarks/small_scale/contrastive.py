@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from ig_captioner.configuration_ig_captioner import IGCaptionerConfig
 from ig_captioner.contrastive import ContrastiveModel
 from ig_captioner.information_gain import IGNORE_INDEX
+from ig_captioner.lit import contrastive_loss
 from ig_captioner.processing_ig_captioner import IGCaptionerProcessor
 from training.build import build_model_config, build_processor, image_settings
 from training.config import TrainConfig
@@ -50,18 +50,6 @@ def clip_config(config: IGCaptionerConfig) -> CLIPConfig:
         },
         projection_dim=text.hidden_size,
     )
-
-
-def contrastive_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Cross-entropy both ways; the target is spread evenly over the pairs with the same text.
-
-    Args:
-        logits: [B, B], images down, texts across.
-        input_ids: [B, L].
-    """
-    same = (input_ids[:, None] == input_ids[None, :]).all(dim=-1).float()
-    target = same / same.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 class ClipInputs:
