@@ -3,6 +3,7 @@
 # ruff: noqa: F811 (fixtures of another file are arguments here)
 
 import json
+import sys
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from ig_captioner import (
     compile_labels,
 )
 from ig_captioner.card import CardFacts, write_facts
-from ig_captioner.hub import read_in_short
+from ig_captioner.evaluation.zero_shot import classify_images
 from ig_captioner.processing_ig_captioner import default_templates
-from ig_captioner.zero_shot import classify_images
+from ig_captioner.release import read_in_short
 
 
 OWN = ["photo of a {}", "a {}."]
@@ -89,7 +90,7 @@ def test_classify_takes_the_checkpoints_templates(run, folder):
 
 
 def test_the_demo_begins_with_the_checkpoints_templates(folder):
-    demo = pytest.importorskip("ig_captioner.demo", exc_type=ImportError)
+    demo = pytest.importorskip("ig_captioner.demo.app", exc_type=ImportError)
     blocks = demo.build_app(str(folder), "cpu").blocks.values()
     (template,) = [block.value for block in blocks if getattr(block, "elem_id", None) == "template"]
     assert template.splitlines() == OWN
@@ -107,7 +108,7 @@ def test_info_says_what_a_checkpoint_is(run, folder, here):
 
 
 def test_a_line_says_what_the_model_is_that_nobody_chose(capsys, monkeypatch, folder, here):
-    monkeypatch.setattr(cli, "TINY_CHECKPOINT", str(folder))
+    monkeypatch.setattr(sys.modules["ig_captioner.cli.main"], "TINY_CHECKPOINT", str(folder))
     asked = ["classify", "0.png", "1.png", "--labels", "cat"]
     capsys.readouterr()  # what the fixtures have caused
     assert cli.main(asked) == 0

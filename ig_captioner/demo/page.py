@@ -8,8 +8,8 @@ import html
 import unicodedata
 from collections.abc import Sequence
 
-from . import TINY_CHECKPOINT
-from .demo_scores import Caption, Piece, Row
+from .. import TINY_CHECKPOINT
+from .scores import Caption, Piece, Row
 
 
 MAX_SHOWN = 20  # labels

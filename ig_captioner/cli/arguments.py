@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .cli_output import FORMATS, one_line, progress, report
-from .prompts import read_class_names, read_templates
+from ..data.prompts import read_class_names, read_templates
+from .output import FORMATS, one_line, progress, report
 
 
 # What is a photo in a folder. Pillow needs a plugin for the last two; without it they are reported, not passed over.
@@ -153,7 +153,7 @@ threshold = number("a finite number, or -inf for never", lambda value: value < m
 
 def read_labels(arguments: argparse.Namespace) -> tuple[list[str], list[str] | None]:
     """Labels and templates, checked; see `read_texts`. No templates are None, for the checkpoint's own."""
-    from .processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
+    from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 
     labels = read_texts(arguments.labels, arguments.labels_file, "--labels", read_class_names)
     templates = None
@@ -225,7 +225,7 @@ class Photos:
                 self._report(error)
 
     def __iter__(self) -> Iterator[Any]:
-        from .processing_ig_captioner import load_rgb_image
+        from ..processing_ig_captioner import load_rgb_image
 
         for name in progress(self.names, "photo", self.streams):
             try:
