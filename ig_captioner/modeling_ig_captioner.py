@@ -95,8 +95,8 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
 
     def __init__(self, config: IGCaptionerConfig):
         super().__init__(config)
-        self.vision_model = IGCaptionerVisionModel._from_config(config.vision_config)
-        self.decoder = IGCaptionerTextDecoder._from_config(config.text_config)
+        self.vision_model = IGCaptionerVisionModel.from_config(config.vision_config)
+        self.decoder = IGCaptionerTextDecoder.from_config(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
