@@ -1,9 +1,7 @@
-"""Checkpoints in and out: loading one from a folder or the Hub, and the complete folder that the Hub expects.
+"""Releases of a checkpoint: the complete folder that the Hub expects, and its upload.
 
 A released folder needs nothing but transformers: weights, configuration, tokenizer, processor, a card, and the code
 that `trust_remote_code=True` runs. What it must hold stands in `RELEASE_FILES`; `push_release` uploads it.
-
-Nothing here runs code from a checkpoint: the package's own classes read it, pickled weights are refused.
 """
 
 import ast
@@ -27,6 +25,7 @@ from huggingface_hub import (
     constants,
     get_local_safetensors_metadata,
     get_token,
+    hf_hub_download,
     snapshot_download,
 )
 from huggingface_hub.errors import HTTPError
@@ -72,7 +71,19 @@ RELEASE_PATTERNS = (
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In
+# What a checkpoint says of itself
+
+
+def read_in_short(model: str | Path) -> str | None:
+    """The one line that `card.yaml` says of a checkpoint, if it has one and can be had."""
+    folder = Path(model)
+    try:
+        if not folder.is_dir():
+            folder = Path(hf_hub_download(os.fspath(model), FACTS_FILE)).parent
+        facts = read_facts(folder)
+    except (OSError, ValueError, HTTPError):  # no such file, out of reach, or damaged: nothing depends on it
+        return None
+    return None if facts is None or not facts.in_short else " ".join(facts.in_short.split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

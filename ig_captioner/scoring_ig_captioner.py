@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .compat_ig_captioner import attention_implementation
 from .compiled_labels import CompiledLabels, CompiledTexts, contents, is_compiled, is_intercepted
 from .configuration_ig_captioner import (
     PRIOR_SOURCES,
@@ -376,7 +377,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             tuple(input_ids.shape),
             seen,
             repr(self._circumstances()),
-            self.config.text_config._attn_implementation,
+            attention_implementation(self.config.text_config),
             torch.is_inference_mode_enabled(),
             *((id(p), p.data_ptr(), p.dtype, p._version) for p in parameters),
         )

@@ -4,11 +4,11 @@ import argparse
 import shlex
 from typing import Any
 
-from .. import TINY_CHECKPOINT, IGCaptionerForZeroShotImageClassification
+from .. import TINY_CHECKPOINT, IGCaptionerConfig, IGCaptionerForZeroShotImageClassification
 from ..checkpoint import load_on_device, load_processor
 from ..data.prompts import is_text_file, read_templates
 from ..data.samples import describe_skipped
-from ..processing_ig_captioner import DEFAULT_TEMPLATE
+from ..processing_ig_captioner import default_templates
 from .contrastive import ContrastiveModel
 from .processes import is_first, place
 from .report import describe_run, to_markdown, write_results
@@ -25,11 +25,11 @@ def load_models(arguments: argparse.Namespace):
     return model, load_processor(arguments.model), clip
 
 
-def choose_templates(arguments: argparse.Namespace) -> list[str]:
-    """Those asked for, or those that come with the class names."""
+def choose_templates(arguments: argparse.Namespace, config: IGCaptionerConfig) -> list[str]:
+    """Those asked for, or those that come with the class names, or the checkpoint's own."""
     if arguments.templates is not None:
         return read_templates(arguments.templates)
-    return [DEFAULT_TEMPLATE] if is_text_file(arguments.class_names) else read_templates(arguments.class_names)
+    return default_templates(config) if is_text_file(arguments.class_names) else read_templates(arguments.class_names)
 
 
 # Out
