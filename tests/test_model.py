@@ -77,7 +77,7 @@ def attention_maps(model, **kwargs) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("text_only_layers", [0, 1])
 def test_masks_cell_by_cell(text_only_layers):
     """Which keys a query may see, read off the prefix decoder's attention weights: [queries, patches + text]."""
-    model = IGCaptionerForConditionalGeneration._from_config(
+    model = IGCaptionerForConditionalGeneration.from_config(
         tiny_config({"num_text_only_layers": text_only_layers}), attn_implementation="eager"
     ).eval()
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
