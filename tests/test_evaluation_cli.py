@@ -259,7 +259,10 @@ def test_text_to_image_draws_images_with_all_their_texts():
 def class_scores(model, processor):
     """log P(T|I) [B, C] and log P(T) [C], means over templates."""
     parts = [pair_by_pair(model, processor, make_images(PHOTOS), [t.format(n) for n in NAMES]) for t in TEMPLATES]
-    return [sum(values) / len(TEMPLATES) for values in zip(*parts, strict=True)]
+    caption, prior = (sum(values) / len(TEMPLATES) for values in zip(*parts, strict=True))
+    assert_clear_order(torch.stack([caption - weight * prior for weight in PRIOR_WEIGHTS]))
+    assert_clear_order(prior)
+    return caption, prior
 
 
 def test_zero_shot_equals_a_slow_loop(evaluate, room, class_scores, processor):
@@ -395,12 +398,15 @@ def test_retrieval_equals_a_slow_loop(evaluate, room, model, processor):
     scores = {
         name: caption - rows[name]["prior_weight"] * prior for name in ("likelihood", "information gain", "tuned")
     }
+    different = [texts.index(text) for text in dict.fromkeys(texts)]
     for name, matrix in {**scores, "blind": prior.expand_as(caption)}.items():
+        assert_clear_order(matrix[:, different])
         check_recall(values(rows[name]), [slow_rank(*row) for row in zip(matrix, is_true, strict=True)])
         first_texts = {texts[max(range(len(texts)), key=row.__getitem__)] for row in matrix.tolist()}
         assert values(rows[name])["distinct_top1"] == len(first_texts)
     first, clip = results["tables"]["Text to image"]
     assert first["name"] == "any prior weight" and clip["name"] == str(room / "clip")
+    assert_clear_order(caption[:, different].T)
     check_recall(values(first), [slow_rank(*row) for row in zip(caption.T, is_true.T, strict=True)])
     (gain,) = results["tables"]["True pairs"]
     tokens = [len(processor.tokenizer(text)["input_ids"]) for text in texts]

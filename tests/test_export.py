@@ -17,7 +17,7 @@ from ig_captioner import TINY_CHECKPOINT
 from ig_captioner import IGCaptionerForZeroShotImageClassification as ZeroShot
 from ig_captioner.export import TRIE_FIELDS, TextPrior, export_onnx, export_programs, main
 from ig_captioner.label_trie import build_trie
-from tiny import BOS, VARIANTS, naive_scores, padded, random_images, random_texts, tiny_model
+from tiny import BOS, VARIANTS, assert_clear_order, naive_scores, padded, random_images, random_texts, tiny_model
 
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "onnx_classify.py"
@@ -179,6 +179,7 @@ def test_the_example_gives_the_models_scores_without_torch(tmp_path):
     inputs = processor(images=photo, text=[f"a photo of a {label}." for label in labels], return_tensors="pt")
     with torch.no_grad():
         gains = model.score(**inputs).information_gain[0]
+    assert_clear_order(gains)
     for i in gains.argsort(descending=True).tolist():
         line, _, printed = printed.partition("\n")
         assert line.startswith(f"photo.png  {labels[i]}: {gains.softmax(dim=-1)[i]:.3f}, ")

@@ -83,6 +83,6 @@ def naive_scores(model, images: torch.Tensor | None, texts: list[list[int]]) -> 
 
 
 def assert_clear_order(scores: torch.Tensor, tolerance: float = 1e-4) -> None:
-    """Fails if two scores of a row are closer than `tolerance`: their order would be that of rounding on this machine."""
+    """Fails if two scores of a row are closer than `tolerance`: rounding, which differs by machine, would rank them."""
     closest = scores.sort(dim=-1).values.diff(dim=-1).min().item()
     assert closest > tolerance, f"two scores differ by {closest:.1e} only"
