@@ -8,7 +8,7 @@ from .. import TINY_CHECKPOINT, IGCaptionerForZeroShotImageClassification
 from ..cli.arguments import choose_device, dtype_on
 from ..data.prompts import is_text_file, read_templates
 from ..data.samples import describe_skipped
-from ..data.shards import read_captions, read_image
+from ..data.shards import image_of, read_captions
 from ..processing_ig_captioner import DEFAULT_TEMPLATE
 from ..release import load_model, load_processor
 from .contrastive import ContrastiveModel
@@ -37,7 +37,7 @@ def choose_templates(arguments: argparse.Namespace) -> list[str]:
 
 def captioned(key: str, files: dict[str, bytes]):
     """The image and the captions of a sample, for `Samples`."""
-    return read_image(files), read_captions(files)
+    return image_of(files), read_captions(files)
 
 
 # Out

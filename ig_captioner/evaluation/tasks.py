@@ -18,7 +18,7 @@ from ..cli.arguments import choose_device, dtype_on
 from ..cli.predict import caption_tokens
 from ..data.prompts import read_class_names
 from ..data.samples import Samples, describe_skipped, split_by_hash
-from ..data.shards import first_by_hash, read_image
+from ..data.shards import first_by_hash, image_of
 from ..release import load_model, load_processor
 from .calibration import (
     BINS,
@@ -182,7 +182,7 @@ def _score_items(arguments: argparse.Namespace, items, priors, model, processor,
 
     def decode(key: str, files: dict[str, bytes]):
         name = find_name(key, names)
-        return name, None if name is None else read_image(files)
+        return name, None if name is None else image_of(files)
 
     samples, size = Samples(arguments.data, decode), arguments.batch_size
     all_scores = score_images(items, samples, lambda asked: score_own_texts(model, processor, asked, size))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.shards import Skipped, read_captions, read_decoded, read_image, read_metadata
+from ..data.shards import Skipped, image_of, read_captions, read_decoded, read_metadata
 from ..label_trie import CompiledLabels, is_compiled
 from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 from .processes import map_batches
@@ -75,7 +75,7 @@ def labelled_decoder(find_label: FindLabel) -> Callable[[str, dict[str, bytes]],
             label = find_label(files)
         except ValueError as error:
             raise ValueError(f"sample {key!r}: {error}") from error
-        return read_image(files), label
+        return image_of(files), label
 
     return decode
 
