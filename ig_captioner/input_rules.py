@@ -20,6 +20,7 @@ C. A text without a word is refused.
 Needs Pillow, numpy and the standard library only: a folder of ONNX graphs holds a copy of this file.
 """
 
+import os
 import unicodedata
 import warnings
 from collections.abc import Collection
@@ -80,35 +81,25 @@ def read_image_file(file: Any, max_pixels: int = MAX_PIXELS, formats: Collection
         ImageError: for what is no image of these formats, has too many pixels, or cannot be decoded.
         OSError: for a path that cannot be opened.
     """
-    with open_image(file, max_pixels, formats) as image:
-        try:
-            if _has_more_frames(image):
-                _warn("only the first frame of an animation, or the first page of a TIFF, is read")
-            return to_rgb(image)
-        except InputWarning:  # where warnings are errors
-            raise
-        except Exception as error:  # Pillow raises many kinds for a broken file: OSError, SyntaxError, struct.error
-            raise ImageError(UNDECODABLE, f"it cannot be decoded: {error}") from error
-
-
-def open_image(file: Any, max_pixels: int = MAX_PIXELS, formats: Collection[str] = FORMATS) -> PIL.Image.Image:
-    """Opens an image file without decoding it; arguments and errors as for [`read_image_file`]."""
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "rb") as opened:
+            return read_image_file(opened, max_pixels, formats)
     PIL.Image.init()
     try:
         image = PIL.Image.open(file, formats=[name for name in formats if name in PIL.Image.OPEN])
+        if image.width * image.height > max_pixels:
+            raise ImageError(TOO_MANY_PIXELS, f"{image.width} x {image.height} pixels are more than {max_pixels:,}")
+        if _has_more_frames(image):
+            _warn("only the first frame of an animation, or the first page of a TIFF, is read")
+        return to_rgb(image)
+    except (ImageError, InputWarning):  # the second where warnings are errors
+        raise
     except PIL.Image.DecompressionBombError as error:  # Pillow's own limit, which a program may have lowered
         raise ImageError(TOO_MANY_PIXELS, str(error)) from error
     except PIL.UnidentifiedImageError as error:
-        message = f"it is no image of the formats {', '.join(formats)}"
-        raise ImageError(NOT_AN_IMAGE, message) from error
-    except OSError:
-        raise
-    except Exception as error:
-        raise ImageError(NOT_AN_IMAGE, f"it is no image, or its beginning is damaged: {error}") from error
-    if image.width * image.height > max_pixels:
-        image.close()
-        raise ImageError(TOO_MANY_PIXELS, f"{image.width} x {image.height} pixels are more than {max_pixels:,}")
-    return image
+        raise ImageError(NOT_AN_IMAGE, f"it is no image of the formats {', '.join(formats)}") from error
+    except Exception as error:  # Pillow raises many kinds for a broken file: OSError, SyntaxError, struct.error
+        raise ImageError(UNDECODABLE, f"it cannot be decoded: {error}") from error
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

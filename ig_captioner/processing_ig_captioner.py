@@ -171,11 +171,18 @@ def _check_span(pixels: np.ndarray | torch.Tensor) -> None:
         raise ValueError(f"pixels of an array must be from 0 to 255, got {low:g} to {high:g} ({pixels.dtype})")
 
 
-def format_labels(labels: Sequence[str], templates: str | Sequence[str]) -> list[str]:
+def default_templates(config: Any) -> list[str]:
+    """The templates for labels that come without one: the checkpoint's own, where its configuration has any."""
+    return list(getattr(config, "prompt_templates", None) or [DEFAULT_TEMPLATE])
+
+
+def format_labels(
+    labels: Sequence[str], templates: str | Sequence[str], template_name: str = "a template"
+) -> list[str]:
     """Every label in every template, template by template: T x C texts.
 
     Each `{}` of a template is replaced by the label as it stands; braces in labels and other braces in
-    templates mean nothing. Labels may repeat.
+    templates mean nothing. Labels may repeat. `template_name` is what errors call a template.
 
     Raises:
         ValueError: naming the value, for labels that are not a list (or tuple) of at least one string, for
@@ -190,11 +197,13 @@ def format_labels(labels: Sequence[str], templates: str | Sequence[str]) -> list
         check_unicode(label, "every entry of candidate_labels")
     listed = [templates] if isinstance(templates, str) else templates
     if not isinstance(listed, (list, tuple)) or not listed:
-        raise ValueError(f"hypothesis_template must be one string or more, got {shorten(templates)}")
+        raise ValueError(f"{template_name} must be one string or more, got {shorten(templates)}")
     for template in listed:
         if not isinstance(template, str) or "{}" not in template:
-            raise ValueError(f"hypothesis_template must be a string with {{}} in it, got {shorten(template)}")
-        check_unicode(template, "hypothesis_template")
+            raise ValueError(
+                f"{template_name} must be a string with {{}} in it, where the label goes, got {shorten(template)}"
+            )
+        check_unicode(template, template_name)
     return [template.replace("{}", label) for template in listed for label in labels]
 
 
@@ -264,6 +273,7 @@ IGCaptionerProcessor.register_for_auto_class("AutoProcessor")
 __all__ = [
     "IGCaptionerImageProcessor",
     "IGCaptionerProcessor",
+    "default_templates",
     "encode_texts",
     "format_labels",
     "load_rgb_image",
