@@ -100,10 +100,11 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
 
     def score(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None,
         input_ids: Tensor | CompiledTexts | CompiledLabels,
         attention_mask: Tensor | None = None,
         *,
+        image_features: Tensor | None = None,
         prior_weight: float | None = None,
         prior_source: str | None = None,
         reference_pixel_values: Tensor | None = None,
@@ -118,11 +119,12 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         adapters stand between the weights and the result.
 
         Args:
-            pixel_values: [B, channels, height, width].
+            pixel_values: [B, channels, height, width]; None with `image_features`.
             input_ids: [C, L], exactly the tokens that are scored: end-of-sequence included, start token excluded; or
                 what `compile_texts` or `compile_labels` returned.
             attention_mask: [C, L] of 0 and 1, padding on either side; found from the padding id if not given, on the
                 right where that is an end-of-sequence id, too.
+            image_features: [B, P, E], what `model.encode_features` made of the images.
             prior_weight: weight of log P(T); `config.prior_weight` if not given. 0 ranks by likelihood.
             prior_source: "unconditional" or "reference_images"; `config.prior_source` if not given.
             reference_pixel_values: [R, channels, height, width], the images over which P(T|I) is averaged to P(T);
