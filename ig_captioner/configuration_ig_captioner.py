@@ -274,9 +274,9 @@ class IGCaptionerConfig(PreTrainedConfig):
             place of all image tokens: `[2, 1]` gives five, the quarters and the whole. Class and register tokens are
             left out then. By default the tokens are read as they come.
         image_token_norm (`bool`): a LayerNorm over the encoder's width in front of the decoder, trained with it.
-        image_position_embedding (`"none"`, `"learned"` or `"sincos2d"`): added to the image tokens behind that norm, for
-            encoders whose tokens do not say where they come from: one learned vector per token, or fixed sine-cosine
-            values of the place in the image (none for class and register tokens).
+        image_position_embedding (`"none"`, `"learned"` or `"sincos2d"`): added to the image tokens after that norm,
+            for encoders whose tokens do not say where they come from: one learned vector per token, or fixed
+            sine-cosine values of the place in the image (none for class and register tokens).
         conditional_weight, unconditional_weight (`float`): weights a and b of the training loss
             `a * CE(T|I) + b * CE(T)` (arXiv 2311.17072). The defaults 1.5 and 0.5 are what we remember of the paper,
             unverified.
@@ -387,7 +387,9 @@ class IGCaptionerConfig(PreTrainedConfig):
             raise ValueError(f"image_token_grids must be None or positive numbers, got {self.image_token_grids}")
         width = self.text_config.encoder_hidden_size
         if self.image_position_embedding == "sincos2d" and width % 4:
-            raise ValueError(f"image_position_embedding='sincos2d' needs an encoder width of a multiple of 4, got {width}")
+            raise ValueError(
+                f"image_position_embedding='sincos2d' needs an encoder width of a multiple of 4, got {width}"
+            )
 
     def validate_architecture(self):
         """Part of `@strict`: called when the object is built and when it is saved."""

@@ -210,8 +210,8 @@ def find_layout(
             if rows * columns == tokens - leading:
                 return ImageLayout(width, rows, columns, leading, trailing)
     raise ValueError(
-        f"{features.shape[1]} tokens of an encoder of type {config.model_type!r} for an image of {image_size} pixels are "
-        "no grid of patches: image_token_grids must be None"
+        f"{features.shape[1]} tokens of an encoder of type {config.model_type!r} for an image of {image_size} pixels "
+        "are no grid of patches: image_token_grids must be None"
     )
 
 
