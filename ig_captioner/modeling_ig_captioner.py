@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .compat_ig_captioner import CACHE_NAME, accepts_both_cache_names, rename_cache
 from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig
 from .decoder_ig_captioner import IGCaptionerTextDecoder
 from .encoder_ig_captioner import (
@@ -59,19 +61,14 @@ from .vision_ig_captioner import (
 
 
 @dataclass
-class IGCaptionerModelOutput(ModelOutput):
+class IGCaptionerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
     """last_hidden_state [N, L, D]; encoder_last_hidden_state [N, P, E] if pixels were given."""
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
     encoder_last_hidden_state: Tensor | None = None
 
 
 @dataclass
-class IGCaptionerCausalLMOutput(ModelOutput):
+class IGCaptionerCausalLMOutput(CausalLMOutputWithCrossAttentions):
     """Output of [`IGCaptionerForConditionalGeneration`]. Losses are scalars in nats per token.
 
     loss: `conditional_weight * (captioning or parallel) + unconditional_weight * unconditional`.
@@ -83,17 +80,11 @@ class IGCaptionerCausalLMOutput(ModelOutput):
     logits: [N, L, V]; position i predicts token i of `labels`, or the token after `input_ids[:, i]`. None in training.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
     captioning_loss: Tensor | None = None
     unconditional_loss: Tensor | None = None
     parallel_loss: Tensor | None = None
     caption_log_likelihood: Tensor | None = None
     prior_log_likelihood: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
     encoder_last_hidden_state: Tensor | None = None
 
 
@@ -118,10 +109,10 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
 
     def __init__(self, config: IGCaptionerConfig):
         super().__init__(config)
-        build = IGCaptionerVisionModel._from_config if config.has_own_encoder else build_encoder
+        build = IGCaptionerVisionModel.from_config if config.has_own_encoder else build_encoder
         self.vision_model = build(config.vision_config)
         self.image_tokens = IGCaptionerImageTokens(config)
-        self.decoder = IGCaptionerTextDecoder._from_config(config.text_config)
+        self.decoder = IGCaptionerTextDecoder.from_config(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -173,6 +164,7 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
         image_tokens = self.read_features(pixel_values, image_features)
         return self.decoder.read_image(image_tokens), image_tokens
 
+    @accepts_both_cache_names
     @can_return_tuple
     def forward(
         self,
@@ -180,7 +172,7 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         image_key_values: Tensor | None = None,
         image_features: Tensor | None = None,
@@ -214,7 +206,7 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             image_key_values=key_values,
             parallel_rows=parallel_rows,
@@ -263,6 +255,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         """Whether Trainer may leave the division over accumulated batches to the loss: only if that counts tokens."""
         return self.config.loss_reduction == "token"
 
+    @accepts_both_cache_names
     @can_return_tuple
     def forward(
         self,
@@ -270,7 +263,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         image_key_values: Tensor | None = None,
         image_features: Tensor | None = None,
@@ -291,8 +284,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             image_features: [N, P, E], instead of `pixel_values`: what `model.encode_features` returned.
             labels: [N, L], the tokens to be predicted, end-of-sequence included; -100 is ignored. The decoder's input
                 is made from them: `logits[:, i]` predicts `labels[:, i]`.
-            past_key_values: holds the text only. With it, give `pixel_values` or `image_key_values` (see `read_image`)
-                in every call; `generate` does.
+            cache (or `past_key_values`): holds the text only. With it, give `pixel_values` or `image_key_values` (see
+                `read_image`) in every call; `generate` does.
             parallel_prediction: CapPa's mode for the whole batch. In training with labels,
                 `config.parallel_prediction_prob` chooses texts at random instead.
             skip_logits: with `labels`, compute the loss without ever holding all logits, and return none; if not given,
@@ -303,7 +296,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         """
         if labels is not None:
             unused = {"inputs_embeds": inputs_embeds, "image_key_values": image_key_values}
-            unused |= {"position_ids": position_ids, "past_key_values": past_key_values}
+            unused |= {"position_ids": position_ids, "cache": cache}
             for name, value in unused.items():
                 if value is not None:
                     raise ValueError(f"{name} cannot be combined with labels, which the decoder's input is made from")
@@ -323,7 +316,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             image_key_values=image_key_values,
             image_features=image_features,
@@ -454,6 +447,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 with the end-of-sequence token, as the tokenizer makes them, they are turned into that form.
             attention_mask: [N, L], for prompts padded on the left (on either side if they end with end-of-sequence).
         """
+        kwargs = rename_cache(kwargs, CACHE_NAME)
         prompt = kwargs.pop("input_ids", inputs)
         if prompt is not None and prompt.is_floating_point():
             raise ValueError(f"prompts are token ids, got {prompt.dtype}, shape {tuple(prompt.shape)}")

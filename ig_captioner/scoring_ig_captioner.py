@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
+from .compat_ig_captioner import attention_implementation
 from .configuration_ig_captioner import (
     PRIOR_SOURCES,
     IGCaptionerConfig,
@@ -412,7 +413,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             tuple(input_ids.shape),
             seen,
             repr(self._circumstances()),
-            self.config.text_config._attn_implementation,
+            attention_implementation(self.config.text_config),
             torch.is_inference_mode_enabled(),
             *((id(p), p.data_ptr(), p.dtype, p._version) for p in parameters),
         )

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from .compat_ig_captioner import attention_implementation, build_from_config
+
 
 # Values for fields that an encoder may have: what the decoder never reads is not computed.
 READ_IN_FULL = {"mask_ratio": 0.0, "vision_use_head": False, "do_pooling": False}
@@ -113,12 +115,13 @@ def size_of(config: PreTrainedConfig, default: int = 224) -> tuple[int, int]:
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """The encoder with random weights, without a pooling layer where that can be left out."""
     model_class = encoder_class(config)
-    wanted = config._attn_implementation
+    options: dict[str, Any] = {}
+    wanted = attention_implementation(config)
     if wanted is not None and not _supports_attention(model_class, wanted):
-        config._attn_implementation = "eager"
-    without = {"add_pooling_layer": False}
-    known = inspect.signature(model_class.__init__).parameters
-    return model_class._from_config(config, **{name: value for name, value in without.items() if name in known})
+        options["attn_implementation"] = "eager"
+    if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        options["add_pooling_layer"] = False
+    return build_from_config(model_class, config, **options)
 
 
 def _supports_attention(model_class: type[PreTrainedModel], implementation: str) -> bool:
