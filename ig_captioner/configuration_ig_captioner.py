@@ -27,6 +27,7 @@ REMOTE_CODE_FILES = (
     "decoder_ig_captioner.py",
     "processing_ig_captioner.py",
     "label_trie.py",
+    "compiled_labels.py",
     "scoring_ig_captioner.py",
     "pipeline_ig_captioner.py",
     "modeling_ig_captioner.py",

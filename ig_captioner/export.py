@@ -44,10 +44,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
+from .compiled_labels import max_positions_of
 from .configuration_ig_captioner import as_height_width
 from .decoder_ig_captioner import TextStates
 from .information_gain import shift_right
-from .label_trie import TextTrie, build_trie, max_positions_of
+from .label_trie import TextTrie, build_trie
 from .scoring_ig_captioner import IGCaptionerScorer
 
 
@@ -294,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where the files go")
     options = parser.parse_args(arguments)
     from . import IGCaptionerForZeroShotImageClassification
-    from .release import load_model, load_processor
+    from .checkpoint import load_model, load_processor
 
     try:
         model = load_model(IGCaptionerForZeroShotImageClassification, options.model, dtype=torch.float32)

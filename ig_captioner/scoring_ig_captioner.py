@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from .compat_ig_captioner import attention_implementation
+from .compiled_labels import CompiledLabels, CompiledTexts, contents, is_compiled, is_intercepted
 from .configuration_ig_captioner import (
     PRIOR_SOURCES,
     IGCaptionerConfig,
@@ -30,7 +31,7 @@ from .configuration_ig_captioner import (
 from .decoder_ig_captioner import TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, KeyValues
 from .information_gain import information_gain, text_mask
-from .label_trie import CompiledLabels, CompiledTexts, TextTrie, build_trie, is_compiled
+from .label_trie import TextTrie, build_trie
 
 
 # How many numbers are held at once of what grows with texts and images: logits, and the inner states of an MLP.
@@ -48,15 +49,6 @@ class IGCaptionerScoreOutput(ModelOutput):
     information_gain: Tensor | None = None
 
 
-def is_intercepted(module: nn.Module) -> bool:
-    """Whether hooks, adapters (peft) or offloading (accelerate) may change what a module makes of its weights."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # transformers' own, which record hidden states, change nothing
-    foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers.")]
-    has_adapter = hasattr(module, "disable_adapters") and not isinstance(module, IGCaptionerPreTrainedModel)
-    return bool(foreign) or has_adapter or hasattr(module, "_hf_hook") or "forward" in vars(module)
-
-
 # What a configuration may say beside the architecture, some of it only since it was loaded or saved.
 NOT_ARCHITECTURE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
@@ -70,17 +62,6 @@ def architecture_of(config: PreTrainedConfig) -> str:
     else:
         fields = {name: value for name, value in config.to_diff_dict().items() if name not in NOT_ARCHITECTURE}
     return json.dumps(fields, sort_keys=True, default=str)
-
-
-def contents(tensor: Tensor) -> Iterator[Any]:
-    """The bytes that a tensor holds; of a quantised one (torchao) those of its parts, and how they are to be read."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor.contiguous().cpu().flatten().view(torch.uint8).numpy()
-        return
-    names, settings = tensor.__tensor_flatten__()
-    yield repr(settings).encode()
-    for name in names:
-        yield from contents(getattr(tensor, name))
 
 
 class IGCaptionerScorer(IGCaptionerPreTrainedModel):

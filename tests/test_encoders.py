@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tiny_encoders import CONVOLUTIONAL, ENCODERS, FIVE_TOKENS, SMALL_VIT, encoder_config, encoder_model, images_for
 from torch.nn import functional as F
 from transformers import (
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from ig_captioner import IGCaptionerConfig, IGCaptionerVisionConfig
+from ig_captioner.compiled_labels import is_intercepted
 from ig_captioner.vision_ig_captioner import as_map, find_layout
 from tiny import padded, random_images, random_texts, tiny_model
 
@@ -275,3 +277,8 @@ def test_only_the_frozen_batch_norms_of_a_trained_encoder_do():
     assert [norm.training for norm in norms] == [False] + [True] * (len(norms) - 1)
     model.eval()
     assert not any(norm.training for norm in norms)
+
+
+def test_an_encoder_of_transformers_is_no_adapter():
+    """Its class has a method `disable_adapters`, as peft's layers do, which are a reason to keep nothing of texts."""
+    assert not any(is_intercepted(module) for module in encoder_model("siglip2").modules())

@@ -22,6 +22,7 @@ READING_ORDER = [
     "decoder_ig_captioner",
     "processing_ig_captioner",
     "label_trie",
+    "compiled_labels",
     "scoring_ig_captioner",
     "pipeline_ig_captioner",
     "modeling_ig_captioner",

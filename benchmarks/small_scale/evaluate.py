@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from ig_captioner.compiled_labels import encode_for
 from ig_captioner.data.prompts import load_prompts
+from ig_captioner.data.samples import label_from_field, labelled_decoder
 from ig_captioner.data.shards import (
     Skipped,
     find_shards,
@@ -34,8 +36,6 @@ from ig_captioner.evaluation.rows import (
     zero_shot_rows,
 )
 from ig_captioner.evaluation.scores import ScoreMatrix, score_pairs, true_pairs
-from ig_captioner.evaluation.zero_shot import label_from_field, labelled_decoder
-from ig_captioner.label_trie import encode_for
 
 
 CLASS_NAMES = load_prompts("cifar10").class_names
