@@ -25,6 +25,7 @@ REMOTE_CODE_FILES = (
     "information_gain.py",
     "encoder_ig_captioner.py",
     "decoder_ig_captioner.py",
+    "input_rules.py",
     "processing_ig_captioner.py",
     "label_trie.py",
     "compiled_labels.py",

@@ -46,6 +46,7 @@ from .information_gain import (
 
 # Not used here: code is fetched entry file by entry file with what that file imports, and a model so fetched must find
 # all of its files beside this one when it is saved again.
+from .input_rules import to_rgb  # noqa: F401
 from .label_trie import TextTrie  # noqa: F401
 from .pipeline_ig_captioner import IGZeroShotImageClassificationPipeline  # noqa: F401
 from .processing_ig_captioner import IGCaptionerProcessor  # noqa: F401

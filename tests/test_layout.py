@@ -20,6 +20,7 @@ READING_ORDER = [
     "information_gain",
     "encoder_ig_captioner",
     "decoder_ig_captioner",
+    "input_rules",
     "processing_ig_captioner",
     "label_trie",
     "compiled_labels",
