@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration
-from ig_captioner.prompts import load_prompts
 from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
+from ig_captioner.prompts import load_prompts
 
 from .measure import DEVICE, circumstances
 
@@ -53,9 +53,7 @@ def scorers(folder: str, texts: dict[str, Tensor]) -> Iterator[tuple[str, torch.
     """Name, precision and `images [B, ...] -> log P(T|I) [B, C]` of every way to score on the device."""
 
     def load(dtype: torch.dtype, attention: str = "sdpa") -> IGCaptionerForConditionalGeneration:
-        model = IGCaptionerForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention
-        )
+        model = IGCaptionerForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
         return model.to(DEVICE).eval()
 
     def whole_batch(model: IGCaptionerForConditionalGeneration) -> Score:
