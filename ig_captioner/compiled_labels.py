@@ -18,10 +18,9 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_ig_captioner import IGCaptionerTextConfig, IGCaptionerVisionConfig
-from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .label_trie import TextTrie
 from .processing_ig_captioner import default_templates, encode_texts, format_labels
 
@@ -30,6 +29,8 @@ JSON_FILE = "labels.json"
 TENSOR_FILE = "labels.safetensors"
 FORMAT = 1
 WORDS_PER_SUM = 1024
+# What a configuration may say beside the architecture, some of it only since it was loaded or saved.
+NOT_ARCHITECTURE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -234,19 +235,28 @@ def _checksum(tensor: Tensor) -> Iterator[Any]:
 
 def _circumstances(model: Any) -> tuple:
     """What scores depend on beside weights: the architecture, autocast, hooks and the state of adapters."""
-    sections = (model.config.vision_config, model.config.text_config)
-    own = (IGCaptionerVisionConfig, IGCaptionerTextConfig)
-    fields = [
-        [getattr(section, name) for name in of.__annotations__] for section, of in zip(sections, own, strict=True)
-    ]
+    config = model.config
+    image_tokens = (config.image_token_grids, config.image_token_norm, config.image_position_embedding)
+    architecture = [architecture_of(config.vision_config), architecture_of(config.text_config), image_tokens]
+    autocast = [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     states = ("disable_adapters", "active_adapters", "merged")  # of peft's layers
     between = [
         (name, *module._forward_hooks, *module._forward_pre_hooks, *(str(getattr(module, s, None)) for s in states))
         for name, module in model.named_modules()
         if is_intercepted(module)
     ]
-    autocast = [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    return fields, model.config.decoder_start_token_id, autocast, between
+    return architecture, config.decoder_start_token_id, autocast, between
+
+
+def architecture_of(config: PreTrainedConfig) -> str:
+    """The fields that a configuration states, as one text: equal before and after saving, and in other versions."""
+    own = {IGCaptionerVisionConfig.model_type: IGCaptionerVisionConfig}
+    own[IGCaptionerTextConfig.model_type] = IGCaptionerTextConfig
+    if config.model_type in own:
+        fields = {name: getattr(config, name) for name in own[config.model_type].__annotations__}
+    else:
+        fields = {name: value for name, value in config.to_diff_dict().items() if name not in NOT_ARCHITECTURE}
+    return json.dumps(fields, sort_keys=True, default=str)
 
 
 def is_intercepted(module: nn.Module) -> bool:
@@ -254,5 +264,5 @@ def is_intercepted(module: nn.Module) -> bool:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     # transformers' own, which record hidden states, change nothing
     foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers.")]
-    has_adapter = hasattr(module, "disable_adapters") and not isinstance(module, IGCaptionerPreTrainedModel)
+    has_adapter = hasattr(module, "disable_adapters") and not isinstance(module, PreTrainedModel)
     return bool(foreign) or has_adapter or hasattr(module, "_hf_hook") or "forward" in vars(module)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .compiled_labels import CompiledLabels, CompiledTexts, fingerprint_of, is_compiled
-from .configuration_ig_captioner import PRIOR_SOURCES, IGCaptionerConfig, as_height_width
+from .configuration_ig_captioner import PRIOR_SOURCES, IGCaptionerConfig
 from .decoder_ig_captioner import TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, KeyValues
 from .information_gain import information_gain, text_mask
@@ -27,7 +27,7 @@ from .label_trie import TextTrie, build_trie
 
 # How many numbers are held at once of what grows with texts and images: logits, and the inner states of an MLP.
 # 2**28 is 1 GiB in float32; on a CPU less, so that it stays in the caches.
-MAX_NUMBERS_PER_CHUNK = {"cpu": 2**23, "other": 2**28}
+MAX_NUMBERS_PER_CHUNK = {"cpu": 2**21, "other": 2**28}
 
 
 @dataclass
@@ -48,10 +48,11 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
 
     def score(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None,
         input_ids: Tensor | CompiledTexts | CompiledLabels,
         attention_mask: Tensor | None = None,
         *,
+        image_features: Tensor | None = None,
         prior_weight: float | None = None,
         prior_source: str | None = None,
         reference_pixel_values: Tensor | None = None,
@@ -65,11 +66,12 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         the trie, log P(T) and the text-only layers of every call but one.
 
         Args:
-            pixel_values: [B, channels, height, width].
+            pixel_values: [B, channels, height, width]; None with `image_features`.
             input_ids: [C, L], exactly the tokens that are scored: end-of-sequence included, start token excluded; or
                 what `compile_texts` or `compile_labels` returned.
             attention_mask: [C, L] of 0 and 1, padding on either side; found from the padding id if not given, on the
                 right where that is an end-of-sequence id, too.
+            image_features: [B, P, E], what `model.encode_features` made of the images.
             prior_weight: weight of log P(T); `config.prior_weight` if not given. 0 ranks by likelihood.
             prior_source: "unconditional" or "reference_images"; `config.prior_source` if not given.
             reference_pixel_values: [R, channels, height, width], the images over which P(T|I) is averaged to P(T);
@@ -89,8 +91,10 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         positions = self._positions_per_pass(chunk_size)
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-        if not len(pixel_values):
-            raise ValueError(f"pixel_values holds no image, got shape {tuple(pixel_values.shape)}")
+        for name, images in (("pixel_values", pixel_values), ("image_features", image_features)):
+            if images is not None and not len(images):
+                raise ValueError(f"{name} holds no image, got shape {tuple(images.shape)}")
+        image_tokens = self.model.read_features(pixel_values, image_features)
         if isinstance(input_ids, Tensor):
             references = self._references(prior_source, reference_pixel_values, input_ids.device)
             texts = self._compile(input_ids, attention_mask, references, positions)
@@ -100,8 +104,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
                 raise ValueError(f"compiled texts have their prior already, but {given} came with them")
             compiled: Any = input_ids
             compiled = compiled.texts if is_compiled(compiled) else compiled
-            texts = compiled.verified_for(self).to(pixel_values.device)
-        caption_log_likelihood = self._log_likelihoods(texts, pixel_values, positions)
+            texts = compiled.verified_for(self).to(image_tokens.device)
+        caption_log_likelihood = self._log_likelihoods(texts, image_tokens, positions)
         prior_log_likelihood = texts.prior_log_likelihood.clone()
         if reduction == "mean":
             caption_log_likelihood = caption_log_likelihood / texts.trie.lengths
@@ -150,8 +154,9 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         positions = self._positions_per_pass(chunk_size)
         if pixel_values is None:
             return self._edges(texts.verified_for(self), None, positions)
-        texts = texts.verified_for(self).to(pixel_values.device)
-        return torch.cat(list(self._edges_by_image(texts, pixel_values, positions)))
+        image_tokens = self.model.read_features(pixel_values)
+        texts = texts.verified_for(self).to(image_tokens.device)
+        return torch.cat(list(self._edges_by_image(texts, image_tokens, positions)))
 
     def fingerprint(self) -> str:
         """Identifies all that scores depend on: weights, architecture, autocast, hooks and the state of adapters."""
@@ -197,8 +202,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
                 shape = tuple(reference_pixel_values.shape)
                 raise ValueError(f"reference_pixel_values holds no image, got shape {shape}")
             return reference_pixel_values
-        vision, generator = self.config.vision_config, torch.Generator().manual_seed(0)
-        shape = (vision.num_channels, *as_height_width(vision.image_size, "image_size"))
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.config.image_channels, *self.config.image_size)
         return torch.randn(self.config.num_reference_images, *shape, generator=generator).to(device, self.dtype)
 
     @torch.compiler.disable
@@ -216,17 +221,17 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         if references is None:
             prior = trie.sum_over_texts(self._edges(texts, None, positions))[0]
         else:
-            prior = self._log_likelihoods(texts, references, positions).logsumexp(dim=0) - math.log(len(references))
+            image_tokens = self.model.read_features(references)
+            prior = self._log_likelihoods(texts, image_tokens, positions).logsumexp(dim=0) - math.log(len(references))
         return dataclasses.replace(texts, prior_log_likelihood=prior)
 
-    def _log_likelihoods(self, texts: CompiledTexts, pixel_values: Tensor, positions: int) -> Tensor:
-        """log P(T|I), [B, C]."""
-        edges = self._edges_by_image(texts, pixel_values, positions)
+    def _log_likelihoods(self, texts: CompiledTexts, image_tokens: Tensor, positions: int) -> Tensor:
+        """log P(T|I), [B, C], of images as the decoder reads them."""
+        edges = self._edges_by_image(texts, image_tokens, positions)
         return torch.cat([texts.trie.sum_over_texts(log_p) for log_p in edges])
 
-    def _edges_by_image(self, texts: CompiledTexts, pixel_values: Tensor, positions: int) -> Iterator[Tensor]:
+    def _edges_by_image(self, texts: CompiledTexts, image_tokens: Tensor, positions: int) -> Iterator[Tensor]:
         """log P of every edge of a trie, [b, E] for b images at a time."""
-        image_tokens = self.model.vision_model(pixel_values=pixel_values).last_hidden_state
         images_per_pass = max(1, positions // texts.trie.tokens.numel())
         for tokens in image_tokens.split(images_per_pass):
             yield self._edges(texts, self.model.decoder.read_image(tokens), positions)
