@@ -36,7 +36,7 @@ from .label_trie import TextTrie, build_trie
 
 # How many numbers are held at once of what grows with texts and images: logits, and the inner states of an MLP.
 # 2**28 is 1 GiB in float32; on a CPU less, so that it stays in the caches.
-MAX_NUMBERS_PER_CHUNK = {"cpu": 2**23, "other": 2**28}
+MAX_NUMBERS_PER_CHUNK = {"cpu": 2**21, "other": 2**28}
 MAX_KEPT_TEXTS = 4
 
 
