@@ -1,4 +1,4 @@
-"""The same labels for many photos: CPU time per photo of the pipeline, and of calls of `score` with and without compiling.
+"""The same labels for many photos: CPU time per photo of the pipeline and of calls of `score`, texts compiled or not.
 
     OMP_NUM_THREADS=1 python -m benchmarks.repeated_texts                    # the shipped checkpoint, 100 photos
     OMP_NUM_THREADS=1 python -m benchmarks.repeated_texts --base --photos 8  # ViT-B/16, decoder 6 x 384, random weights
