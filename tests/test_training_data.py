@@ -343,7 +343,7 @@ def test_no_augmentation_is_the_image_processor():
     settings = image_settings(processor)
     view = augment(image, AugmentationConfig(), settings, np.random.default_rng(0))
     expected = processor(image, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(normalise(view[None], settings), expected, atol=2 / 255 / 0.5, rtol=0)
+    torch.testing.assert_close(normalise(np.stack([view]), settings), expected, atol=2 / 255 / 0.5, rtol=0)
 
 
 def test_a_crop_of_the_centre_is_what_is_augmented():

@@ -266,8 +266,8 @@ def sample_decoder(
     """The `decode` of `read_decoded` that gives pixels and caption tokens.
 
     Args:
-        size, keep_proportions: see `shrink`; for samples that are kept: the pixels are then uint8 [H, W, 3], which takes less memory than
-            the image as decoded, and all captions are encoded at once.
+        size, keep_proportions: see `shrink`; for samples that are kept: the pixels are then uint8 [H, W, 3], which
+            takes less memory than the image as decoded, and all captions are encoded at once.
     """
 
     def decode(key: str, files: dict[str, bytes]) -> Sample:
