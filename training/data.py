@@ -140,7 +140,7 @@ def load_training_data(
     training, held_out, skipped = {}, {}, []
     for name, source in config.sources.items():
         if config.cache_in_memory or (source.holdout_fraction and max_held_out):
-            training[name], held_out[name], broken = read_cache(name, paths[name], source, config, encode)
+            training[name], held_out[name], broken = read_cache(name, paths[name], source, config, encode, settings)
             held_out[name] = choose_held_out(held_out[name], max_held_out)
             skipped += broken
     mixture: Dataset
@@ -203,7 +203,7 @@ def kill_workers() -> None:
 
 
 def read_cache(
-    name: str, paths: list[str], source: SourceConfig, config: DataConfig, encode: Encode
+    name: str, paths: list[str], source: SourceConfig, config: DataConfig, encode: Encode, settings: ImageSettings
 ) -> tuple[list[Sample], list[Sample], list[Skipped]]:
     """Decodes a source: (training samples, held-out samples, skipped).
 
@@ -216,7 +216,8 @@ def read_cache(
     training: list[Sample] = []
     held_out: list[Sample] = []
     skipped: list[Skipped] = []
-    for item in read_samples(paths, encode, max_pixels=config.max_image_pixels, size=config.cache_size, keep=keep):
+    cached = {"size": config.cache_size, "keep_proportions": settings.crop_pct is not None}
+    for item in read_samples(paths, encode, max_pixels=config.max_image_pixels, keep=keep, **cached):
         if isinstance(item, Skipped):
             if config.cache_in_memory or item.reason not in SHARD_REASONS:
                 skipped.append(item)
