@@ -196,7 +196,7 @@ def test_folders_have_sidecars_and_places_in_order(tmp_path):
     (tmp_path / "notes.txt").write_text("no photo")
     (key, plain), (deep, labelled) = read_source(str(tmp_path))
     assert (key, deep) == ("2", "b/1") and plain["txt"] == b"a cat" and "json" not in plain
-    assert json.loads(labelled["json"]) == {"class_name": "b", "class_id": 1}
+    assert json.loads(labelled["json"]) == {"class_name": "b", "class_id": 1, "class_folders": 2}
 
 
 def test_split_by_hash_is_that_of_training():
