@@ -76,7 +76,7 @@ def class_numbers(folders: Sequence[str]) -> dict[str, int]:
     classes they are, and nothing comes out.
     """
     if not all(name.isascii() and name.isdecimal() for name in folders):
-        ordered_names = sorted(folders, key=lambda name: unicodedata.normalize("NFC", name))
+        ordered_names = sorted(folders, key=lambda name: (unicodedata.normalize("NFC", name), name))
         return {name: number for number, name in enumerate(ordered_names)}
     numbers = {name: int(name) for name in folders}  # also of no folders at all
     ordered = sorted(numbers.values())
