@@ -147,7 +147,7 @@ def test_a_run_starts_from_the_encoder(config, tokenizer, tmp_path):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     assert not any(parameter.requires_grad for parameter in model.model.vision_model.parameters())
     processor = build_processor(config, model.config, tokenizer).image_processor
-    assert processor.image_mean == [0.4, 0.5, 0.6] and processor.crop_pct == 0.875
+    assert tuple(processor.image_mean) == (0.4, 0.5, 0.6) and processor.crop_pct == 0.875
     assert isinstance(processor, IGCaptionerImageProcessor)
 
 
