@@ -363,6 +363,78 @@ def kosmos2() -> Build:
     return Build(random_model(hf.Kosmos2ForConditionalGeneration, config), inputs)
 
 
+def kosmos2_5() -> Build:
+    text = {"vocab_size": VOCABULARY, "embed_dim": 32, "ffn_dim": 64, "layers": 3, "attention_heads": 4}
+    text |= {"max_position_embeddings": 128, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": END}
+    vision = {**SMALL, "patch_embed_hidden_size": 48, "head_dim": 8, "num_hidden_layers": 2, "max_num_patches": 64}
+    config = hf.Kosmos2_5Config(text_config=text, vision_config=vision, latent_query_num=4)
+    ids = torch.tensor([[0, 90, 91, 91, 91, 91, 92, *PROMPT]])
+    patches = pixels(1, 8, 50)
+    patches[..., :2] = torch.arange(16).view(1, 8, 2) % 4 + 1
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "flattened_patches": patches}
+    inputs["image_embeds_position_mask"] = (ids == 91).long()
+    model = random_model(hf.Kosmos2_5ForConditionalGeneration, config)
+    return Build(model, inputs, pixels="flattened_patches")
+
+
+def instructblip_t5() -> Build:
+    build = instructblip()
+    model = random_model(
+        hf.InstructBlipForConditionalGeneration, hf.InstructBlipConfig(text_config=T5, **QUERIES)
+    )
+    start = {"decoder_input_ids": torch.tensor([[0]])}
+    return Build(model, {**build.inputs, **start}, {**text_only(), **start})
+
+
+def fuyu() -> Build:
+    config = hf.FuyuConfig(text_config={**LLAMA, "model_type": "persimmon"}, image_token_id=IMAGE, patch_size=4)
+    inputs = {**prompted([], 6, [1, *PROMPT]), "pixel_values": pixels(1, 6, 48)}
+    return Build(random_model(hf.FuyuForCausalLM, config), inputs, text_only())
+
+
+QUANTISER = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1, "embed_dim": 16}
+QUANTISER |= {"latent_channels": 16, "num_embeddings": 8}
+
+
+def chameleon() -> Build:
+    names = {"<image>": IMAGE, **{f"IMGIMG{'ABCDEFGH'[code]}Z": 104 + code for code in range(8)}}
+    vq = {**QUANTISER, "resolution": 16}
+    config = hf.ChameleonConfig(**{**DECODER, "num_key_value_heads": 4}, vq_config=vq, vocabulary_map=names)
+    model = random_model(hf.ChameleonForConditionalGeneration, config)
+    return Build(model, {**prompted([1], 64), "pixel_values": pixels()}, text_only())
+
+
+def janus() -> Build:
+    vision = {**VISION, "projection_dim": 32, "depth": 2, "num_image_tokens": 16}
+    vq = {**QUANTISER, "num_patches": 4, "projection_dim": 32, "image_token_embed_dim": 32}
+    config = hf.JanusConfig(vision_config=vision, text_config=LLAMA, vq_config=vq, image_token_id=IMAGE)
+    model = random_model(hf.JanusForConditionalGeneration, config)
+    return Build(model, {**prompted([1], 16), "pixel_values": pixels()}, text_only())
+
+
+def phi4_multimodal() -> Build:
+    vision = {**VISION, "image_size": 16, "crop_size": 16, "image_token_id": IMAGE}
+    audio = {"hidden_size": 32, "intermediate_size": 32, "num_blocks": 1, "num_attention_heads": 4, "input_size": 8}
+    audio |= {"ext_pw_out_channel": 32, "nemo_conv_channels": 8, "audio_token_id": 98}
+    text = {**DECODER, "max_position_embeddings": 512, "original_max_position_embeddings": 512}
+    config = hf.Phi4MultimodalConfig(**text, vision_config=vision, audio_config=audio)
+    model = random_model(hf.Phi4MultimodalForCausalLM, config)
+    # 2 x 2 tokens and a separator per row, for the tile and the whole, and one between them
+    inputs = {**prompted([1], 13), "image_pixel_values": pixels(1, 2, 3, 16, 16)}
+    inputs |= {"image_sizes": torch.tensor([[16, 16]]), "image_attention_mask": torch.ones(1, 2, 4, 4)}
+    return Build(model, inputs, text_only(), pixels="image_pixel_values")
+
+
+def glm4v() -> Build:
+    vision = {**QWEN_VISION, **QWEN_WIDTH, "image_size": 24, "temporal_patch_size": 1, "num_heads": 4}
+    vision |= {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64}
+    text = {**QWEN_TEXT, "rope_parameters": {**ROTARY, "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}}
+    tokens = {"image_start_token_id": 97, "image_end_token_id": 96, "video_token_id": 98, "image_token_id": IMAGE}
+    tokens |= {"video_start_token_id": 95, "video_end_token_id": 94}
+    config = hf.Glm4vConfig(vision_config=vision, text_config=text, **tokens)
+    return _grid(hf.Glm4vForConditionalGeneration, config)
+
+
 BUILDS: dict[str, Callable[[], Build]] = {
     "llava": llava,
     "vipllava": vipllava,
@@ -393,6 +465,13 @@ BUILDS: dict[str, Callable[[], Build]] = {
     "florence2": florence2,
     "pix2struct": pix2struct,
     "kosmos2": kosmos2,
+    "kosmos2_5": kosmos2_5,
+    "instructblip_t5": instructblip_t5,
+    "fuyu": fuyu,
+    "chameleon": chameleon,
+    "janus": janus,
+    "phi4_multimodal": phi4_multimodal,
+    "glm4v": glm4v,
 }
 
 

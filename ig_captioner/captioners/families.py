@@ -15,11 +15,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
 from .prefix import Prefix
+from .prompts import (
+    BlipPrompt,
+    DecoderPrompt,
+    EncoderPrompt,
+    FuyuPrompt,
+    PaliGemmaPrompt,
+    Phi4Prompt,
+    Pix2StructPrompt,
+    ProcessorPrompt,
+    Prompt,
+    StartTokenPrompt,
+)
 
 
 CHAT_PROMPT = "Describe the image in one short sentence."
@@ -34,9 +46,11 @@ class Family:
             was frozen, so that log P(T) without an image is honest; else "reference_images".
         without_image: whether the model can be asked without an image at all.
         no_tree: why texts must not be read as a tree although their decoder takes positions; None where they may.
+        prompt_class: how the instruction becomes tensors.
     """
 
     prompt = CHAT_PROMPT
+    prompt_class: type[Prompt] = Prompt
     prior_source = "unconditional"
     without_image = True
     no_tree: str | None = None
@@ -117,6 +131,7 @@ def only_last_logits(module: nn.Module) -> dict[str, int]:
 class PaliGemma(Family):
     """Counts positions from 1. The prompt is attended to in both directions, so it is always read as a whole."""
 
+    prompt_class = PaliGemmaPrompt
     prompt = "caption en"
 
     def first_positions(self, lengths, inputs):
@@ -124,7 +139,7 @@ class PaliGemma(Family):
 
 
 class RotaryImage(Family):
-    """Qwen-VL and its kin: an image takes more tokens than positions; the model keeps the difference per image."""
+    """Qwen-VL, GLM-4V and their kin: an image takes fewer positions than tokens; the model keeps the difference."""
 
     def first_positions(self, lengths, inputs):
         if "image_grid_thw" not in inputs:
@@ -132,9 +147,30 @@ class RotaryImage(Family):
         return lengths + self.model.model.rope_deltas.flatten().to(lengths.device)
 
 
+class Janus(Family):
+    """Its own `generate()` passes no logits processor on when it writes text."""
+
+    def generate(self, inputs, **options):
+        return GenerationMixin.generate(self.model, **inputs, **options)
+
+
+class Fuyu(Family):
+    """Its processor puts image and answer token around the prompt."""
+
+    prompt_class = FuyuPrompt
+    prompt = "Generate a coco-style caption.\n"
+
+
+class Phi4Multimodal(Family):
+    """A causal language model whose chat format for images is not in its template."""
+
+    prompt_class = Phi4Prompt
+
+
 class Git(Family):
     """Reads the image before the text without placeholders; positions count text alone."""
 
+    prompt_class = StartTokenPrompt
     prompt = ""
     prior_source = "reference_images"  # it runs without an image but was never trained to
 
@@ -145,6 +181,7 @@ class Git(Family):
 class Blip(Family):
     """Cross-attends to the image in a text decoder of its own, which begins with [DEC] and ends with [SEP]."""
 
+    prompt_class = BlipPrompt
     prompt = ""
     prior_source = "reference_images"  # it runs without an image but was never trained to
 
@@ -175,6 +212,7 @@ class Blip(Family):
 class Blip2(Family):
     """BLIP-2 and InstructBLIP with a decoder-only language model, which alone goes on; it was frozen in training."""
 
+    prompt_class = ProcessorPrompt
     prompt = ""
 
     @property
@@ -194,12 +232,15 @@ class Blip2(Family):
 
 
 class InstructBlip(Blip2):
+    """As BLIP-2; its query tokens read the instruction, too."""
+
     prompt = "Write a short description of the image."
 
 
 class Kosmos2(Family):
     """Goes on in `text_model`, which numbers positions behind its padding id, and builds its own mask."""
 
+    prompt_class = ProcessorPrompt
     prompt = "An image of"
     prior_source = "reference_images"
     without_image = False
@@ -211,6 +252,13 @@ class Kosmos2(Family):
 
     def first_positions(self, lengths, inputs):
         return lengths + self.model.config.text_config.pad_token_id + 1
+
+
+class Kosmos25(Kosmos2):
+    """As Kosmos-2, with patches in place of pixels, and a mask that may be given. Trained to read documents."""
+
+    prompt = "<md>"
+    no_tree = None
 
 
 class Mllama(Family):
@@ -235,6 +283,7 @@ class EncoderDecoder(Family):
     `inputs` hold the beginning of the text as `decoder_input_ids`.
     """
 
+    prompt_class = DecoderPrompt
     prompt = ""
     prior_source = "reference_images"
     without_image = False
@@ -280,11 +329,16 @@ class VisionEncoderDecoder(EncoderDecoder):
 
 
 class Florence2(EncoderDecoder):
+    """The encoder reads the image and a task, the decoder texts alone."""
+
+    prompt_class = EncoderPrompt
     prompt = "<CAPTION>"
 
 
 class Pix2Struct(EncoderDecoder):
     """The decoder cross-attends to those patches only that `attention_mask` names."""
+
+    prompt_class = Pix2StructPrompt
 
     def _constants(self, outputs, inputs):
         constants = super()._constants(outputs, inputs)
@@ -295,6 +349,7 @@ class Pix2Struct(EncoderDecoder):
 class Blip2Seq2Seq(EncoderDecoder):
     """BLIP-2 and InstructBLIP with T5, whose encoder reads the image tokens and the prompt; it was frozen."""
 
+    prompt_class = EncoderPrompt
     prior_source = "unconditional"
     without_image = True
 
@@ -318,27 +373,25 @@ FAMILIES: dict[str, type[Family]] = {
     "blip": Blip,
     "blip-2": Blip2,
     "florence2": Florence2,
+    "fuyu": Fuyu,
     "git": Git,
     "instructblip": InstructBlip,
+    "janus": Janus,
     "kosmos-2": Kosmos2,
-    "kosmos-2.5": Kosmos2,
+    "kosmos-2.5": Kosmos25,
     "mllama": Mllama,
     "paligemma": PaliGemma,
+    "phi4_multimodal": Phi4Multimodal,
     "pix2struct": Pix2Struct,
-    "qwen2_5_vl": RotaryImage,
-    "qwen2_vl": RotaryImage,
-    "qwen3_5": RotaryImage,
-    "qwen3_5_moe": RotaryImage,
-    "qwen3_vl": RotaryImage,
-    "qwen3_vl_moe": RotaryImage,
     "vision-encoder-decoder": VisionEncoderDecoder,
 }
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The family of a loaded model."""
-    config = model.config
-    family = FAMILIES.get(config.model_type, Family)
-    if issubclass(family, Blip2) and not config.use_decoder_only_language_model:
+    """The family of a loaded model: by `model_type`, by what the model keeps, or the one of most models."""
+    family = FAMILIES.get(model.config.model_type)
+    if family is None:
+        family = RotaryImage if hasattr(getattr(model, "model", None), "rope_deltas") else Family
+    if issubclass(family, Blip2) and not model.config.use_decoder_only_language_model:
         family = Blip2Seq2Seq
     return family(model)

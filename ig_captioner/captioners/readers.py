@@ -10,7 +10,7 @@ Legend: B images, C texts, L tokens of a text, E edges, Q positions of a block, 
 Log-likelihoods are in nats, float32.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,10 +109,10 @@ def read_generated(family: Family, inputs: dict[str, Any], trie: TextTrie) -> Te
 
 def forced_log_likelihoods(family: Family, inputs: dict[str, Any], text: list[int]) -> Tensor:
     """log P of each token of a text, [L], from the logits of `generate()` that has no other choice."""
-    inputs = {name: value.clone() for name, value in inputs.items()}  # BLIP's generate() writes into its input_ids
+    forced = _Forced(text)
     outputs = family.generate(
         inputs,
-        logits_processor=LogitsProcessorList([_Forced(text)]),
+        logits_processor=LogitsProcessorList([forced]),
         max_new_tokens=len(text),
         min_new_tokens=len(text),
         do_sample=False,
@@ -120,6 +120,8 @@ def forced_log_likelihoods(family: Family, inputs: dict[str, Any], text: list[in
         output_logits=True,
         return_dict_in_generate=True,
     )
+    if forced.step != len(text):
+        raise ValueError(f"generate() of {type(family.model).__name__} cannot be forced along a text")
     log_p = torch.stack(outputs.logits)[:, 0].float().log_softmax(dim=-1)  # [L, V]
     return log_p[torch.arange(len(text)), torch.tensor(text)]
 
@@ -128,11 +130,12 @@ class _Forced(LogitsProcessor):
     """Makes the tokens of a text, one after the other, the only possible ones."""
 
     def __init__(self, text: list[int]):
-        self.tokens: Iterator[int] = iter(text)
+        self.text, self.step = text, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         forced = torch.full_like(scores, float("-inf"))
-        forced[:, next(self.tokens)] = 0
+        forced[:, self.text[self.step]] = 0
+        self.step += 1
         return forced
 
 

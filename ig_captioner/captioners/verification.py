@@ -1,0 +1,137 @@
+"""Which way of reading texts a model gets: chosen by rules, then measured against the model's own `generate()`.
+
+The rules know when a tree must go wrong, but not every model: transformers swallows arguments that a model does not
+know. So the first texts that are scored are also read by `generate()`, forced along them, and what differs too much is
+not used.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..label_trie import TextTrie, build_trie
+from .families import Family
+from .prefix import Prefix, is_recurrent
+from .readers import Reader, read_generated, read_rows, read_tree, tokens_of
+
+
+logger = logging.get_logger(__name__)
+
+READING_MODES = ("tree", "rows", "generate")
+READERS: dict[str, Reader] = {"tree": read_tree, "rows": read_rows}
+# A tree may be off by this factor times what rows are off by, which is what the floating-point type costs, in nats.
+TREE_FACTOR, SMALLEST_ERROR = 3.0, 1e-3
+# Rows may be off by so many steps of the floating-point type, times log P, or by a hundredth of a nat.
+ROWS_STEPS, ROWS_ERROR = 4.0, 1e-2
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The reading mode of a model, and how far each mode was from `generate()`.
+
+    Args:
+        mode: one of `READING_MODES`.
+        errors: largest difference of log P(T) in nats, by mode.
+        reasons: why a faster mode was not taken, by mode.
+        num_texts: how many texts were compared.
+        dtype: in which the model computes.
+    """
+
+    mode: str
+    errors: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    num_texts: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        measured = ", ".join(f"{mode} {error:.1e}" for mode, error in self.errors.items())
+        of = f"{self.num_texts} texts, {str(self.dtype).removeprefix('torch.')}"
+        line = f"reading mode {self.mode}; nats from generate(): {measured or 'not measured'} ({of})"
+        return "; ".join([line, *(f"no {mode}: {reason}" for mode, reason in self.reasons.items())])
+
+
+def why_no_tree(family: Family, prefix: Prefix, longest: int) -> str | None:
+    """The rule that forbids reading texts of up to `longest` tokens as a tree, or None."""
+    if family.no_tree is not None:
+        return family.no_tree
+    if not family.takes_positions:
+        return "the decoder takes no position_ids"
+    if is_recurrent(prefix.cache):
+        return "some layers sum up the past in a state"
+    length = prefix.length + longest
+    if (window := min(family.windows, default=length)) < length:
+        return f"prompt and longest text have {length} tokens, more than the attention window of {window}"
+    attention = family.model.config.get_text_config(decoder=True)._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        return f"attention {attention!r} takes no mask of ancestors"
+    return None
+
+
+def some_texts(trie: TextTrie, start_token_id: int = 0) -> TextTrie:
+    """Three texts to compare: the shortest, the longest, and the one that shares most of its beginning with that."""
+    lengths = trie.lengths
+    longest = int(lengths.argmax())
+    shared = (trie.text_edges == trie.text_edges[longest]).long().cumprod(dim=-1).sum(dim=-1)
+    shared[longest] = -1
+    chosen = sorted({int(lengths.argmin()), longest, int(shared.argmax())})
+    tokens, mask = tokens_of(trie)[chosen], (trie.text_edges[chosen] < len(trie.edge_nodes)).long()
+    return build_trie(tokens, mask, start_token_id).to(trie.nodes.device)
+
+
+def verify(family: Family, prompts: Sequence[dict[str, Tensor]], trie: TextTrie) -> Verification:
+    """Reads three texts of a trie in every mode, behind each prompt, and chooses the fastest mode that is right.
+
+    Args:
+        prompts: inputs of one image each, and those without an image where the prior will be read so.
+    """
+    texts = some_texts(trie)
+    errors: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    largest, dtype = 0.0, torch.float32
+    for inputs in prompts:
+        truth = texts.sum_over_texts(read_generated(family, inputs, texts))
+        largest = max(largest, float(truth.abs().max()))
+        try:
+            prefix = family.prefill(inputs)
+            dtype = prefix.dtype
+            if reason := why_no_tree(family, prefix, int(texts.lengths.max())):
+                reasons["tree"] = reason
+            for mode in ("tree", "rows"):
+                if mode not in reasons:
+                    read = texts.sum_over_texts(READERS[mode](family, prefix, texts))
+                    errors[mode] = max(errors.get(mode, 0.0), float((read - truth).abs().max()))
+        except Exception as error:  # whatever a foreign model raises, its generate() has just worked
+            reasons["rows"] = reasons["tree"] = f"{type(error).__name__}: {error}"
+            break
+    mode = _choose(errors, reasons, largest, dtype)
+    verification = Verification(mode, errors, reasons, len(texts.text_edges), dtype)
+    if mode == "generate":
+        logger.warning(f"{type(family.model).__name__} is read by generate(), text by text, which is slow: {verification}")
+    return verification
+
+
+def _choose(errors: dict[str, float], reasons: dict[str, str], largest: float, dtype: torch.dtype) -> str:
+    """The fastest mode that is right; adds to `reasons` why others are not."""
+    allowed = max(ROWS_ERROR, ROWS_STEPS * torch.finfo(dtype).eps * largest)
+    if "rows" not in reasons and not errors["rows"] <= allowed:
+        reasons["rows"] = f"{errors['rows']:.1e} nats from generate(), allowed {allowed:.1e}"
+    if "rows" in reasons:
+        reasons.setdefault("tree", "not used where rows are wrong")
+        return "generate"
+    if "tree" in reasons:
+        return "rows"
+    allowed = TREE_FACTOR * max(errors["rows"], SMALLEST_ERROR)
+    if not errors["tree"] <= allowed:
+        reasons["tree"] = f"{errors['tree']:.1e} nats from generate(), allowed {allowed:.1e}"
+        return "rows"
+    return "tree"
+
+
+def reader_for(mode: str, family: Family, prefix: Prefix, longest: int) -> Reader:
+    """The reader of a verified mode; rows where this prompt and these texts are too long for a tree."""
+    if mode == "tree" and why_no_tree(family, prefix, longest) is not None:
+        return read_rows
+    return READERS[mode]
