@@ -28,7 +28,7 @@ def build_model(
         ConversionError: listing weights that were not filled, and arrays that are no weight or do not fit.
     """
     with torch.device("meta"):
-        model = IGCaptionerForConditionalGeneration._from_config(config, dtype=torch.float32)
+        model = IGCaptionerForConditionalGeneration.from_config(config, dtype=torch.float32)
     wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     filled: dict[str, torch.Tensor] = {}
     wrong = []

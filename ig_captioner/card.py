@@ -47,6 +47,7 @@ class CardFacts:
     """What `card.yaml` may say. Texts are Markdown.
 
     title: heading of the card; by default the name under which its examples load the model.
+    in_short: one line on what the model is, what it knows and what it does not; commands and the demo show it.
     summary: a paragraph on what the model is.
     license, license_name, license_link, language, datasets, base_model: as in a card's metadata on the Hub.
     source: where the weights come from, if not from training here.
@@ -57,6 +58,7 @@ class CardFacts:
     """
 
     title: str | None = None
+    in_short: str | None = None
     summary: str | None = None
     license: str = "unknown"
     license_name: str | None = None

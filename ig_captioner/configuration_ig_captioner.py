@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 # Every checkpoint carries its code: these files, and `file.Class` of what stands in them, as transformers resolves it.
 REMOTE_CODE_FILES = (
+    "compat_ig_captioner.py",
     "configuration_ig_captioner.py",
     "information_gain.py",
     "encoder_ig_captioner.py",
@@ -276,6 +277,8 @@ class IGCaptionerConfig(PreTrainedConfig):
             Not named `temperature`, which transformers would take for the one of sampling.
         abstain_threshold (`float`, *optional*): nats of information gain that "none of these" has as a further
             candidate of the pipeline; there is none by default.
+        prompt_templates (`list[str]`, *optional*): the sentences that labels are put in where a call names none, with
+            one `{}` each; several are averaged. "a photo of a {}." if not given.
         tie_word_embeddings (`bool`, *optional*): whether the output projection is the token embedding; by default
             wherever the mask token lies inside the vocabulary, without which it cannot be.
     """
@@ -284,6 +287,7 @@ class IGCaptionerConfig(PreTrainedConfig):
     sub_configs = {"vision_config": IGCaptionerVisionConfig, "text_config": IGCaptionerTextConfig}
     # so that Trainer's predictions are the logits alone
     keys_to_ignore_at_inference = [
+        "cache",
         "past_key_values",
         "encoder_last_hidden_state",
         "captioning_loss",
@@ -305,6 +309,7 @@ class IGCaptionerConfig(PreTrainedConfig):
     num_reference_images: int = 8
     score_temperature: float | int = 1.0
     abstain_threshold: float | int | None = None
+    prompt_templates: list[str] | None = None
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
@@ -350,6 +355,14 @@ class IGCaptionerConfig(PreTrainedConfig):
                 "tie_word_embeddings=True needs the mask token inside the vocabulary, got mask_token_id = vocab_size = "
                 f"{self.text_config.vocab_size}"
             )
+
+    def validate_prompt_templates(self):
+        """Part of `@strict`: a list of at least one sentence, each with one place for the label."""
+        if self.prompt_templates is not None and not self.prompt_templates:
+            raise ValueError("prompt_templates must hold at least one template, or be None, got []")
+        for template in self.prompt_templates or ():
+            if template.count("{}") != 1:
+                raise ValueError(f"every template of prompt_templates must have one {{}} in it, got {template!r}")
 
     def validate_token_ids(self):
         """Part of `@strict`: the text config checks them; a mask token may lie outside the vocabulary."""

@@ -10,21 +10,25 @@ V vocabulary.
 """
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GradientCheckpointingLayer, PreTrainedModel
-from transformers import initialization as init
+from transformers import GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .compat_ig_captioner import (
+    OutputRecorder,
+    attention_function,
+    attention_implementation,
+    build_from_config,
+    capture_outputs,
+    init,
+    merge_with_config_defaults,
+)
 from .configuration_ig_captioner import (
     IGCaptionerConfig,
     IGCaptionerTextConfig,
@@ -141,9 +145,7 @@ class IGCaptionerAttention(nn.Module):
         """Queries from `hidden_states` [N, L, D] read `key_values`. Returns [N, L, D] and, if eager, the weights."""
         query = self.q_norm(self._split_heads(self.q_proj(hidden_states)))
         query = query if rotary is None else rotate(query, rotary)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self._implementation(attention_mask), eager_attention_forward
-        )
+        attend = attention_function(self._implementation(attention_mask), eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
             self,
@@ -159,7 +161,7 @@ class IGCaptionerAttention(nn.Module):
 
     def _implementation(self, attention_mask: Tensor | None) -> str:
         """The configured one, but for the mask of a trie, which flash and flex attention have no place for."""
-        chosen = self.config._attn_implementation
+        chosen = attention_implementation(self.config)
         has_full_mask = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
         return "sdpa" if has_full_mask and ("flash" in chosen or "flex" in chosen) else chosen
 
@@ -188,11 +190,20 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["IGCaptionerVisionLayer", "IGCaptionerDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Self:
+        """Builds the model with random weights.
+
+        Args:
+            kwargs: `dtype` and `attn_implementation`, as for `AutoModel.from_config`.
+        """
+        return build_from_config(cls, config, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

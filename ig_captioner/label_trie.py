@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from .processing_ig_captioner import DEFAULT_TEMPLATE, encode_texts, format_labels
+from .processing_ig_captioner import default_templates, encode_texts, format_labels
 
 
 # Positions per block, at most: longer blocks spend more on attention, shorter ones on copies of ancestors.
@@ -284,19 +284,22 @@ def compile_labels(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
-    templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+    templates: str | Sequence[str] | None = None,
     **options: Any,
 ) -> CompiledLabels:
     """Does all of the scoring of labels that needs no image.
 
     Args:
         model: has `compile_texts`; in evaluation mode.
-        templates: one or more, with `{}` where the label goes.
+        templates: one or more, with `{}` where the label goes; by default `prompt_templates` of the model's
+            configuration, or "a photo of a {}." where it has none.
         options: `prior_source`, `reference_pixel_values` and `chunk_size`, see `score` of the model.
 
     Raises:
         ValueError: naming the value, for labels or templates that are none.
     """
+    if templates is None:
+        templates = default_templates(model.config)
     listed = (templates,) if isinstance(templates, str) else tuple(templates)
     encoded = encode_for(model, tokenizer, format_labels(labels, listed))
     return CompiledLabels(tuple(labels), listed, model.compile_texts(**encoded, **options), _digest(encoded))

@@ -181,11 +181,18 @@ class IGCaptionerImageProcessor(_Backend):
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 
 
-def format_labels(labels: Sequence[str], templates: str | Sequence[str]) -> list[str]:
+def default_templates(config: Any) -> list[str]:
+    """The templates for labels that come without one: the checkpoint's own, where its configuration has any."""
+    return list(getattr(config, "prompt_templates", None) or [DEFAULT_TEMPLATE])
+
+
+def format_labels(
+    labels: Sequence[str], templates: str | Sequence[str], template_name: str = "a template"
+) -> list[str]:
     """Every label in every template, template by template: T x C texts.
 
     Each `{}` of a template is replaced by the label as it stands; braces in labels and other braces in
-    templates mean nothing. Labels may repeat.
+    templates mean nothing. Labels may repeat. `template_name` is what errors call a template.
 
     Raises:
         ValueError: naming the value, for labels that are not a list (or tuple) of at least one string, for
@@ -200,11 +207,13 @@ def format_labels(labels: Sequence[str], templates: str | Sequence[str]) -> list
         _check_unicode(label, "every entry of candidate_labels")
     listed = [templates] if isinstance(templates, str) else templates
     if not isinstance(listed, (list, tuple)) or not listed:
-        raise ValueError(f"hypothesis_template must be one string or more, got {_short(templates)}")
+        raise ValueError(f"{template_name} must be one string or more, got {_short(templates)}")
     for template in listed:
         if not isinstance(template, str) or "{}" not in template:
-            raise ValueError(f"hypothesis_template must be a string with {{}} in it, got {_short(template)}")
-        _check_unicode(template, "hypothesis_template")
+            raise ValueError(
+                f"{template_name} must be a string with {{}} in it, where the label goes, got {_short(template)}"
+            )
+        _check_unicode(template, template_name)
     return [template.replace("{}", label) for template in listed for label in labels]
 
 
@@ -281,6 +290,7 @@ IGCaptionerProcessor.register_for_auto_class("AutoProcessor")
 __all__ = [
     "IGCaptionerImageProcessor",
     "IGCaptionerProcessor",
+    "default_templates",
     "encode_texts",
     "format_labels",
     "load_rgb_image",

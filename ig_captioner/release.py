@@ -28,6 +28,7 @@ from huggingface_hub import (
     constants,
     get_local_safetensors_metadata,
     get_token,
+    hf_hub_download,
     snapshot_download,
 )
 from huggingface_hub.errors import HTTPError
@@ -101,6 +102,18 @@ def load_model(model_class: type[Model], model: str | Path, **kwargs) -> Model:
 def load_processor(model: str | Path) -> IGCaptionerProcessor:
     """Tokenizer and image processor of a checkpoint; errors as in [`load_model`]."""
     return IGCaptionerProcessor.from_pretrained(_folder_or_repository(model), trust_remote_code=False)
+
+
+def read_in_short(model: str | Path) -> str | None:
+    """The one line that `card.yaml` says of a checkpoint, if it has one and can be had."""
+    folder = Path(model)
+    try:
+        if not folder.is_dir():
+            folder = Path(hf_hub_download(os.fspath(model), FACTS_FILE)).parent
+        facts = read_facts(folder)
+    except (OSError, ValueError, HTTPError):  # no such file, out of reach, or damaged: nothing depends on it
+        return None
+    return None if facts is None or not facts.in_short else " ".join(facts.in_short.split())
 
 
 def _folder_or_repository(model: str | Path) -> str:

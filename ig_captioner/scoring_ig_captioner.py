@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .compat_ig_captioner import attention_implementation
 from .configuration_ig_captioner import (
     PRIOR_SOURCES,
     IGCaptionerConfig,
@@ -395,7 +396,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             tuple(input_ids.shape),
             seen,
             repr(self._circumstances()),
-            self.config.text_config._attn_implementation,
+            attention_implementation(self.config.text_config),
             torch.is_inference_mode_enabled(),
             *((id(p), p.data_ptr(), p.dtype, p._version) for p in parameters),
         )

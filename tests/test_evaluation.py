@@ -59,7 +59,7 @@ def model(request, processor):
     config = tiny_config(
         {**VARIANTS[request.param], "vocab_size": len(processor.tokenizer), "max_position_embeddings": 40}
     )
-    return IGCaptionerForZeroShotImageClassification._from_config(config).eval()
+    return IGCaptionerForZeroShotImageClassification.from_config(config).eval()
 
 
 def make_images(number):

@@ -51,7 +51,7 @@ def processor():
 def model(processor):
     torch.manual_seed(0)
     sizes = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 40}
-    return IGCaptionerForZeroShotImageClassification._from_config(tiny_config({**VARIANTS["prefix"], **sizes})).eval()
+    return IGCaptionerForZeroShotImageClassification.from_config(tiny_config({**VARIANTS["prefix"], **sizes})).eval()
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def attention_maps(model, **kwargs) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("text_only_layers", [0, 1])
 def test_masks_cell_by_cell(text_only_layers):
     """Which keys a query may see, read off the prefix decoder's attention weights: [queries, patches + text]."""
-    model = IGCaptionerForConditionalGeneration._from_config(
+    model = IGCaptionerForConditionalGeneration.from_config(
         tiny_config({"num_text_only_layers": text_only_layers}), attn_implementation="eager"
     ).eval()
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
@@ -210,7 +210,7 @@ def test_input_ids_with_labels_are_the_text_itself():
         model(pixel_values=images, input_ids=ids, labels=prompt[:, 1:])
 
 
-@pytest.mark.parametrize("name", ["inputs_embeds", "image_key_values", "position_ids", "past_key_values"])
+@pytest.mark.parametrize("name", ["inputs_embeds", "image_key_values", "position_ids", "cache"])
 def test_arguments_without_a_meaning_beside_labels_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} cannot be combined with labels"):
         tiny_model()(labels=torch.tensor([[11, EOS]]), **{name: torch.zeros(1)})

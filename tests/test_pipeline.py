@@ -409,7 +409,7 @@ WRONG = [
     ({"candidate_labels": ["cat", 7]}, "candidate_labels.*7"),
     ({"candidate_labels": ["cat", None]}, "candidate_labels.*None"),
     ({"hypothesis_template": "a photo"}, "hypothesis_template.*a photo"),
-    ({"hypothesis_template": None}, "hypothesis_template.*None"),
+    ({"hypothesis_template": 3}, "hypothesis_template.*3"),
     ({"hypothesis_template": []}, r"hypothesis_template.*\[\]"),
     ({"hypothesis_template": ["{}", 3]}, "hypothesis_template.*3"),
     ({"hypothesis_template": ["{}", "none"]}, "hypothesis_template.*none"),

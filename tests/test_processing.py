@@ -311,7 +311,7 @@ def test_wrong_labels_are_named(labels):
 @pytest.mark.parametrize("template", ["a photo", "", None, [], 3, ["a {}", "a photo"], ["a {}", None], {"{}"}])
 def test_wrong_templates_are_named(template):
     wrong = template[-1] if isinstance(template, list) and template else template
-    with pytest.raises(ValueError, match="hypothesis_template.*") as raised:
+    with pytest.raises(ValueError, match="template must be.*") as raised:
         format_labels(["cat"], template)
     assert repr(wrong) in str(raised.value)
 

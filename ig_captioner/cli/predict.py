@@ -258,7 +258,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def _read_candidates(arguments: argparse.Namespace):
-    """Labels, which may be compiled, and templates."""
+    """Labels, which may be compiled, and templates, or None for those of the checkpoint or the compiled labels."""
     from ..label_trie import CompiledLabels
 
     if arguments.compiled_labels is None:
@@ -268,7 +268,7 @@ def _read_candidates(arguments: argparse.Namespace):
             option = f"--{name.replace('_', '-')}"
             raise UsageError(f"--compiled-labels brings its labels and templates, but {option} is given, too")
     compiled = CompiledLabels.load(arguments.compiled_labels)
-    return compiled, list(compiled.templates)
+    return compiled, None
 
 
 def _load(model_class, arguments: argparse.Namespace):

@@ -120,7 +120,7 @@ def compile_labels(arguments: argparse.Namespace) -> int:
     compiled = compile_labels(model, load_processor(arguments.model).tokenizer, labels, templates)
     with new_folder(directory) as folder:
         compiled.save(folder)
-    print(f"{printable(directory)}: {len(labels):,} labels in {len(templates):,} templates")
+    print(f"{printable(directory)}: {len(compiled.labels):,} labels in {len(compiled.templates):,} templates")
     return 0
 
 
@@ -152,13 +152,15 @@ def push(arguments: argparse.Namespace) -> int:
 def describe_checkpoint(model: str) -> dict[str, Any]:
     """Sizes, architecture and settings by name."""
     from .. import IGCaptionerConfig
-    from ..release import load_processor
+    from ..processing_ig_captioner import default_templates
+    from ..release import load_processor, read_in_short
 
     processor = load_processor(model)
     config = IGCaptionerConfig.from_pretrained(model)
     vision, text = config.vision_config, config.text_config
     return {
         "checkpoint": str(model),
+        "in_short": read_in_short(model) or "unknown",
         "licence": _read_licence(model),
         **_describe_weights(model),
         "image_size": vision.image_size,
@@ -173,6 +175,7 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
         "longest_text": min(processor.tokenizer.model_max_length, text.max_position_embeddings),
         "prior_weight": config.prior_weight,
         "prior_source": config.prior_source,
+        "templates": " | ".join(default_templates(config)),
         "score_temperature": config.score_temperature,
         "abstain_threshold": "none" if config.abstain_threshold is None else config.abstain_threshold,
     }

@@ -18,7 +18,8 @@ from ..processing_ig_captioner import load_rgb_image
 
 MAX_BYTES = 10 * 2**20  # of a photo's file
 MAX_PIXELS = 20_000_000
-MAX_LABELS = 1_000  # typed ones
+MAX_LABELS = 1_000  # typed ones, each in each sentence
+MAX_SENTENCES = 16
 MAX_CHARACTERS = 500  # of a label, and of the sentence around it
 MAX_URL_CHARACTERS = 2_000
 MAX_REDIRECTS = 3
@@ -57,12 +58,29 @@ def parse_labels(text: str) -> list[str]:
     return labels
 
 
-def check_template(template: str) -> str:
-    """The sentence around labels, as it is. Raises InputError if it has no place for them, is too long, or no text."""
-    _check_text("sentence", template)
-    if "{}" not in template:
-        raise InputError(f"The sentence {template!r} has no {{}}, where the label goes.")
-    return template
+def parse_templates(text: str) -> list[str]:
+    """Sentences around labels from a text box, a line each, as they are.
+
+    Raises:
+        InputError: for no sentence, too many, or one that has no place for labels, is too long, or no text.
+    """
+    templates = [line for line in text.splitlines() if line.strip()] or [text]
+    if len(templates) > MAX_SENTENCES:
+        raise InputError(f"{len(templates):,} sentences are too many: {MAX_SENTENCES} at most.")
+    for template in templates:
+        _check_text("sentence", template)
+        if "{}" not in template:
+            raise InputError(f"The sentence {template!r} has no {{}}, where the label goes.")
+    return templates
+
+
+def check_number(labels: list[str], templates: list[str]) -> None:
+    """Raises InputError if labels in sentences make too many texts."""
+    if len(labels) * len(templates) > MAX_LABELS:
+        raise InputError(
+            f"{len(labels):,} labels in {len(templates)} sentences are {len(labels) * len(templates):,} texts: "
+            f"{MAX_LABELS:,} at most."
+        )
 
 
 def _check_text(name: str, text: str) -> None:

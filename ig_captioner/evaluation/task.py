@@ -4,12 +4,12 @@ import argparse
 import shlex
 from typing import Any
 
-from .. import TINY_CHECKPOINT, IGCaptionerForZeroShotImageClassification
+from .. import TINY_CHECKPOINT, IGCaptionerConfig, IGCaptionerForZeroShotImageClassification
 from ..cli.arguments import choose_device, dtype_on
 from ..data.prompts import is_text_file, read_templates
 from ..data.samples import describe_skipped
 from ..data.shards import read_captions, read_image
-from ..processing_ig_captioner import DEFAULT_TEMPLATE
+from ..processing_ig_captioner import default_templates
 from ..release import load_model, load_processor
 from .contrastive import ContrastiveModel
 from .processes import is_first, place
@@ -28,11 +28,11 @@ def load_models(arguments: argparse.Namespace):
     return model, load_processor(arguments.model), clip
 
 
-def choose_templates(arguments: argparse.Namespace) -> list[str]:
-    """Those asked for, or those that come with the class names."""
+def choose_templates(arguments: argparse.Namespace, config: IGCaptionerConfig) -> list[str]:
+    """Those asked for, or those that come with the class names, or the checkpoint's own."""
     if arguments.templates is not None:
         return read_templates(arguments.templates)
-    return [DEFAULT_TEMPLATE] if is_text_file(arguments.class_names) else read_templates(arguments.class_names)
+    return default_templates(config) if is_text_file(arguments.class_names) else read_templates(arguments.class_names)
 
 
 def captioned(key: str, files: dict[str, bytes]):

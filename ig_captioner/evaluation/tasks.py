@@ -72,8 +72,9 @@ def zero_shot(arguments: argparse.Namespace) -> int:
     saves = arguments.save_temperature or arguments.save_threshold is not None
     if saves:
         check_checkpoint_folder(arguments.model)
-    class_names, templates = read_class_names(arguments.class_names), choose_templates(arguments)
+    class_names = read_class_names(arguments.class_names)
     model, processor, clip = load_models(arguments)
+    templates = choose_templates(arguments, model.config)
     decode = labelled_decoder(label_from_field(class_names, arguments.label_field))
     samples = Samples(arguments.data, decode, arguments.limit)
     size = {"batch_size": arguments.batch_size}

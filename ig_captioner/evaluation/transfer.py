@@ -110,7 +110,7 @@ def _lit_retrieval(arguments: argparse.Namespace, model, processor, tower: DualE
 def _lit_classification(
     arguments: argparse.Namespace, model, processor, tower: DualEncoder, data: dict
 ) -> dict[str, list]:
-    class_names, templates = read_class_names(arguments.class_names), choose_templates(arguments)
+    class_names, templates = read_class_names(arguments.class_names), choose_templates(arguments, model.config)
     decode = labelled_decoder(label_from_field(class_names, arguments.label_field))
     samples, labels = Samples(arguments.labelled, decode, arguments.limit), list[int]()
 

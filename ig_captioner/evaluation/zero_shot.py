@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data.shards import Skipped, read_captions, read_decoded, read_image, read_metadata
 from ..label_trie import CompiledLabels, is_compiled
-from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
+from ..processing_ig_captioner import DEFAULT_TEMPLATE, default_templates, format_labels
 from .processes import map_batches
 from .scores import PRIOR_WEIGHTS, ScoreMatrix, best_of_grid, concatenate, ranks, text_scorer, true_pairs
 
@@ -98,7 +98,7 @@ def classify_images(
     Args:
         samples: (image, class index) pairs, read once.
         class_names: compiled ones bring their templates.
-        templates: one or more, with `{}` in each; "a photo of a {}." if not given.
+        templates: one or more, with `{}` in each; the checkpoint's own if not given.
         batch_size: images per pass; it changes nothing beyond float error.
         options: see [`text_scorer`].
 
@@ -114,7 +114,7 @@ def classify_images(
             raise ValueError(f"compiled class names have their templates already, got {templates!r} with them")
         class_names = texts.labels
     else:
-        texts = format_labels(texts, templates or DEFAULT_TEMPLATE)
+        texts = format_labels(texts, templates or default_templates(model.config))
     labels: list[int] = []
 
     def images() -> Iterator[Image.Image]:
