@@ -6,10 +6,14 @@ made of tokens 3 to 79; 99 stands for an image token, 2 ends a text.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import transformers as hf
+from tiny import padded
 from torch import Tensor
+
+from ig_captioner.label_trie import TextTrie, build_trie
 
 
 VOCABULARY, IMAGE, END = 120, 99, 2
@@ -475,7 +479,18 @@ BUILDS: dict[str, Callable[[], Build]] = {
 }
 
 
-def random_texts(number: int = 12, longest: int = 6) -> list[list[int]]:
+@cache
+def build_of(name: str) -> Build:
+    """A build, made once; tests leave it as it is."""
+    return BUILDS[name]()
+
+
+def trie_of(texts: list[list[int]], block_size: int = 24) -> TextTrie:
+    """Small blocks, so that a trie has several of them."""
+    return build_trie(*padded(texts), 0, block_size)
+
+
+def random_texts(number: int = 10, longest: int = 6) -> list[list[int]]:
     """Texts that share beginnings and differ in length; each ends with END, and the second begins like the first."""
     generator = torch.Generator().manual_seed(0)
     texts = []

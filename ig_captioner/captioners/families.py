@@ -69,7 +69,7 @@ class Family:
         return self._prefix(outputs, inputs)
 
     def _prefix(self, outputs: Any, inputs: dict[str, Tensor], **constants: Tensor) -> Prefix:
-        cache = outputs.past_key_values
+        cache = outputs.get("cache", outputs.get("past_key_values"))
         if not isinstance(cache, Cache):
             raise UnreadableCacheError(f"{type(self.model).__name__} returns no cache, but {type(cache).__name__}")
         log_probs = outputs.logits[:, -1].float().log_softmax(dim=-1)
@@ -89,14 +89,17 @@ class Family:
         """
         arguments = {"position_ids": positions, "attention_mask": mask}
         taken = {name: value for name, value in arguments.items() if value is not None and self._takes(name)}
-        outputs = self.decoder(
-            input_ids=tokens, past_key_values=prefix.cache, use_cache=True, **taken, **prefix.constants
-        )
-        return outputs.logits
+        cache = {self._cache_name: prefix.cache, "use_cache": True}
+        return self.decoder(input_ids=tokens, **cache, **taken, **prefix.constants).logits
 
     def _takes(self, name: str) -> bool:
         """Unknown arguments vanish in `**kwargs`, and what they ask for with them: only named ones count."""
         return name in inspect.signature(self.decoder.forward).parameters
+
+    @property
+    def _cache_name(self) -> str:
+        """Transformers renamed the argument in 5.24; code of others may not have followed."""
+        return "cache" if self._takes("cache") else "past_key_values"
 
     @property
     def takes_positions(self) -> bool:
@@ -301,8 +304,7 @@ class EncoderDecoder(Family):
         outputs = self.decoder(
             decoder_input_ids=tokens,
             encoder_outputs=states,
-            past_key_values=prefix.cache,
-            use_cache=True,
+            **{self._cache_name: prefix.cache, "use_cache": True},
             **constants,
             **self._positions_and_mask(positions, mask),
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ..compat_ig_captioner import attention_implementation
 from ..label_trie import TextTrie, build_trie
 from .families import Family
 from .prefix import Prefix, is_recurrent
@@ -24,8 +25,8 @@ READING_MODES = ("tree", "rows", "generate")
 READERS: dict[str, Reader] = {"tree": read_tree, "rows": read_rows}
 # A tree may be off by this factor times what rows are off by, which is what the floating-point type costs, in nats.
 TREE_FACTOR, SMALLEST_ERROR = 3.0, 1e-3
-# Rows may be off by so many steps of the floating-point type, times log P, or by a hundredth of a nat.
-ROWS_STEPS, ROWS_ERROR = 4.0, 1e-2
+# Rows may be off by the rounding of logits of this size for every token, or by a hundredth of a nat.
+LOGIT_SIZE, ROWS_ERROR = 8.0, 1e-2
 
 
 @dataclass(frozen=True)
@@ -64,25 +65,33 @@ def why_no_tree(family: Family, prefix: Prefix, longest: int) -> str | None:
     length = prefix.length + longest
     if (window := min(family.windows, default=length)) < length:
         return f"prompt and longest text have {length} tokens, more than the attention window of {window}"
-    attention = family.model.config.get_text_config(decoder=True)._attn_implementation
+    attention = attention_implementation(family.model.config.get_text_config(decoder=True))
     if attention not in ("sdpa", "eager"):
         return f"attention {attention!r} takes no mask of ancestors"
     return None
 
 
-def some_texts(trie: TextTrie, start_token_id: int = 0) -> TextTrie:
-    """Three texts to compare: the shortest, the longest, and the one that shares most of its beginning with that."""
-    lengths = trie.lengths
+def some_texts(trie: TextTrie) -> TextTrie:
+    """The texts to compare: the shortest, the longest, and the one that shares most of its beginning with that.
+
+    A tree that does not branch is a row, and says nothing about trees: so the longest text is read backwards, too.
+    """
+    tokens, lengths = tokens_of(trie), trie.lengths
     longest = int(lengths.argmax())
     shared = (trie.text_edges == trie.text_edges[longest]).long().cumprod(dim=-1).sum(dim=-1)
-    shared[longest] = -1
+    shared[shared >= lengths - 1] = -1  # nothing but its last token is its own
     chosen = sorted({int(lengths.argmin()), longest, int(shared.argmax())})
-    tokens, mask = tokens_of(trie)[chosen], (trie.text_edges[chosen] < len(trie.edge_nodes)).long()
-    return build_trie(tokens, mask, start_token_id).to(trie.nodes.device)
+    texts = [tokens[text, : lengths[text]].tolist() for text in chosen]
+    *words, end = tokens[longest, : lengths[longest]].tolist()
+    texts.append([*((words or [end]) * 3)[: max(3, len(words))][::-1], end])
+    width = max(map(len, texts))
+    padded = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+    return build_trie(padded, mask, 0).to(trie.nodes.device)
 
 
 def verify(family: Family, prompts: Sequence[dict[str, Tensor]], trie: TextTrie) -> Verification:
-    """Reads three texts of a trie in every mode, behind each prompt, and chooses the fastest mode that is right.
+    """Reads a few texts of a trie in every mode, behind each prompt, and chooses the fastest mode that is right.
 
     Args:
         prompts: inputs of one image each, and those without an image where the prior will be read so.
@@ -90,14 +99,13 @@ def verify(family: Family, prompts: Sequence[dict[str, Tensor]], trie: TextTrie)
     texts = some_texts(trie)
     errors: dict[str, float] = {}
     reasons: dict[str, str] = {}
-    largest, dtype = 0.0, torch.float32
+    longest, dtype = int(texts.lengths.max()), torch.float32
     for inputs in prompts:
         truth = texts.sum_over_texts(read_generated(family, inputs, texts))
-        largest = max(largest, float(truth.abs().max()))
         try:
             prefix = family.prefill(inputs)
             dtype = prefix.dtype
-            if reason := why_no_tree(family, prefix, int(texts.lengths.max())):
+            if reason := why_no_tree(family, prefix, longest):
                 reasons["tree"] = reason
             for mode in ("tree", "rows"):
                 if mode not in reasons:
@@ -106,16 +114,16 @@ def verify(family: Family, prompts: Sequence[dict[str, Tensor]], trie: TextTrie)
         except Exception as error:  # whatever a foreign model raises, its generate() has just worked
             reasons["rows"] = reasons["tree"] = f"{type(error).__name__}: {error}"
             break
-    mode = _choose(errors, reasons, largest, dtype)
+    mode = _choose(errors, reasons, longest, dtype)
     verification = Verification(mode, errors, reasons, len(texts.text_edges), dtype)
     if mode == "generate":
         logger.warning(f"{type(family.model).__name__} is read by generate(), text by text, which is slow: {verification}")
     return verification
 
 
-def _choose(errors: dict[str, float], reasons: dict[str, str], largest: float, dtype: torch.dtype) -> str:
+def _choose(errors: dict[str, float], reasons: dict[str, str], longest: int, dtype: torch.dtype) -> str:
     """The fastest mode that is right; adds to `reasons` why others are not."""
-    allowed = max(ROWS_ERROR, ROWS_STEPS * torch.finfo(dtype).eps * largest)
+    allowed = max(ROWS_ERROR, LOGIT_SIZE * longest * torch.finfo(dtype).eps)
     if "rows" not in reasons and not errors["rows"] <= allowed:
         reasons["rows"] = f"{errors['rows']:.1e} nats from generate(), allowed {allowed:.1e}"
     if "rows" in reasons:
