@@ -25,7 +25,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
-from . import IGCaptionerPreTrainedModel
+from . import IGCaptionerForConditionalGeneration, IGCaptionerPreTrainedModel
+from .checkpoint import load_model
 from .configuration_ig_captioner import REMOTE_CODE_FILES
 from .evaluation.report import HUB_TASKS, evaluations, to_markdown, weights_digest
 
@@ -253,9 +254,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="the checkpoint, with a card.yaml")
     parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help="files results.json to take in")
     arguments = parser.parse_args(argv)
-    from . import IGCaptionerForConditionalGeneration
-    from .release import load_model
-
     folder = arguments.folder
     try:
         if read_facts(folder) is None:

@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
-from .label_trie import CompiledLabels, compile_labels
+from .compiled_labels import CompiledLabels, compile_labels
 from .processing_ig_captioner import default_templates
 
 

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .compat_ig_captioner import CACHE_NAME, accepts_both_cache_names, rename_cache
+from .compiled_labels import is_intercepted
 from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig
 from .decoder_ig_captioner import IGCaptionerTextDecoder
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, IGCaptionerVisionModel, KeyValues
@@ -40,10 +41,11 @@ from .information_gain import (
 
 # Not used here: code is fetched entry file by entry file with what that file imports, and a model so fetched must find
 # all of its files beside this one when it is saved again.
-from .label_trie import CompiledTexts  # noqa: F401
+from .input_rules import to_rgb  # noqa: F401
+from .label_trie import TextTrie  # noqa: F401
 from .pipeline_ig_captioner import IGZeroShotImageClassificationPipeline  # noqa: F401
 from .processing_ig_captioner import IGCaptionerProcessor  # noqa: F401
-from .scoring_ig_captioner import IGCaptionerScorer, is_intercepted
+from .scoring_ig_captioner import IGCaptionerScorer
 
 
 @dataclass

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForZeroShotImageClassification, ZeroShotImageClassificationPipeline
 from transformers.utils import logging
 
+from .compiled_labels import encode_for, is_compiled
 from .configuration_ig_captioner import PRIOR_SOURCES
-from .label_trie import encode_for, is_compiled
 from .processing_ig_captioner import (
     default_templates,
     format_labels,

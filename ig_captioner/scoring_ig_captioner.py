@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .compat_ig_captioner import attention_implementation
+from .compiled_labels import CompiledLabels, CompiledTexts, contents, is_compiled, is_intercepted
 from .configuration_ig_captioner import (
     PRIOR_SOURCES,
     IGCaptionerConfig,
@@ -29,7 +30,7 @@ from .configuration_ig_captioner import (
 from .decoder_ig_captioner import TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, KeyValues
 from .information_gain import information_gain, text_mask
-from .label_trie import CompiledLabels, CompiledTexts, TextTrie, build_trie, is_compiled
+from .label_trie import TextTrie, build_trie
 
 
 # How many numbers are held at once of what grows with texts and images: logits, and the inner states of an MLP.
@@ -45,26 +46,6 @@ class IGCaptionerScoreOutput(ModelOutput):
     caption_log_likelihood: Tensor | None = None
     prior_log_likelihood: Tensor | None = None
     information_gain: Tensor | None = None
-
-
-def is_intercepted(module: nn.Module) -> bool:
-    """Whether hooks, adapters (peft) or offloading (accelerate) may change what a module makes of its weights."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # transformers' own, which record hidden states, change nothing
-    foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers.")]
-    has_adapter = hasattr(module, "disable_adapters") and not isinstance(module, IGCaptionerPreTrainedModel)
-    return bool(foreign) or has_adapter or hasattr(module, "_hf_hook") or "forward" in vars(module)
-
-
-def contents(tensor: Tensor) -> Iterator[Any]:
-    """The bytes that a tensor holds; of a quantised one (torchao) those of its parts, and how they are to be read."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor.contiguous().cpu().flatten().view(torch.uint8).numpy()
-        return
-    names, settings = tensor.__tensor_flatten__()
-    yield repr(settings).encode()
-    for name in names:
-        yield from contents(getattr(tensor, name))
 
 
 class IGCaptionerScorer(IGCaptionerPreTrainedModel):

@@ -23,9 +23,10 @@ from ig_captioner.card import (
     read_results,
     write_facts,
 )
+from ig_captioner.checkpoint import load_model
 from ig_captioner.evaluation.report import table_lines, weights_digest, write_results
 from ig_captioner.evaluation.rows import make_row
-from ig_captioner.release import load_model, save_release
+from ig_captioner.release import save_release
 
 
 FACTS = {

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from test_hub import save_checkpoint
 
 from ig_captioner import TINY_CHECKPOINT, IGZeroShotImageClassificationPipeline
+from ig_captioner.compiled_labels import encode_for
 from ig_captioner.demo import inputs
 from ig_captioner.demo import page as demo_page
 from ig_captioner.demo.inputs import (
@@ -48,7 +49,6 @@ from ig_captioner.demo.inputs import (
 )
 from ig_captioner.demo.page import caption_view, label_bars, number, token_view, visible
 from ig_captioner.demo.scores import Captioner, Piece, Row, Scores, TextTokens, as_code, large_set
-from ig_captioner.label_trie import encode_for
 from tiny import naive_log_likelihoods
 
 
@@ -809,7 +809,7 @@ def test_any_url_gives_a_message(monkeypatch, start, rest):
 @pytest.fixture(scope="module")
 def server(checkpoint):
     pytest.importorskip("gradio")
-    from ig_captioner import demo
+    from ig_captioner.demo import app as demo
 
     app = demo.build_app(checkpoint, "cpu")
     url = demo.serve(app)
@@ -868,7 +868,7 @@ def test_a_client_can_name_what_it_uploaded(server, photo, file):
 
 def test_launch(checkpoint, monkeypatch, capsys):
     pytest.importorskip("gradio")
-    from ig_captioner import demo
+    from ig_captioner.demo import app as demo
 
     calls = []
     monkeypatch.setattr(demo, "serve", lambda app, *arguments: calls.append(arguments) or "http://there/")
@@ -884,7 +884,7 @@ def test_launch(checkpoint, monkeypatch, capsys):
 
 def test_the_space_is_complete(monkeypatch):
     gradio = pytest.importorskip("gradio")
-    from ig_captioner import demo
+    from ig_captioner.demo import app as demo
 
     calls = []
     monkeypatch.setattr(demo, "launch", lambda model, **options: calls.append((model, options)))

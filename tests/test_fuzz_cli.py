@@ -29,7 +29,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_cli import FIELDS, checkpoint, here, without_note  # noqa: F401 (fixtures)
 
-from ig_captioner import cli, release
+from ig_captioner import checkpoint as loading
+from ig_captioner import cli
 
 
 FORMATS = st.sampled_from(["table", "csv", "jsonl"])
@@ -50,7 +51,7 @@ def memory(checkpoint, tmp_path_factory):
     photo.write_bytes(FILES["PNG"])
     with pytest.MonkeyPatch.context() as patch:
         for name in ("load_model", "load_processor"):
-            patch.setattr(release, name, functools.cache(getattr(release, name)))
+            patch.setattr(loading, name, functools.cache(getattr(loading, name)))
         for name, options in COMMANDS.items():
             assert cli.main([name, str(photo), "--model", checkpoint, *options]) == 0
         with bounded_memory():

@@ -29,7 +29,7 @@ from ig_captioner import (
     pipeline_ig_captioner,
     processing_ig_captioner,
 )
-from ig_captioner.label_trie import encode_for
+from ig_captioner.compiled_labels import encode_for
 from ig_captioner.processing_ig_captioner import encode_texts
 
 

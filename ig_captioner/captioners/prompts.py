@@ -51,6 +51,13 @@ class EncodedTexts:
     attention_mask: Tensor
     dropped: int
 
+    @classmethod
+    def padded(cls, texts: list[list[int]], dropped: int) -> "EncodedTexts":
+        longest = max(map(len, texts))
+        input_ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+        attention_mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+        return cls(input_ids, attention_mask, dropped)
+
 
 class Prompt:
     """An image and an instruction in the chat template; behind a placeholder where there is no template.
@@ -164,11 +171,7 @@ class Prompt:
         context = self._tokens([self.context])[0]
         joint = self._tokens([self.context + self.lead + text for text in texts])
         kept = min(_common_beginning(context, ids) for ids in joint)
-        ended = [[*ids[kept:], self.end_token_id] for ids in joint]
-        longest = max(map(len, ended))
-        input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in ended])
-        attention_mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in ended])
-        return EncodedTexts(input_ids, attention_mask, len(context) - kept)
+        return EncodedTexts.padded([[*ids[kept:], self.end_token_id] for ids in joint], len(context) - kept)
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]

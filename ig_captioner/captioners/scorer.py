@@ -34,19 +34,21 @@ from ..information_gain import (
     mean_over_references,
     token_means_over_references,
 )
-from ..label_trie import CompiledLabels, CompiledTexts, TextTrie, build_trie, digest_of_tokens, is_compiled
+from ..compiled_labels import CompiledLabels, CompiledTexts, contents, digest_of_tokens, is_compiled
+from ..label_trie import TextTrie, build_trie
 from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels, load_rgb_image
-from ..scoring_ig_captioner import IGCaptionerScoreOutput, contents
+from ..scoring_ig_captioner import IGCaptionerScoreOutput
 from .families import family_of
 from .loading import load_captioner
 from .prompts import EncodedTexts, Processors
 from .readers import read_generated
-from .verification import READING_MODES, Verification, reader_for, verify
+from .verification import READING_MODES, Verification, reader_for, texts_to_compare, verify
 
 
 MAX_CAPTION_TOKENS = 30
 GREY = (128, 128, 128)
 TEST_IMAGE_SIZE = (64, 48)
+BRANCHING_TEXTS = ("a dog in the grass", "a dog on the sofa")
 WEIGHTS_PER_TENSOR = 1024  # of each weight that are read for a fingerprint
 
 
@@ -207,12 +209,13 @@ class CaptionScorer:
             ValueError: naming the value, for labels, templates or a prior that are none.
         """
         listed = (templates,) if isinstance(templates, str) else tuple(templates)
-        encoded = self.prompt.encode(format_labels(list(labels), listed))
-        trie = build_trie(encoded.input_ids, encoded.attention_mask, 0).to(self.device)
-        self._verify(trie, encoded)
+        texts = format_labels(list(labels), listed)
+        self._verify(texts)
+        encoded = self.prompt.encode(texts)
+        trie = self._trie(encoded)
         prior = self._prior(trie, encoded, prior_source, reference_images, reference_mean)
-        texts = CompiledTexts(trie, prior, fingerprint=self.fingerprint())
-        return CompiledLabels(tuple(labels), listed, texts, digest_of_tokens(encoded.input_ids, encoded.attention_mask))
+        compiled = CompiledTexts(trie, prior, fingerprint=self.fingerprint())
+        return CompiledLabels(tuple(labels), listed, compiled, digest_of_tokens(encoded.input_ids, encoded.attention_mask))
 
     def _checked(self, labels: CompiledLabels) -> tuple[TextTrie, int]:
         """The trie of labels on the model's device, and how many tokens of the prompt are part of the texts.
@@ -220,21 +223,29 @@ class CaptionScorer:
         Raises:
             ValueError: if they were compiled with another model, prompt, reading mode or tokenizer.
         """
-        encoded = self.prompt.encode(format_labels(labels.labels, labels.templates))
-        trie = labels.texts.to(self.device).trie
-        self._verify(trie, encoded)
+        texts = format_labels(labels.labels, labels.templates)
+        self._verify(texts)
+        encoded = self.prompt.encode(texts)
         own, theirs = json.loads(self.fingerprint()), _fingerprint_of(labels)
         different = [f"{name} {theirs.get(name)!r}, not {own[name]!r}" for name in own if own[name] != theirs.get(name)]
         if different:
             raise ValueError(f"these labels were compiled for {'; '.join(different)}: compile them again")
         if digest_of_tokens(encoded.input_ids, encoded.attention_mask) != labels.tokens_sha256:
             raise ValueError(f"these labels ({labels.labels[0]!r}, ...) were compiled with another tokenizer")
-        return trie, encoded.dropped
+        return labels.texts.to(self.device).trie, encoded.dropped
 
-    def _verify(self, trie: TextTrie, encoded: EncodedTexts) -> None:
-        """Chooses the reading mode at first use."""
-        if self.verification is None:
-            self.verification = verify(self.family, self._test_prompts(encoded), trie)
+    def _verify(self, texts: list[str]) -> None:
+        """Chooses the reading mode at first use, on some of the user's texts and two that branch."""
+        if self.verification is not None:
+            return
+        encoded = self.prompt.encode([*texts, *BRANCHING_TEXTS])
+        tokens = [ids[mask.bool()].tolist() for ids, mask in zip(encoded.input_ids, encoded.attention_mask, strict=True)]
+        own, branching = tokens[: len(texts)], tokens[len(texts) :]
+        chosen = EncodedTexts.padded([*texts_to_compare(own), *branching], encoded.dropped)
+        self.verification = verify(self.family, self._test_prompts(encoded.dropped), self._trie(chosen))
+
+    def _trie(self, encoded: EncodedTexts) -> TextTrie:
+        return build_trie(encoded.input_ids, encoded.attention_mask, start_token_id=0).to(self.device)
 
     @torch.no_grad()
     def token_gains(self, image: Any, text: str, **prior: Any) -> list[TokenGain]:
@@ -245,9 +256,9 @@ class CaptionScorer:
         """
         weight = prior.pop("prior_weight", None)
         weight = self.default_prior_weight if weight is None else weight
+        self._verify([text])
         encoded = self.prompt.encode([text])
-        trie = build_trie(encoded.input_ids, encoded.attention_mask, 0).to(self.device)
-        self._verify(trie, encoded)
+        trie = self._trie(encoded)
         path = trie.text_edges[0].cpu()
         caption = self._edges(trie, as_images(image), encoded.dropped)[0, path]
         without = self._prior_edges(trie, encoded, prior.pop("prior_source", None), prior.pop("reference_images", None))
@@ -328,13 +339,13 @@ class CaptionScorer:
             )
         return self._read([self._to_device(self.prompt.inputs(None, encoded.dropped))], trie).cpu()
 
-    def _test_prompts(self, encoded: EncodedTexts) -> list[dict[str, Tensor]]:
+    def _test_prompts(self, dropped: int) -> list[dict[str, Tensor]]:
         """What verification reads texts behind: an image of noise, and nothing, where that is an honest prior."""
         noise = torch.randint(256, (3, *TEST_IMAGE_SIZE), generator=torch.Generator().manual_seed(0))
         images = [load_rgb_image(noise.to(torch.uint8))]
         if self.default_prior_source == "unconditional":
             images.append(None)
-        return [self._to_device(self.prompt.inputs(image, encoded.dropped)) for image in images]
+        return [self._to_device(self.prompt.inputs(image, dropped)) for image in images]
 
     def _to_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         dtype = self.model.dtype

@@ -5,6 +5,7 @@ know. So the first texts that are scored are also read by `generate()`, forced a
 not used.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,10 +14,10 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..compat_ig_captioner import attention_implementation
-from ..label_trie import TextTrie, build_trie
+from ..label_trie import TextTrie
 from .families import Family
 from .prefix import Prefix, is_recurrent
-from .readers import Reader, read_generated, read_rows, read_tree, tokens_of
+from .readers import Reader, read_generated, read_rows, read_tree
 
 
 logger = logging.get_logger(__name__)
@@ -71,32 +72,26 @@ def why_no_tree(family: Family, prefix: Prefix, longest: int) -> str | None:
     return None
 
 
-def some_texts(trie: TextTrie) -> TextTrie:
-    """The texts to compare: the shortest, the longest, and the one that shares most of its beginning with that.
+def texts_to_compare(texts: Sequence[list[int]]) -> list[list[int]]:
+    """The shortest of some texts, the longest, and the one that shares most of its beginning with that."""
+    longest = max(texts, key=len)
 
-    A tree that does not branch is a row, and says nothing about trees: so the longest text is read backwards, too.
-    """
-    tokens, lengths = tokens_of(trie), trie.lengths
-    longest = int(lengths.argmax())
-    shared = (trie.text_edges == trie.text_edges[longest]).long().cumprod(dim=-1).sum(dim=-1)
-    shared[shared >= lengths - 1] = -1  # nothing but its last token is its own
-    chosen = sorted({int(lengths.argmin()), longest, int(shared.argmax())})
-    texts = [tokens[text, : lengths[text]].tolist() for text in chosen]
-    *words, end = tokens[longest, : lengths[longest]].tolist()
-    texts.append([*((words or [end]) * 3)[: max(3, len(words))][::-1], end])
-    width = max(map(len, texts))
-    padded = torch.tensor([text + [0] * (width - len(text)) for text in texts])
-    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
-    return build_trie(padded, mask, 0).to(trie.nodes.device)
+    def shared(text: list[int]) -> int:
+        """Tokens in common; fewer than none where the text branches off with nothing but its end."""
+        number = len(os.path.commonprefix([text, longest]))
+        return number if number < len(text) - 1 else -1
+
+    chosen = [min(texts, key=len), longest, max(texts, key=shared)]
+    return [text for index, text in enumerate(chosen) if text not in chosen[:index]]
 
 
-def verify(family: Family, prompts: Sequence[dict[str, Tensor]], trie: TextTrie) -> Verification:
-    """Reads a few texts of a trie in every mode, behind each prompt, and chooses the fastest mode that is right.
+def verify(family: Family, prompts: Sequence[dict[str, Tensor]], texts: TextTrie) -> Verification:
+    """Reads texts in every mode, behind each prompt, and chooses the fastest mode that is right.
 
     Args:
+        texts: a few, some of which share a beginning and then differ: without a branch a tree is a row.
         prompts: inputs of one image each, and those without an image where the prior will be read so.
     """
-    texts = some_texts(trie)
     errors: dict[str, float] = {}
     reasons: dict[str, str] = {}
     longest, dtype = int(texts.lengths.max()), torch.float32

@@ -265,17 +265,3 @@ def _visible_files(root: str, on_error: Callable[[OSError], None]) -> Iterator[t
     for folder, folders, files in os.walk(root, onerror=on_error):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield folder, [name for name in files if not name.startswith(".")]
-
-
-def choose_device(name: str):
-    """The torch device of "auto", "cpu" or "cuda". Raises ValueError where there is no such device."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU is available to torch")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
-
-
-def dtype_on(device) -> dict[str, Any]:
-    """On a CPU half precision is slow and gains nothing: float32 there, elsewhere as stored."""
-    return {"dtype": "float32"} if device.type == "cpu" else {}

@@ -17,12 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from .. import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration
-from ..cli.arguments import choose_device, dtype_on
-from ..cli.predict import caption_tokens
+from ..checkpoint import caption_tokens, load_on_device, load_processor
+from ..compiled_labels import CompiledLabels, compile_labels
 from ..data.prompts import load_prompts
-from ..label_trie import CompiledLabels, compile_labels
 from ..processing_ig_captioner import default_templates, format_labels
-from ..release import load_model, load_processor, read_in_short
+from ..release import read_in_short
 
 
 LARGE_SET = "imagenet"
@@ -115,10 +114,9 @@ class Captioner:
     """
 
     def __init__(self, model: str, device: str = "auto") -> None:
-        chosen = choose_device(device)
         self.name = model
         self.processor = load_processor(model)
-        self.model = load_model(IGCaptionerForConditionalGeneration, model, **dtype_on(chosen)).to(chosen)
+        self.model = load_on_device(IGCaptionerForConditionalGeneration, model, device)
         config = self.model.config
         self.prior_weight = config.prior_weight
         self.templates = default_templates(config)
