@@ -18,9 +18,8 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .label_trie import TextTrie
 from .processing_ig_captioner import default_templates, encode_texts, format_labels
 
@@ -180,7 +179,7 @@ def is_intercepted(module: nn.Module) -> bool:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     # transformers' own, which record hidden states, change nothing
     foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers.")]
-    has_adapter = hasattr(module, "disable_adapters") and not isinstance(module, IGCaptionerPreTrainedModel)
+    has_adapter = hasattr(module, "disable_adapters") and not isinstance(module, PreTrainedModel)
     return bool(foreign) or has_adapter or hasattr(module, "_hf_hook") or "forward" in vars(module)
 
 

@@ -174,9 +174,9 @@ def export_programs(
     """
     if model.training:
         raise ValueError("programs are exported in evaluation mode, but the model is in training mode: call eval()")
-    vision, device = model.config.vision_config, model.device
-    height, width = as_height_width(vision.image_size if image_size is None else image_size, "image_size")
-    pixel_values = torch.zeros(2, vision.num_channels, height, width, dtype=model.dtype, device=device)
+    config, device = model.config, model.device
+    height, width = as_height_width(config.image_size if image_size is None else image_size, "image_size")
+    pixel_values = torch.zeros(2, config.image_channels, height, width, dtype=model.dtype, device=device)
     encoder = ImageEncoder(model).eval()
     key_values = encoder(pixel_values)
     # no size of an example may be 0 or 1: such sizes would be taken for constants

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "ig_captioner"
 # each remote-code file may import only those before it; modeling imports all
 READING_ORDER = [
     "compat_ig_captioner",
+    "vision_ig_captioner",
     "configuration_ig_captioner",
     "information_gain",
     "encoder_ig_captioner",

@@ -31,6 +31,7 @@ from ig_captioner import (
 )
 from ig_captioner.compiled_labels import encode_for
 from ig_captioner.processing_ig_captioner import encode_texts
+from tiny import assert_clear_order
 
 
 TASK = "zero-shot-image-classification"
@@ -153,6 +154,7 @@ def test_batches_change_nothing_but_the_number_of_passes(classifier, photos, tem
     arguments = {"candidate_labels": LABELS, "hypothesis_template": template, "return_log_likelihoods": True}
     singly = classifier(photos, batch_size=1, **arguments)
     assert passes == [1] * len(photos) and len(texts_read) == 1
+    assert_clear_order(torch.tensor([[entry["information_gain"] for entry in entries] for entries in singly]))
     for images in (photos, Photos(photos), (photo for photo in photos)):
         passes.clear(), texts_read.clear()
         batched = list(classifier(images, batch_size=8, **arguments))

@@ -80,3 +80,9 @@ def naive_scores(model, images: torch.Tensor | None, texts: list[list[int]]) -> 
         return torch.tensor([sum(naive_log_likelihoods(model, None, text)) for text in texts])
     pairs = itertools.product(images, texts)
     return torch.tensor([sum(naive_log_likelihoods(model, *pair)) for pair in pairs]).view(len(images), len(texts))
+
+
+def assert_clear_order(scores: torch.Tensor, tolerance: float = 1e-4) -> None:
+    """Fails if two scores of a row are closer than `tolerance`: rounding, which differs by machine, would rank them."""
+    closest = scores.sort(dim=-1).values.diff(dim=-1).min().item()
+    assert closest > tolerance, f"two scores differ by {closest:.1e} only"
