@@ -10,10 +10,10 @@ from functools import cache
 
 import torch
 import transformers as hf
-from tiny import padded
 from torch import Tensor
 
 from ig_captioner.label_trie import TextTrie, build_trie
+from tiny import padded
 
 
 VOCABULARY, IMAGE, END = 120, 99, 2
@@ -383,9 +383,7 @@ def kosmos2_5() -> Build:
 
 def instructblip_t5() -> Build:
     build = instructblip()
-    model = random_model(
-        hf.InstructBlipForConditionalGeneration, hf.InstructBlipConfig(text_config=T5, **QUERIES)
-    )
+    model = random_model(hf.InstructBlipForConditionalGeneration, hf.InstructBlipConfig(text_config=T5, **QUERIES))
     start = {"decoder_input_ids": torch.tensor([[0]])}
     return Build(model, {**build.inputs, **start}, {**text_only(), **start})
 

@@ -163,7 +163,9 @@ class Prompt:
         end = self.model.generation_config.eos_token_id
         end = self.tokenizer.eos_token_id if end is None else end
         if end is None:
-            raise ValueError(f"neither generation_config nor tokenizer of {self.model.name_or_path!r} names an end token")
+            raise ValueError(
+                f"neither generation_config nor tokenizer of {self.model.name_or_path!r} names an end token"
+            )
         return end[0] if isinstance(end, list) else end
 
     def encode(self, texts: list[str]) -> EncodedTexts:

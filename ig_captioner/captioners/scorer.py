@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..compiled_labels import CompiledLabels, CompiledTexts, contents, digest_of_tokens, is_compiled
 from ..configuration_ig_captioner import IGCaptionerConfig
 from ..information_gain import (
     information_gain,
@@ -34,7 +35,6 @@ from ..information_gain import (
     mean_over_references,
     token_means_over_references,
 )
-from ..compiled_labels import CompiledLabels, CompiledTexts, contents, digest_of_tokens, is_compiled
 from ..label_trie import TextTrie, build_trie
 from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels, load_rgb_image
 from ..scoring_ig_captioner import IGCaptionerScoreOutput
@@ -42,7 +42,7 @@ from .families import family_of
 from .loading import load_captioner
 from .prompts import EncodedTexts, Processors
 from .readers import read_generated
-from .verification import READING_MODES, Verification, reader_for, texts_to_compare, verify
+from .verification import READING_MODES, Verification, check_length, reader_for, texts_to_compare, verify
 
 
 MAX_CAPTION_TOKENS = 30
@@ -132,7 +132,7 @@ class CaptionScorer:
 
             if prompt is not None:
                 raise ValueError(f"the captioners of this package have no prompt, got {prompt!r}")
-            return OwnCaptionScorer.load(name, device=device, batch_size=batch_size, **kwargs)
+            return OwnCaptionScorer.load(name, device=device, **kwargs)
         model, processors = load_captioner(name, device=device, trust_remote_code=trust_remote_code, **kwargs)
         return cls(model, processors, prompt=prompt, reading_mode=reading_mode, batch_size=batch_size)
 
@@ -215,7 +215,9 @@ class CaptionScorer:
         trie = self._trie(encoded)
         prior = self._prior(trie, encoded, prior_source, reference_images, reference_mean)
         compiled = CompiledTexts(trie, prior, fingerprint=self.fingerprint())
-        return CompiledLabels(tuple(labels), listed, compiled, digest_of_tokens(encoded.input_ids, encoded.attention_mask))
+        return CompiledLabels(
+            tuple(labels), listed, compiled, digest_of_tokens(encoded.input_ids, encoded.attention_mask)
+        )
 
     def _checked(self, labels: CompiledLabels) -> tuple[TextTrie, int]:
         """The trie of labels on the model's device, and how many tokens of the prompt are part of the texts.
@@ -239,7 +241,9 @@ class CaptionScorer:
         if self.verification is not None:
             return
         encoded = self.prompt.encode([*texts, *BRANCHING_TEXTS])
-        tokens = [ids[mask.bool()].tolist() for ids, mask in zip(encoded.input_ids, encoded.attention_mask, strict=True)]
+        tokens = [
+            ids[mask.bool()].tolist() for ids, mask in zip(encoded.input_ids, encoded.attention_mask, strict=True)
+        ]
         own, branching = tokens[: len(texts)], tokens[len(texts) :]
         chosen = EncodedTexts.padded([*texts_to_compare(own), *branching], encoded.dropped)
         self.verification = verify(self.family, self._test_prompts(encoded.dropped), self._trie(chosen))
@@ -299,14 +303,8 @@ class CaptionScorer:
             return torch.cat([read_generated(self.family, single, trie) for single in inputs])
         prefix = self.family.prefill({name: torch.cat([each[name] for each in inputs]) for name in inputs[0]})
         longest = int(trie.lengths.max())
-        self._check_length(prefix, longest)
+        check_length(self.family, prefix, longest)
         return reader_for(self.verification.mode, self.family, prefix, longest)(self.family, prefix, trie)
-
-    def _check_length(self, prefix: Any, longest: int) -> None:
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        needed = int(prefix.positions.max()) + longest - 1
-        if limit is not None and needed > limit:
-            raise ValueError(f"prompt and longest text need {needed} positions, but the model has {limit}")
 
     def _prior(
         self,

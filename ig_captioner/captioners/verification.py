@@ -24,7 +24,8 @@ logger = logging.get_logger(__name__)
 
 READING_MODES = ("tree", "rows", "generate")
 READERS: dict[str, Reader] = {"tree": read_tree, "rows": read_rows}
-# A tree may be off by this factor times what rows are off by, which is what the floating-point type costs, in nats.
+# A tree may be off by this factor times what rows are off by, in nats, which is what the floating-point type costs;
+# rows that are exact by chance count as off by a step of that type for every token, or by a thousandth of a nat.
 TREE_FACTOR, SMALLEST_ERROR = 3.0, 1e-3
 # Rows may be off by the rounding of logits of this size for every token, or by a hundredth of a nat.
 LOGIT_SIZE, ROWS_ERROR = 8.0, 1e-2
@@ -72,6 +73,18 @@ def why_no_tree(family: Family, prefix: Prefix, longest: int) -> str | None:
     return None
 
 
+class TextTooLongError(ValueError):
+    """A text needs more positions than the model has."""
+
+
+def check_length(family: Family, prefix: Prefix, longest: int) -> None:
+    """Raises TextTooLongError if the model has no positions for texts of up to `longest` tokens behind a prefix."""
+    limit = getattr(family.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    needed = int(prefix.positions.max()) + longest - 1
+    if limit is not None and needed > limit:
+        raise TextTooLongError(f"prompt and longest text need {needed} positions, but the model has {limit}")
+
+
 def texts_to_compare(texts: Sequence[list[int]]) -> list[list[int]]:
     """The shortest of some texts, the longest, and the one that shares most of its beginning with that."""
     longest = max(texts, key=len)
@@ -96,29 +109,35 @@ def verify(family: Family, prompts: Sequence[dict[str, Tensor]], texts: TextTrie
     reasons: dict[str, str] = {}
     longest, dtype = int(texts.lengths.max()), torch.float32
     for inputs in prompts:
-        truth = texts.sum_over_texts(read_generated(family, inputs, texts))
+        read: dict[str, Tensor] = {}
         try:
             prefix = family.prefill(inputs)
             dtype = prefix.dtype
+            check_length(family, prefix, longest)
             if reason := why_no_tree(family, prefix, longest):
                 reasons["tree"] = reason
-            for mode in ("tree", "rows"):
-                if mode not in reasons:
-                    read = texts.sum_over_texts(READERS[mode](family, prefix, texts))
-                    errors[mode] = max(errors.get(mode, 0.0), float((read - truth).abs().max()))
-        except Exception as error:  # whatever a foreign model raises, its generate() has just worked
+            read = {mode: READERS[mode](family, prefix, texts) for mode in READERS if mode not in reasons}
+        except TextTooLongError:
+            raise
+        except Exception as error:  # whatever a foreign model raises: its generate() may work
             reasons["rows"] = reasons["tree"] = f"{type(error).__name__}: {error}"
-            break
+        truth = texts.sum_over_texts(read_generated(family, inputs, texts))
+        for mode, edges in read.items():
+            error = float((texts.sum_over_texts(edges) - truth).abs().max())
+            errors[mode] = max(errors.get(mode, 0.0), error)
     mode = _choose(errors, reasons, longest, dtype)
     verification = Verification(mode, errors, reasons, len(texts.text_edges), dtype)
     if mode == "generate":
-        logger.warning(f"{type(family.model).__name__} is read by generate(), text by text, which is slow: {verification}")
+        logger.warning(
+            f"{type(family.model).__name__} is read by generate(), text by text, which is slow: {verification}"
+        )
     return verification
 
 
 def _choose(errors: dict[str, float], reasons: dict[str, str], longest: int, dtype: torch.dtype) -> str:
     """The fastest mode that is right; adds to `reasons` why others are not."""
-    allowed = max(ROWS_ERROR, LOGIT_SIZE * longest * torch.finfo(dtype).eps)
+    rounding = longest * torch.finfo(dtype).eps
+    allowed = max(ROWS_ERROR, LOGIT_SIZE * rounding)
     if "rows" not in reasons and not errors["rows"] <= allowed:
         reasons["rows"] = f"{errors['rows']:.1e} nats from generate(), allowed {allowed:.1e}"
     if "rows" in reasons:
@@ -126,7 +145,7 @@ def _choose(errors: dict[str, float], reasons: dict[str, str], longest: int, dty
         return "generate"
     if "tree" in reasons:
         return "rows"
-    allowed = TREE_FACTOR * max(errors["rows"], SMALLEST_ERROR)
+    allowed = TREE_FACTOR * max(errors["rows"], SMALLEST_ERROR, rounding)
     if not errors["tree"] <= allowed:
         reasons["tree"] = f"{errors['tree']:.1e} nats from generate(), allowed {allowed:.1e}"
         return "rows"
