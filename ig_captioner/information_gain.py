@@ -120,6 +120,11 @@ def label_log_prior(label_prior: Sequence[float] | Tensor, num_labels: int) -> T
     )
 
 
+def mean_over_templates(values: Tensor, num_templates: int) -> Tensor:
+    """Means [*, C] over T templates of scores [*, T * C]: of all labels in the first template, then in the second."""
+    return values.unflatten(-1, (num_templates, -1)).mean(dim=-2)
+
+
 def loss_weights(labels: Tensor, reduction: str = "token", num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """What each token's -log P counts in the loss of texts, [N, L] float32; nan if nothing is labelled.
 

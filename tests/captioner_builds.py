@@ -494,7 +494,8 @@ def random_texts(number: int = 10, longest: int = 6) -> list[list[int]]:
     texts = []
     for length in torch.randint(2, longest, (number,), generator=generator).tolist():
         own = torch.randint(3, 80, (longest,), generator=generator).tolist()
-        texts.append([20, 21, 3 + own[0] % 5, *own[1:]][:length] + [END])
+        words = [20, 21, 3 + own[0] % 5, *own[1:]][:length]
+        texts.append([*words, END])
     texts[0] = [20, 21, 33, 34, END]
     texts[1] = [20, 21, 33, END]  # a label that is the beginning of another
     return texts

@@ -1,5 +1,6 @@
 """`CaptionScorer`: any captioner with its real processor, from images and strings to scores."""
 
+import copy
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from captioner_folders import FOLDERS, captioner, photo, save_folder
 
 from ig_captioner import TINY_CHECKPOINT, CaptionScorer, CompiledLabels
 from ig_captioner.captioners.readers import forced_log_likelihoods
+from ig_captioner.captioners.scorer import grey_image
 from ig_captioner.information_gain import label_log_prior, mean_over_references, token_means_over_references
 
 
@@ -97,8 +99,6 @@ def test_images_whose_prompts_differ_in_length_are_read_apart():
 def test_the_default_reference_is_one_grey_image():
     scorer = scorer_of("blip")
     assert scorer.default_prior_source == "reference_images"
-    from ig_captioner.captioners.scorer import grey_image
-
     grey = scorer.score(grey_image(), TEXTS).caption_log_likelihood[0]
     assert close(scorer.score(PHOTOS, TEXTS).prior_log_likelihood, grey)
 
@@ -217,8 +217,6 @@ def test_compiled_labels_are_bound_to_model_prompt_mode_and_tokenizer(tmp_path):
 
 
 def test_compiled_labels_are_bound_to_weights():
-    import copy
-
     model, processors = captioner("blip")
     labels = scorer_of("blip").compile_labels(["cat"])
     changed = copy.deepcopy(model)

@@ -126,16 +126,11 @@ def test_a_tree_fits_into_every_attention_window(make):
     before = family.prefill(build.inputs)
     assert "window" in why_no_tree(family, before, 6)
     assert error(read_rows, build) < RIGHT
-    assert why_no_tree(family, before, 6) is not None
     assert verify(family, [build.inputs], TRIE).mode == "rows"
 
 
 def test_beyond_a_window_a_tree_is_wrong():
-    build = gemma3(window=14)
-    try:
-        assert error(read_tree, build) > RIGHT
-    except RuntimeError:  # the mask does not even fit
-        pass
+    assert error(read_tree, gemma3(window=14)) > RIGHT
 
 
 def test_chunked_attention_is_a_window(monkeypatch):

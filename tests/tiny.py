@@ -14,6 +14,7 @@ VARIANTS = {
     "prefix_rotary": {"num_text_only_layers": 0, "position_embedding": "rotary", "norm": "rmsnorm", "gated_mlp": True},
     "cross": {"fusion": "cross_attention", "num_text_only_layers": 0, "head_bias": True, "attention_bias": False},
     "cross_rotary": {"fusion": "cross_attention", "num_text_only_layers": 2, "position_embedding": "rotary"},
+    "factorised": {"num_text_only_layers": 2, "embedding_size": 10},
 }
 
 

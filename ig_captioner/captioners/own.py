@@ -44,7 +44,7 @@ class OwnCaptionScorer(CaptionScorer):
         reference_images: Sequence[Any] | None = None,
         **options: Any,
     ) -> IGCaptionerScoreOutput:
-        """As `CaptionScorer.score`; a float tensor [B, channels, height, width] is what the processor makes of images."""
+        """As `CaptionScorer.score`; a float tensor [B, channels, height, width] is taken for `pixel_values`."""
         if reference_images is not None:
             options["reference_pixel_values"] = self._pixels(reference_images)
         if is_compiled(texts):

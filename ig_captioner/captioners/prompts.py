@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..compiled_labels import digest_of_tokens
+
 
 ANSWER = "ANSWER"  # stands for a text when a template is rendered
 # Fields that hold one entry per token of the prompt.
@@ -53,10 +55,20 @@ class EncodedTexts:
 
     @classmethod
     def padded(cls, texts: list[list[int]], dropped: int) -> "EncodedTexts":
+        """Texts of several lengths."""
         longest = max(map(len, texts))
         input_ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
         attention_mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
         return cls(input_ids, attention_mask, dropped)
+
+    def as_lists(self) -> list[list[int]]:
+        """The tokens of each text, without padding."""
+        rows = zip(self.input_ids, self.attention_mask, strict=True)
+        return [ids[mask.bool()].tolist() for ids, mask in rows]
+
+    def digest(self) -> str:
+        """SHA-256 of the tokens."""
+        return digest_of_tokens(self.input_ids, self.attention_mask)
 
 
 class Prompt:
@@ -172,14 +184,14 @@ class Prompt:
         """Tokens of texts behind the prompt, the token that ends a turn included."""
         context = self._tokens([self.context])[0]
         joint = self._tokens([self.context + self.lead + text for text in texts])
-        kept = min(_common_beginning(context, ids) for ids in joint)
+        kept = min(common_beginning(context, ids) for ids in joint)
         return EncodedTexts.padded([[*ids[kept:], self.end_token_id] for ids in joint], len(context) - kept)
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def _common_beginning(first: list[int], second: list[int]) -> int:
+def common_beginning(first: list[int], second: list[int]) -> int:
     """Counts the tokens that two lists begin with in common."""
     for position, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compiled_labels import CompiledLabels, CompiledTexts, contents, digest_of_tokens, is_compiled
+from ..compiled_labels import CompiledLabels, CompiledTexts, checksum, is_compiled
 from ..configuration_ig_captioner import IGCaptionerConfig
 from ..information_gain import (
     information_gain,
@@ -49,7 +49,6 @@ MAX_CAPTION_TOKENS = 30
 GREY = (128, 128, 128)
 TEST_IMAGE_SIZE = (64, 48)
 BRANCHING_TEXTS = ("a dog in the grass", "a dog on the sofa")
-WEIGHTS_PER_TENSOR = 1024  # of each weight that are read for a fingerprint
 
 
 @dataclass(frozen=True)
@@ -215,9 +214,7 @@ class CaptionScorer:
         trie = self._trie(encoded)
         prior = self._prior(trie, encoded, prior_source, reference_images, reference_mean)
         compiled = CompiledTexts(trie, prior, fingerprint=self.fingerprint())
-        return CompiledLabels(
-            tuple(labels), listed, compiled, digest_of_tokens(encoded.input_ids, encoded.attention_mask)
-        )
+        return CompiledLabels(tuple(labels), listed, compiled, encoded.digest())
 
     def _checked(self, labels: CompiledLabels) -> tuple[TextTrie, int]:
         """The trie of labels on the model's device, and how many tokens of the prompt are part of the texts.
@@ -232,7 +229,7 @@ class CaptionScorer:
         different = [f"{name} {theirs.get(name)!r}, not {own[name]!r}" for name in own if own[name] != theirs.get(name)]
         if different:
             raise ValueError(f"these labels were compiled for {'; '.join(different)}: compile them again")
-        if digest_of_tokens(encoded.input_ids, encoded.attention_mask) != labels.tokens_sha256:
+        if encoded.digest() != labels.tokens_sha256:
             raise ValueError(f"these labels ({labels.labels[0]!r}, ...) were compiled with another tokenizer")
         return labels.texts.to(self.device).trie, encoded.dropped
 
@@ -365,25 +362,26 @@ class CaptionScorer:
         return self.model.config.model_type if not name or os.path.isdir(name) else name
 
     def fingerprint(self) -> str:
-        """What scores depend on: model, a sample of its weights, prompt and reading mode; JSON."""
+        """What scores depend on: model, weights, prompt and reading mode; JSON."""
         mode = None if self.verification is None else self.verification.mode
         described = {"model": self.name, "prompt": self.prompt.context, "reading_mode": mode}
         return json.dumps({**described, "weights": self._weights})
 
     @cached_property
     def _weights(self) -> str:
-        """SHA-256 of names, types and shapes of all weights, and of a sample of each: billions would take minutes."""
+        """SHA-256 of checksums of all weights that are in memory; of weights offloaded to disk their shapes count."""
         digest = hashlib.sha256()
         for name, weight in self.model.state_dict().items():
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            for part in () if weight.is_meta else contents(_sample(weight.detach())):
+            for part in () if weight.is_meta else checksum(weight.detach()):
                 digest.update(part)
         return digest.hexdigest()
 
     def describe(self) -> dict[str, str]:
         """Family, prompt, reading mode and prior, in words."""
+        names = type(self.model).__name__, type(self.family).__name__
         return {
-            "family": f"{self.model.config.model_type} ({type(self.model).__name__}), read as {type(self.family).__name__}",
+            "family": f"{self.model.config.model_type} ({names[0]}), read as {names[1]}",
             "prompt": repr(self.prompt.context),
             "reading mode": "chosen at first use" if self.verification is None else str(self.verification),
             "prior": self.default_prior_source,
@@ -416,12 +414,6 @@ def _batches(singles: Iterable[dict[str, Tensor]], batch_size: int) -> Iterator[
     for _, group in groupby(singles, key=shapes):
         while batch := list(islice(group, batch_size)):
             yield batch
-
-
-def _sample(weight: Tensor) -> Tensor:
-    if hasattr(weight, "__tensor_flatten__") or weight.numel() <= WEIGHTS_PER_TENSOR:
-        return weight
-    return weight.flatten()[:: weight.numel() // WEIGHTS_PER_TENSOR]
 
 
 def _fingerprint_of(labels: CompiledLabels) -> dict[str, Any]:

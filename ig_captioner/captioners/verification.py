@@ -5,7 +5,6 @@ know. So the first texts that are scored are also read by `generate()`, forced a
 not used.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ from ..compat_ig_captioner import attention_implementation
 from ..label_trie import TextTrie
 from .families import Family
 from .prefix import Prefix, is_recurrent
+from .prompts import common_beginning
 from .readers import Reader, read_generated, read_rows, read_tree
 
 
@@ -91,7 +91,7 @@ def texts_to_compare(texts: Sequence[list[int]]) -> list[list[int]]:
 
     def shared(text: list[int]) -> int:
         """Tokens in common; fewer than none where the text branches off with nothing but its end."""
-        number = len(os.path.commonprefix([text, longest]))
+        number = common_beginning(text, longest)
         return number if number < len(text) - 1 else -1
 
     chosen = [min(texts, key=len), longest, max(texts, key=shared)]
