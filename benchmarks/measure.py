@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ig_captioner.report import cpu_model, git_commit
+from ig_captioner.evaluation.report import cpu_model, git_commit
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

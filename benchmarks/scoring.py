@@ -39,10 +39,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration
+from ig_captioner.data.prompts import load_prompts
 from ig_captioner.information_gain import shift_right
 from ig_captioner.label_trie import CompiledTexts
 from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
-from ig_captioner.prompts import load_prompts
 from training.train_tokenizer import train_tokenizer
 
 from .measure import DEVICE, circumstances, median_ratio, peak_memory, seconds, take_turns

@@ -28,9 +28,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration, compile_labels
-from ig_captioner.hub import load_model, load_processor
+from ig_captioner.data.shards import Skipped, read_decoded, read_image
 from ig_captioner.label_trie import TextTrie
-from ig_captioner.shards import Skipped, read_decoded, read_image
+from ig_captioner.release import load_model, load_processor
 
 from .measure import circumstances
 from .scoring import imagenet_labels

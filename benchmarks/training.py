@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ig_captioner.data.shards import find_shards
 from ig_captioner.information_gain import linear_loss
-from ig_captioner.shards import find_shards
 from training.config import load_config
 
 from . import training_data, training_steps

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration, IGCaptionerTextConfig
 from ig_captioner.card import CARD_FILE, CardFacts, make_card, write_facts
-from ig_captioner.hub import load_model
+from ig_captioner.release import load_model
 
 from .reading import ConversionError
 

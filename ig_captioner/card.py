@@ -27,7 +27,7 @@ from safetensors import safe_open
 
 from . import IGCaptionerPreTrainedModel
 from .configuration_ig_captioner import REMOTE_CODE_FILES
-from .report import HUB_TASKS, evaluations, to_markdown, weights_digest
+from .evaluation.report import HUB_TASKS, evaluations, to_markdown, weights_digest
 
 
 CARD_FILE = "README.md"
@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help="files results.json to take in")
     arguments = parser.parse_args(argv)
     from . import IGCaptionerForConditionalGeneration
-    from .hub import load_model
+    from .release import load_model
 
     folder = arguments.folder
     try:

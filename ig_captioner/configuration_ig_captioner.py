@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 # Every checkpoint carries its code: these files, and `file.Class` of what stands in them, as transformers resolves it.
 REMOTE_CODE_FILES = (
+    "compat_ig_captioner.py",
     "configuration_ig_captioner.py",
     "information_gain.py",
     "encoder_ig_captioner.py",
@@ -284,6 +285,7 @@ class IGCaptionerConfig(PreTrainedConfig):
     sub_configs = {"vision_config": IGCaptionerVisionConfig, "text_config": IGCaptionerTextConfig}
     # so that Trainer's predictions are the logits alone
     keys_to_ignore_at_inference = [
+        "cache",
         "past_key_values",
         "encoder_last_hidden_state",
         "captioning_loss",

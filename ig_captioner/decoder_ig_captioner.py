@@ -24,9 +24,14 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GradientCheckpointingLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .compat_ig_captioner import (
+    CACHE_NAME,
+    OutputRecorder,
+    accepts_both_cache_names,
+    capture_outputs,
+    merge_with_config_defaults,
+)
 from .configuration_ig_captioner import IGCaptionerTextConfig
 from .encoder_ig_captioner import (
     IGCaptionerAttention,
@@ -116,7 +121,7 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
         *,
         reads_image: bool = False,
         text: TextStates | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Text [N, L, D], or with `reads_image` image tokens [B, P, *], through the block.
@@ -133,8 +138,8 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
             return self._read_image(hidden_states, **kwargs)
         normed = self.self_attn_norm(hidden_states)
         key, value = self.self_attn.key_values(normed, text.rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.self_attn.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.self_attn.layer_idx)
         mask, causal = text.mask, text.is_causal
         if image_key is not None and self.has_prefix:
             if (texts := key.shape[0] // image_key.shape[0]) > 1:
@@ -208,7 +213,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         parallel_rows: Tensor | None = None,
         **kwargs,
@@ -220,7 +225,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(self._mask_rows(input_ids, parallel_rows))
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             position_ids = self._position_ids(inputs_embeds, attention_mask, past, parallel_rows)
         self.check_length(inputs_embeds.shape[1], past)
@@ -228,7 +233,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             position_ids=position_ids,
             # a prefix is put in front of the mask, and parallel texts open it: both need it spelled out
             allow_is_causal_skip=self.config.fusion == "cross_attention" and parallel_rows is None,
@@ -237,7 +242,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         text = TextStates(hidden_states, mask, self._rotary(position_ids), is_causal=True)
         if parallel_rows is not None:
             text.mask, text.is_causal = self._open_mask(mask, parallel_rows)
-        return self._run_text_only_layers(text, past_key_values=past_key_values, **kwargs)
+        return self._run_text_only_layers(text, cache=cache, **kwargs)
 
     def read_trie(
         self, tokens: Tensor, depths: Tensor, ends: Tensor, hidden_states: Tensor | None = None
@@ -271,7 +276,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         self,
         text: TextStates,
         image_key_values: list[KeyValues] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> Tensor:
         """Runs the fusion layers and the final norm: [N, L, D]. Without `image_key_values` no image is involved.
@@ -281,9 +286,10 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         hidden_states = text.hidden_states
         nothing = [(None, None)] * len(self.fusion_layers)
         for layer, key_value in zip(self.fusion_layers, image_key_values or nothing, strict=True):
-            hidden_states = layer(hidden_states, *key_value, text=text, past_key_values=past_key_values, **kwargs)
+            hidden_states = layer(hidden_states, *key_value, text=text, cache=cache, **kwargs)
         return self.norm(hidden_states)
 
+    @accepts_both_cache_names
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -291,7 +297,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         image_key_values: list[KeyValues] | None = None,
         parallel_rows: Tensor | None = None,
@@ -301,15 +307,13 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         """Texts [N, L] and what `read_image` made of N images to `last_hidden_state` [N, L, D]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        text = self.read_text(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, parallel_rows, **kwargs
-        )
-        hidden_states = self.fuse(text, image_key_values, past_key_values, **kwargs)
-        return IGCaptionerDecoderOutput(
-            last_hidden_state=hidden_states, past_key_values=past_key_values, text_states=text
-        )
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError("gradient checkpointing runs layers twice, which would write into the cache twice")
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        text = self.read_text(input_ids, attention_mask, position_ids, cache, inputs_embeds, parallel_rows, **kwargs)
+        hidden_states = self.fuse(text, image_key_values, cache, **kwargs)
+        return IGCaptionerDecoderOutput(last_hidden_state=hidden_states, text_states=text, **{CACHE_NAME: cache})
 
     def _mask_rows(self, input_ids: Tensor, parallel_rows: Tensor | None) -> Tensor:
         if parallel_rows is None:

@@ -22,9 +22,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .compat_ig_captioner import OutputRecorder, capture_outputs, merge_with_config_defaults
 from .configuration_ig_captioner import (
     IGCaptionerConfig,
     IGCaptionerTextConfig,
@@ -188,7 +187,7 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["IGCaptionerVisionLayer", "IGCaptionerDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True

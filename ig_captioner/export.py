@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where the files go")
     options = parser.parse_args(arguments)
     from . import IGCaptionerForZeroShotImageClassification
-    from .hub import load_model, load_processor
+    from .release import load_model, load_processor
 
     try:
         model = load_model(IGCaptionerForZeroShotImageClassification, options.model, dtype=torch.float32)

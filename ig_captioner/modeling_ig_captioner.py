@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .compat_ig_captioner import CACHE_NAME, accepts_both_cache_names, rename_cache
 from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig
 from .decoder_ig_captioner import IGCaptionerTextDecoder
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, IGCaptionerVisionModel, KeyValues
@@ -45,19 +47,14 @@ from .scoring_ig_captioner import IGCaptionerScorer, is_intercepted
 
 
 @dataclass
-class IGCaptionerModelOutput(ModelOutput):
+class IGCaptionerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
     """last_hidden_state [N, L, D]; encoder_last_hidden_state [N, P, E] if pixels were given."""
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
     encoder_last_hidden_state: Tensor | None = None
 
 
 @dataclass
-class IGCaptionerCausalLMOutput(ModelOutput):
+class IGCaptionerCausalLMOutput(CausalLMOutputWithCrossAttentions):
     """Output of [`IGCaptionerForConditionalGeneration`]. Losses are scalars in nats per token.
 
     loss: `conditional_weight * (captioning or parallel) + unconditional_weight * unconditional`.
@@ -69,17 +66,11 @@ class IGCaptionerCausalLMOutput(ModelOutput):
     logits: [N, L, V]; position i predicts token i of `labels`, or the token after `input_ids[:, i]`. None in training.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
     captioning_loss: Tensor | None = None
     unconditional_loss: Tensor | None = None
     parallel_loss: Tensor | None = None
     caption_log_likelihood: Tensor | None = None
     prior_log_likelihood: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
     encoder_last_hidden_state: Tensor | None = None
 
 
@@ -119,6 +110,7 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
         image_tokens = self.vision_model(pixel_values=pixel_values).last_hidden_state
         return self.decoder.read_image(image_tokens), image_tokens
 
+    @accepts_both_cache_names
     @can_return_tuple
     def forward(
         self,
@@ -126,7 +118,7 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         image_key_values: Tensor | None = None,
         parallel_prediction: bool = False,
@@ -158,7 +150,7 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             image_key_values=key_values,
             parallel_rows=parallel_rows,
@@ -207,6 +199,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         """Whether Trainer may leave the division over accumulated batches to the loss: only if that counts tokens."""
         return self.config.loss_reduction == "token"
 
+    @accepts_both_cache_names
     @can_return_tuple
     def forward(
         self,
@@ -214,7 +207,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         image_key_values: Tensor | None = None,
         labels: Tensor | None = None,
@@ -233,8 +226,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             pixel_values: [N, channels, height, width]; left out, the text alone is modelled.
             labels: [N, L], the tokens to be predicted, end-of-sequence included; -100 is ignored. The decoder's input
                 is made from them: `logits[:, i]` predicts `labels[:, i]`.
-            past_key_values: holds the text only. With it, give `pixel_values` or `image_key_values` (see `read_image`)
-                in every call; `generate` does.
+            cache (or `past_key_values`): holds the text only. With it, give `pixel_values` or `image_key_values` (see
+                `read_image`) in every call; `generate` does.
             parallel_prediction: CapPa's mode for the whole batch. In training with labels,
                 `config.parallel_prediction_prob` chooses texts at random instead.
             skip_logits: with `labels`, compute the loss without ever holding all logits, and return none; if not given,
@@ -245,7 +238,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         """
         if labels is not None:
             unused = {"inputs_embeds": inputs_embeds, "image_key_values": image_key_values}
-            unused |= {"position_ids": position_ids, "past_key_values": past_key_values}
+            unused |= {"position_ids": position_ids, "cache": cache}
             for name, value in unused.items():
                 if value is not None:
                     raise ValueError(f"{name} cannot be combined with labels, which the decoder's input is made from")
@@ -264,7 +257,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             image_key_values=image_key_values,
             parallel_prediction=parallel_prediction,
@@ -389,6 +382,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 with the end-of-sequence token, as the tokenizer makes them, they are turned into that form.
             attention_mask: [N, L], for prompts padded on the left (on either side if they end with end-of-sequence).
         """
+        kwargs = rename_cache(kwargs, CACHE_NAME)
         prompt = kwargs.pop("input_ids", inputs)
         if prompt is not None and prompt.is_floating_point():
             raise ValueError(f"prompts are token ids, got {prompt.dtype}, shape {tuple(prompt.shape)}")

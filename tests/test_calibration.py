@@ -34,9 +34,10 @@ from ig_captioner import (
     IGCaptionerConfig,
     IGCaptionerForZeroShotImageClassification,
     IGZeroShotImageClassificationPipeline,
-    calibration,
 )
-from ig_captioner.calibration import (
+from ig_captioner.data.shards import is_held_out
+from ig_captioner.evaluation import calibration
+from ig_captioner.evaluation.calibration import (
     TEMPERATURES,
     Answers,
     abstain_threshold,
@@ -51,10 +52,9 @@ from ig_captioner.calibration import (
     resampled_temperature,
     save_calibration,
 )
-from ig_captioner.evaluation import bootstrap
-from ig_captioner.report import draw_coverage, draw_reliability
-from ig_captioner.retrieval import ScoreMatrix
-from ig_captioner.shards import is_held_out
+from ig_captioner.evaluation.report import draw_coverage, draw_reliability
+from ig_captioner.evaluation.rows import bootstrap
+from ig_captioner.evaluation.scores import ScoreMatrix
 
 
 def slow_softmax(scores: list[float], temperature: float) -> list[float]:

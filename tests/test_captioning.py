@@ -20,8 +20,9 @@ from test_evaluation_cli import (
     values,
 )
 
-from ig_captioner import IGCaptionerForConditionalGeneration, captioning
-from ig_captioner.captioning import captioning_row, cider_d, words
+from ig_captioner import IGCaptionerForConditionalGeneration
+from ig_captioner.evaluation import captioning
+from ig_captioner.evaluation.captioning import captioning_row, cider_d, words
 
 
 GENERATED = ["A dog runs on the grass.", "a cat on a mat", "dogs", "two men on a boat in the sea at night", "a cat"]

@@ -23,9 +23,9 @@ from ig_captioner.card import (
     read_results,
     write_facts,
 )
-from ig_captioner.evaluation import make_row
-from ig_captioner.hub import load_model, save_release
-from ig_captioner.report import table_lines, weights_digest, write_results
+from ig_captioner.evaluation.report import table_lines, weights_digest, write_results
+from ig_captioner.evaluation.rows import make_row
+from ig_captioner.release import load_model, save_release
 
 
 FACTS = {

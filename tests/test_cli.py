@@ -19,16 +19,16 @@ from ig_captioner import (
     IGCaptionerForConditionalGeneration,
     IGZeroShotImageClassificationPipeline,
     cli,
-    cli_arguments,
-    cli_output,
-    cli_release,
     label_cache,
     label_trie,
 )
-from ig_captioner.cli_output import columns
-from ig_captioner.hub import load_model, load_processor
+from ig_captioner.cli import arguments as cli_arguments
+from ig_captioner.cli import output as cli_output
+from ig_captioner.cli import release as cli_release
+from ig_captioner.cli.output import columns
+from ig_captioner.data.prompts import load_prompts
 from ig_captioner.processing_ig_captioner import load_rgb_image
-from ig_captioner.prompts import load_prompts
+from ig_captioner.release import load_model, load_processor
 
 
 FIELDS = ["label", "score", "caption_log_likelihood", "prior_log_likelihood", "information_gain"]
@@ -417,7 +417,7 @@ def test_unexpected_errors_are_one_line_too(run, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of\n  memory")
 
-    monkeypatch.setattr("ig_captioner.hub.load_model", fail)
+    monkeypatch.setattr("ig_captioner.release.load_model", fail)
     code, lines, errors = run("classify", "0.png", "--labels", "cat")
     assert (code, lines, errors) == (1, [], ["ig-captioner: error: RuntimeError: out of memory"])
     errors = run("classify", "0.png", "--labels", "cat", "--traceback")[2]
@@ -426,5 +426,5 @@ def test_unexpected_errors_are_one_line_too(run, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ig_captioner.hub.load_model", interrupt)
+    monkeypatch.setattr("ig_captioner.release.load_model", interrupt)
     assert run("classify", "0.png", "--labels", "cat") == (130, [], [])

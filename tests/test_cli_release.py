@@ -17,8 +17,8 @@ from test_card import write_measured
 from test_cli import checkpoint, here, run  # noqa: F401 (fixtures)
 from test_hub import save_checkpoint
 
-from ig_captioner import CompiledLabels, IGCaptionerForConditionalGeneration, cli, hub
-from ig_captioner.hub import RELEASE_FILES
+from ig_captioner import CompiledLabels, IGCaptionerForConditionalGeneration, cli, release
+from ig_captioner.release import RELEASE_FILES
 
 
 # info
@@ -140,7 +140,7 @@ def test_push(run, monkeypatch):
         calls.append((folder, repo_id, options))
         return f"https://hub/{repo_id}"
 
-    monkeypatch.setattr(hub, "push_release", push_release, raising=False)
+    monkeypatch.setattr(release, "push_release", push_release, raising=False)
     assert run("push", "folder", "me/tiny") == (0, ["https://hub/me/tiny"], [])
     options = ["--private", "--revision", "v2", "--message", "Trained for longer"]
     assert run("push", "folder", "me/tiny", *options) == (0, ["https://hub/me/tiny"], [])
@@ -151,7 +151,7 @@ def test_push(run, monkeypatch):
     def refuse(*args, **options):
         raise OSError("401: log in\nfirst")
 
-    monkeypatch.setattr(hub, "push_release", refuse, raising=False)
+    monkeypatch.setattr(release, "push_release", refuse, raising=False)
     assert run("push", "folder", "me/tiny") == (1, [], ["ig-captioner: error: 401: log in first"])
 
 
@@ -161,7 +161,7 @@ def test_push(run, monkeypatch):
 def test_demo(run, monkeypatch, checkpoint):
     calls = []
     stand_in = types.SimpleNamespace(launch=lambda *args, **options: calls.append((args, options)))
-    monkeypatch.setitem(sys.modules, "ig_captioner.demo", stand_in)
+    monkeypatch.setitem(sys.modules, "ig_captioner.demo.app", stand_in)
     assert run("demo") == (0, [], [])
     assert run("demo", "--model", "m", "--port", "8000", "--host", "0.0.0.0", "--device", "cpu", "--open") == (
         0,
@@ -178,7 +178,7 @@ def test_demo_without_gradio(run, monkeypatch, module, message):
     def launch(*args, **options):
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
-    monkeypatch.setitem(sys.modules, "ig_captioner.demo", types.SimpleNamespace(launch=launch))
+    monkeypatch.setitem(sys.modules, "ig_captioner.demo.app", types.SimpleNamespace(launch=launch))
     code, lines, (error,) = run("demo")
     assert (code, lines) == (1, []) and re.search(message, error) and ("gradio" in error) == (module != "os")
 

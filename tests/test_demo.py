@@ -27,8 +27,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_hub import save_checkpoint
 
-from ig_captioner import TINY_CHECKPOINT, IGZeroShotImageClassificationPipeline, demo_input, demo_page
-from ig_captioner.demo_input import (
+from ig_captioner import TINY_CHECKPOINT, IGZeroShotImageClassificationPipeline
+from ig_captioner.demo import inputs
+from ig_captioner.demo import page as demo_page
+from ig_captioner.demo.inputs import (
     FORMATS,
     MAX_BYTES,
     MAX_CHARACTERS,
@@ -43,8 +45,8 @@ from ig_captioner.demo_input import (
     parse_labels,
     read_upload,
 )
-from ig_captioner.demo_page import caption_view, label_bars, number, token_view, visible
-from ig_captioner.demo_scores import Captioner, Piece, Row, Scores, TextTokens, as_code, large_set
+from ig_captioner.demo.page import caption_view, label_bars, number, token_view, visible
+from ig_captioner.demo.scores import Captioner, Piece, Row, Scores, TextTokens, as_code, large_set
 from ig_captioner.label_trie import encode_for
 from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE
 from tiny import naive_log_likelihoods
@@ -83,7 +85,7 @@ def captioner(checkpoint) -> Captioner:
 @pytest.fixture(scope="module")
 def handlers(captioner):
     pytest.importorskip("gradio")
-    from ig_captioner.demo import Handlers
+    from ig_captioner.demo.app import Handlers
 
     return Handlers(captioner)
 
@@ -349,7 +351,7 @@ def site(photo, monkeypatch):
         return real(host, port, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(demo_input, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(inputs, "is_public", lambda address: address == "127.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"photos.test:{server.server_port}"
@@ -385,13 +387,13 @@ def test_redirects_are_checked_like_urls(site):
 
 
 def test_limits_of_downloads(site, monkeypatch):
-    monkeypatch.setattr(demo_input, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(inputs, "MAX_BYTES", 2**20)
     port = site.split(":")[1]
     with pytest.raises(InputError, match="more than 1 MiB"):
         asyncio.run(fetch(f"http://127.0.0.1:{port}/endless"))
     with pytest.raises(InputError, match="answered 404"):
         asyncio.run(fetch(f"http://127.0.0.1:{port}/status/404"))
-    monkeypatch.setattr(demo_input, "FETCH_SECONDS", 0.5)
+    monkeypatch.setattr(inputs, "FETCH_SECONDS", 0.5)
     with pytest.raises(InputError, match=r"within 0.5 seconds"):
         asyncio.run(fetch(f"http://127.0.0.1:{port}/drops"))
 
@@ -687,7 +689,7 @@ def test_the_slider_ranks_again(handlers, captioner, pixel_values, monkeypatch):
 
 
 def test_the_page_tells_the_settings_of_a_calibrated_checkpoint(captioner):
-    demo = pytest.importorskip("ig_captioner.demo", exc_type=ImportError)
+    demo = pytest.importorskip("ig_captioner.demo.app", exc_type=ImportError)
     handlers = demo.Handlers(captioner)
     settings = {"temperature": 2.5, "abstain_threshold": 1.25}
     scores = Scores(("a", "b"), "{}", [-1.0, -2.0], [-2.0, -2.0], **settings)

@@ -15,11 +15,11 @@ import PIL.Image
 import pytest
 
 from ig_captioner import TINY_CHECKPOINT
-from ig_captioner.demo_input import MAX_BYTES
-from ig_captioner.demo_scores import Captioner
+from ig_captioner.demo.inputs import MAX_BYTES
+from ig_captioner.demo.scores import Captioner
 
 
-demo = pytest.importorskip("ig_captioner.demo", reason="needs gradio", exc_type=ImportError)
+demo = pytest.importorskip("ig_captioner.demo.app", reason="needs gradio", exc_type=ImportError)
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:

@@ -294,7 +294,7 @@ def test_the_citation_names_the_version_and_both_papers():
 
 
 def test_the_limits_of_the_demo_are_those_of_its_code():
-    from ig_captioner import demo_input as limits
+    from ig_captioner.demo import inputs as limits
 
     text = (ROOT / "SECURITY.md").read_text("utf-8")
     for said in (

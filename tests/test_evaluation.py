@@ -16,13 +16,23 @@ from ig_captioner import (
     IGCaptionerImageProcessor,
     IGCaptionerProcessor,
     IGZeroShotImageClassificationPipeline,
-    retrieval,
-    zero_shot,
 )
 from ig_captioner.cli import build_parser
-from ig_captioner.prompts import load_prompts
-from ig_captioner.retrieval import ScoreMatrix, ranks, score_pairs, true_pairs
-from ig_captioner.shards import BrokenSampleError, Skipped, first_by_hash, read_shard
+from ig_captioner.data.prompts import load_prompts
+from ig_captioner.data.shards import BrokenSampleError, Skipped, first_by_hash, read_shard
+from ig_captioner.evaluation import zero_shot
+from ig_captioner.evaluation.scores import (
+    PRIOR_WEIGHTS,
+    ScoreMatrix,
+    image_to_text_metrics,
+    information_gain_per_token,
+    ranks,
+    recall_metrics,
+    score_pairs,
+    text_to_image_metrics,
+    true_pairs,
+    tune_prior_weight,
+)
 from tiny import VARIANTS, tiny_config
 from training.train_tokenizer import train_tokenizer
 
@@ -161,7 +171,7 @@ def test_true_pairs_by_text():
 
 
 def test_recall_by_hand():
-    metrics = retrieval.recall_metrics(torch.tensor([0, 0, 3, 4, 5, 9, 10, 700]))
+    metrics = recall_metrics(torch.tensor([0, 0, 3, 4, 5, 9, 10, 700]))
     assert metrics == {"recall_at_1": 2 / 8, "recall_at_5": 4 / 8, "recall_at_10": 6 / 8, "median_rank": 5.5}
 
 
@@ -171,11 +181,11 @@ def test_both_directions_of_retrieval():
     matrix = ScoreMatrix(caption, torch.tensor([-1.0, -1.0, -4.0, -1.0]), torch.ones(4))
     is_true = true_pairs([["x", "y"], ["z"], ["w"]], ["x", "y", "z", "w"])
     assert ranks(matrix.information_gain(0.0), is_true).tolist() == [0, 1, 1]
-    assert retrieval.image_to_text_metrics(matrix, is_true, 0.0)["recall_at_1"] == pytest.approx(1 / 3)
+    assert image_to_text_metrics(matrix, is_true, 0.0)["recall_at_1"] == pytest.approx(1 / 3)
     # at weight 1 "z" gains 3 nats on the others: right for image 1, wrong for image 2
     assert ranks(matrix.information_gain(1.0), is_true).tolist() == [0, 0, 2]
     assert ranks(caption.T, is_true.T).tolist() == [2, 0, 0, 1]
-    assert retrieval.text_to_image_metrics(matrix, is_true)["recall_at_1"] == pytest.approx(2 / 4)
+    assert text_to_image_metrics(matrix, is_true)["recall_at_1"] == pytest.approx(2 / 4)
 
 
 def test_retrieval_tuning_finds_the_weight_that_was_planted():
@@ -183,19 +193,19 @@ def test_retrieval_tuning_finds_the_weight_that_was_planted():
     prior = 20 * random_matrix(1, 60, seed=2).prior_log_likelihood
     matrix = ScoreMatrix(signal + 0.7 * prior, prior, torch.ones(60))
     is_true = torch.eye(60, dtype=torch.bool)
-    best = retrieval.tune_prior_weight(matrix, is_true)
+    best = tune_prior_weight(matrix, is_true)
     assert best == pytest.approx(0.7)
-    recalls = [retrieval.image_to_text_metrics(matrix, is_true, w)["recall_at_1"] for w in retrieval.PRIOR_WEIGHTS]
-    assert retrieval.image_to_text_metrics(matrix, is_true, best)["recall_at_1"] == max(recalls) > 0.9 > recalls[0]
-    assert retrieval.tune_prior_weight(matrix, is_true, [0.2, 0.6]) == 0.6
+    recalls = [image_to_text_metrics(matrix, is_true, w)["recall_at_1"] for w in PRIOR_WEIGHTS]
+    assert image_to_text_metrics(matrix, is_true, best)["recall_at_1"] == max(recalls) > 0.9 > recalls[0]
+    assert tune_prior_weight(matrix, is_true, [0.2, 0.6]) == 0.6
     with pytest.raises(ValueError, match="empty"):
-        retrieval.tune_prior_weight(matrix, is_true, [])
+        tune_prior_weight(matrix, is_true, [])
 
 
 def test_information_gain_per_token_by_hand():
     caption = torch.tensor([[-2.0, -50.0], [-50.0, -4.0]])
     matrix = ScoreMatrix(caption, torch.tensor([-3.0, -10.0]), torch.tensor([2.0, 5.0]))
-    gain = retrieval.information_gain_per_token(matrix, torch.eye(2, dtype=torch.bool))
+    gain = information_gain_per_token(matrix, torch.eye(2, dtype=torch.bool))
     assert gain == pytest.approx((1.0 + 6.0) / 7.0)
 
 
@@ -267,7 +277,7 @@ def test_zero_shot_tuning_takes_the_best_top1_then_the_best_rank():
     prior = 30 * random_matrix(1, 10, seed=2).prior_log_likelihood
     matrix = ScoreMatrix(signal + 0.45 * prior, prior, torch.ones(10))
     best = zero_shot.tune_prior_weight(matrix, labels, names)
-    top1 = {w: zero_shot.accuracy(matrix, labels, names, w)["top1"] for w in retrieval.PRIOR_WEIGHTS}
+    top1 = {w: zero_shot.accuracy(matrix, labels, names, w)["top1"] for w in PRIOR_WEIGHTS}
     assert top1[best] == max(top1.values()) > 0.9 > top1[0.0] and abs(best - 0.45) < 0.06
     flat = matrix._replace(prior_log_likelihood=torch.zeros(10))
     assert zero_shot.tune_prior_weight(flat, labels, names, [0.5, 0.0, 1.0]) == 0.5  # equals: the first

@@ -17,12 +17,12 @@ from test_evaluation import make_images, pair_by_pair, png, real_data, slow_accu
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from ig_captioner import IGCaptionerForZeroShotImageClassification, IGCaptionerImageProcessor, IGCaptionerProcessor
-from ig_captioner.contrastive import ContrastiveModel
-from ig_captioner.evaluation import bootstrap, text_to_image_rows
-from ig_captioner.evaluation_data import Samples, read_source, split_by_hash
-from ig_captioner.report import git_commit, table_lines
-from ig_captioner.retrieval import PRIOR_WEIGHTS, ScoreMatrix
-from ig_captioner.shards import is_held_out, read_captions, read_image
+from ig_captioner.data.samples import Samples, read_source, split_by_hash
+from ig_captioner.data.shards import is_held_out, read_captions, read_image
+from ig_captioner.evaluation.contrastive import ContrastiveModel
+from ig_captioner.evaluation.report import git_commit, table_lines
+from ig_captioner.evaluation.rows import bootstrap, text_to_image_rows
+from ig_captioner.evaluation.scores import PRIOR_WEIGHTS, ScoreMatrix
 from tiny import VARIANTS, tiny_config
 from training.train_tokenizer import train_tokenizer
 

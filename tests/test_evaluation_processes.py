@@ -16,13 +16,13 @@ from test_evaluation_cli import (
 )
 from test_evaluation_tasks import sets  # noqa: F401 (a fixture)
 
-from ig_captioner.processes import is_first, map_batches, place, sharing
+from ig_captioner.evaluation.processes import is_first, map_batches, place, sharing
 
 
 SCRIPT = """\
 import json, sys
 from ig_captioner.cli import main
-from ig_captioner.processes import sharing
+from ig_captioner.evaluation.processes import sharing
 
 with sharing():  # one group for all tasks: a second one would find the traces of the first
     for arguments in json.load(open(sys.argv[1])):

@@ -20,10 +20,10 @@ from test_evaluation_cli import (
     values,
 )
 
-from ig_captioner import compositional, linear_probe
-from ig_captioner.compositional import Item, ItemScores, find_name, read_items
-from ig_captioner.retrieval import PRIOR_WEIGHTS
-from ig_captioner.shards import is_held_out
+from ig_captioner.data.shards import is_held_out
+from ig_captioner.evaluation import compositional, linear_probe
+from ig_captioner.evaluation.compositional import Item, ItemScores, find_name, read_items
+from ig_captioner.evaluation.scores import PRIOR_WEIGHTS
 
 
 PAIRS = {  # by category: (file name, right caption, wrong caption); one photo is missing, one is asked about twice

@@ -29,7 +29,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_cli import FIELDS, checkpoint, here  # noqa: F401 (fixtures)
 
-from ig_captioner import cli, hub
+from ig_captioner import cli, release
 
 
 FORMATS = st.sampled_from(["table", "csv", "jsonl"])
@@ -50,7 +50,7 @@ def memory(checkpoint, tmp_path_factory):
     photo.write_bytes(FILES["PNG"])
     with pytest.MonkeyPatch.context() as patch:
         for name in ("load_model", "load_processor"):
-            patch.setattr(hub, name, functools.cache(getattr(hub, name)))
+            patch.setattr(release, name, functools.cache(getattr(release, name)))
         for name, options in COMMANDS.items():
             assert cli.main([name, str(photo), "--model", checkpoint, *options]) == 0
         with bounded_memory():

@@ -21,9 +21,9 @@ from ig_captioner import (
     IGCaptionerForZeroShotImageClassification,
     IGCaptionerProcessor,
     IGCaptionerVisionModel,
-    hub,
+    release,
 )
-from ig_captioner.hub import RELEASE_FILES, load_model, load_processor, save_release
+from ig_captioner.release import RELEASE_FILES, load_model, load_processor, save_release
 
 
 HEADS = [IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification]
@@ -125,7 +125,7 @@ def test_references_to_code_are_those_of_this_package(checkpoint, room):
     config["custom_pipelines"]["image-to-text"] = {"impl": "old.Pipeline", "pt": [], "type": "multimodal"}
     (checkpoint / "config.json").write_text(json.dumps(config))
     written = json.loads((save_release(room / "tiny", checkpoint) / "config.json").read_text())
-    assert written["auto_map"] == hub.AUTO_MAP
+    assert written["auto_map"] == release.AUTO_MAP
     assert list(written["custom_pipelines"]) == ["zero-shot-image-classification"]
 
 
@@ -192,7 +192,7 @@ def test_an_error_leaves_everything_as_it_was(checkpoint, room, monkeypatch, ste
         assert len(os.listdir(room)) == 2  # the release so far, under another name
         raise KeyboardInterrupt if step == "_verify" else OSError("disk full")
 
-    monkeypatch.setattr(hub if step == "_verify" else hub.filecmp, step.rpartition(".")[2], fail)
+    monkeypatch.setattr(release if step == "_verify" else release.filecmp, step.rpartition(".")[2], fail)
     for name in ("tiny", "new"):
         with pytest.raises((KeyboardInterrupt, OSError)):
             save_release(room / name, checkpoint, overwrite=True)

@@ -21,10 +21,10 @@ from ig_captioner import (
     label_cache,
     scoring_ig_captioner,
 )
+from ig_captioner.evaluation.scores import score_pairs
+from ig_captioner.evaluation.zero_shot import classify_images
 from ig_captioner.label_cache import compile_labels_once
 from ig_captioner.label_trie import build_trie
-from ig_captioner.retrieval import score_pairs
-from ig_captioner.zero_shot import classify_images
 from tiny import BOS, EOS, VARIANTS, naive_scores, padded, random_images, random_texts, tiny_model
 
 

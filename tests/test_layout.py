@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ig_captioner"
 # each remote-code file may import only those before it; modeling imports all
 READING_ORDER = [
+    "compat_ig_captioner",
     "configuration_ig_captioner",
     "information_gain",
     "encoder_ig_captioner",

@@ -17,8 +17,9 @@ from test_evaluation_cli import (
     values,
 )
 
-from ig_captioner.linear_probe import mean_pooled_features
-from ig_captioner.lit import (
+from ig_captioner.data.shards import is_held_out
+from ig_captioner.evaluation.linear_probe import mean_pooled_features
+from ig_captioner.evaluation.lit import (
     DualEncoder,
     Pairs,
     Recipe,
@@ -28,7 +29,6 @@ from ig_captioner.lit import (
     read_pairs,
     train,
 )
-from ig_captioner.shards import is_held_out
 
 
 COLOURS = {"cat": (250, 20, 20), "hot dog": (20, 250, 20), "bird": (20, 20, 250)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_evaluation import random_matrix
 
-from ig_captioner import retrieval
+from ig_captioner.evaluation.scores import information_gain_per_token, ranks, recall_metrics
 
 
 evaluate = pytest.importorskip("evaluate")
@@ -35,7 +35,7 @@ def test_information_gain_is_that_of_the_package(load):
             predictions=caption[part], references=matrix.prior_log_likelihood.tolist()[part], num_tokens=tokens
         )
     result = metric.compute()
-    expected = retrieval.information_gain_per_token(matrix, is_true)
+    expected = information_gain_per_token(matrix, is_true)
     assert result["information_gain_per_token"] == pytest.approx(expected)
     assert result["information_gain"] == pytest.approx(matrix.information_gain(1.0).diag().mean().item(), rel=1e-5)
     assert metric.compute(predictions=[-3.0], references=[-4.0], num_tokens=[2], prior_weight=0.5) == {
@@ -51,7 +51,7 @@ def test_recall_is_that_of_the_package(load):
     scores[0, :5] = float("nan")
     is_true = torch.rand(30, 40, generator=torch.Generator().manual_seed(3)) < 0.05
     is_true[:, 9] |= ~is_true.any(dim=1)
-    expected = retrieval.recall_metrics(retrieval.ranks(scores.masked_fill(is_true & scores.isnan(), -99), is_true))
+    expected = recall_metrics(ranks(scores.masked_fill(is_true & scores.isnan(), -99), is_true))
     metric = load("retrieval_recall")
     arguments = {"predictions": scores.masked_fill(is_true & scores.isnan(), -99).tolist()}
     assert metric.compute(**arguments, references=is_true.tolist()) == pytest.approx(expected)

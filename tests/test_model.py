@@ -210,7 +210,7 @@ def test_input_ids_with_labels_are_the_text_itself():
         model(pixel_values=images, input_ids=ids, labels=prompt[:, 1:])
 
 
-@pytest.mark.parametrize("name", ["inputs_embeds", "image_key_values", "position_ids", "past_key_values"])
+@pytest.mark.parametrize("name", ["inputs_embeds", "image_key_values", "position_ids", "cache"])
 def test_arguments_without_a_meaning_beside_labels_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} cannot be combined with labels"):
         tiny_model()(labels=torch.tensor([[11, EOS]]), **{name: torch.zeros(1)})

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from ig_captioner.data.prompts import FOLDER, known_prompts, load_prompts, read_class_names, read_templates
 from ig_captioner.processing_ig_captioner import format_labels
-from ig_captioner.prompts import FOLDER, known_prompts, load_prompts, read_class_names, read_templates
 
 
 # The published numbers of classes: a file that lost a line would show.

@@ -27,9 +27,9 @@ from benchmarks.small_scale.plan import (
     training_config,
 )
 from benchmarks.small_scale.report import CLASSES, Line, difference, interval, weighted_accuracy
-from ig_captioner.lit import contrastive_loss
-from ig_captioner.retrieval import ScoreMatrix
-from ig_captioner.shards import is_held_out, read_metadata, read_shard
+from ig_captioner.data.shards import is_held_out, read_metadata, read_shard
+from ig_captioner.evaluation.lit import contrastive_loss
+from ig_captioner.evaluation.scores import ScoreMatrix
 from tiny import tiny_config
 
 

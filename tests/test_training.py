@@ -399,7 +399,7 @@ def test_perfect_model_ranks_first():
     """Scores of a stub that knows the answer: red images say caption 0, others caption 1."""
     import numpy as np
 
-    from ig_captioner.shards import Sample
+    from ig_captioner.data.shards import Sample
     from training.augmentation import ImageSettings
 
     class Stub:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ig_captioner import IGCaptionerImageProcessor
-from ig_captioner.shards import (
+from ig_captioner.data.shards import (
     EmptySourceError,
     Sample,
     Skipped,

@@ -9,9 +9,9 @@ from collections import Counter
 
 import pytest
 
-import ig_captioner.remote
-from ig_captioner.remote import UnreachableError, is_url, open_url
-from ig_captioner.shards import EmptySourceError, Skipped, find_shards, read_shard
+import ig_captioner.data.remote
+from ig_captioner.data.remote import UnreachableError, is_url, open_url
+from ig_captioner.data.shards import EmptySourceError, Skipped, find_shards, read_shard
 from tests.test_training_data import good_members, load, take, tokenizer, write_shard  # noqa: F401
 from training.config import DataConfig, SourceConfig
 
@@ -59,10 +59,10 @@ def server(tmp_path, monkeypatch):
     assert (tmp_path / "s-0.tar").stat().st_size > 20_000
     monkeypatch.setattr(Handler, "counts", Counter())
     monkeypatch.setattr(Handler, "ranges", [])
-    monkeypatch.setattr(ig_captioner.remote, "_given_up", Counter())
-    monkeypatch.setattr(ig_captioner.remote, "BUFFER_SIZE", 4096)
+    monkeypatch.setattr(ig_captioner.data.remote, "_given_up", Counter())
+    monkeypatch.setattr(ig_captioner.data.remote, "BUFFER_SIZE", 4096)
     waits = []
-    monkeypatch.setattr(ig_captioner.remote.time, "sleep", waits.append)
+    monkeypatch.setattr(ig_captioner.data.remote.time, "sleep", waits.append)
     handler = functools.partial(Handler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         thread = threading.Thread(target=running.serve_forever, daemon=True)

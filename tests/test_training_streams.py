@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from ig_captioner.shards import EmptySourceError
+from ig_captioner.data.shards import EmptySourceError
 from tests.test_training import run_config, workspace  # noqa: F401
 from tests.test_training_data import CAPTIONS, good_members, image_bytes, load, tokenizer, write_shard  # noqa: F401
 from training.config import AugmentationConfig, DataConfig, SourceConfig

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ig_captioner.information_gain import IGNORE_INDEX
-from ig_captioner.shards import (
+from ig_captioner.data.shards import (
     SHARD_REASONS,
     EmptySourceError,
     Encode,
@@ -30,6 +29,7 @@ from ig_captioner.shards import (
     make_encoder,
     read_samples,
 )
+from ig_captioner.information_gain import IGNORE_INDEX
 
 from .augmentation import ImageSettings, normalise
 from .config import DataConfig, SourceConfig

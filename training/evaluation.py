@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ig_captioner.data.shards import Sample
 from ig_captioner.information_gain import IGNORE_INDEX
-from ig_captioner.shards import Sample
 
 from .augmentation import ImageSettings, normalise, resize
 from .data import pad_labels

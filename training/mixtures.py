@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ig_captioner.shards import (
+from ig_captioner.data.shards import (
     EmptySourceError,
     Encode,
     RawSample,

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ig_captioner.shards import BrokenSampleError, Skipped, find_shards, is_held_out, read_captions, read_shard
+from ig_captioner.data.shards import BrokenSampleError, Skipped, find_shards, is_held_out, read_captions, read_shard
 
 
 logger = logging.getLogger(__name__)

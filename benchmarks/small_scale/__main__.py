@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ig_captioner.shards import find_shards
+from ig_captioner.data.shards import find_shards
 from training.train_tokenizer import read_all_captions, train_tokenizer
 
 from .evaluate import CLASS_NAMES, TRAIN_SHARDS

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from ig_captioner.configuration_ig_captioner import IGCaptionerConfig
-from ig_captioner.contrastive import ContrastiveModel
+from ig_captioner.evaluation.contrastive import ContrastiveModel
+from ig_captioner.evaluation.lit import contrastive_loss
 from ig_captioner.information_gain import IGNORE_INDEX
-from ig_captioner.lit import contrastive_loss
 from ig_captioner.processing_ig_captioner import IGCaptionerProcessor
 from training.build import build_model_config, build_processor, image_settings
 from training.config import TrainConfig

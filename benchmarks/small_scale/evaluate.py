@@ -1,6 +1,6 @@
 """What is measured of a finished run: CIFAR-10 test and Flickr8k-val, weights tuned on training keys held out.
 
-Tables are rows as in `ig_captioner.evaluation`. Those of a captioner come under four names: P(T) without an image
+Tables are rows as in `ig_captioner.evaluation.rows`. Those of a captioner come under four names: P(T) without an image
 (`unconditional`) or as the mean of P(T|I) over training images (`reference images`), and either with log-likelihoods
 per text, or `per token`, divided by their number of tokens.
 
@@ -13,19 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from ig_captioner.contrastive import ContrastiveModel
-from ig_captioner.evaluation import (
-    class_row,
-    image_to_text_row,
-    image_to_text_rows,
-    text_to_image_row,
-    text_to_image_rows,
-    zero_shot_rows,
-)
-from ig_captioner.label_trie import encode_for
-from ig_captioner.prompts import load_prompts
-from ig_captioner.retrieval import ScoreMatrix, score_pairs, true_pairs
-from ig_captioner.shards import (
+from ig_captioner.data.prompts import load_prompts
+from ig_captioner.data.shards import (
     Skipped,
     find_shards,
     first_by_hash,
@@ -35,7 +24,18 @@ from ig_captioner.shards import (
     read_image,
     read_shard,
 )
-from ig_captioner.zero_shot import label_from_field, labelled_decoder
+from ig_captioner.evaluation.contrastive import ContrastiveModel
+from ig_captioner.evaluation.rows import (
+    class_row,
+    image_to_text_row,
+    image_to_text_rows,
+    text_to_image_row,
+    text_to_image_rows,
+    zero_shot_rows,
+)
+from ig_captioner.evaluation.scores import ScoreMatrix, score_pairs, true_pairs
+from ig_captioner.evaluation.zero_shot import label_from_field, labelled_decoder
+from ig_captioner.label_trie import encode_for
 
 
 CLASS_NAMES = load_prompts("cifar10").class_names

@@ -5,7 +5,7 @@ import tarfile
 from collections import defaultdict
 from pathlib import Path
 
-from ig_captioner.shards import RawSample, Skipped, first_by_hash, is_held_out, read_metadata, read_shard
+from ig_captioner.data.shards import RawSample, Skipped, first_by_hash, is_held_out, read_metadata, read_shard
 
 
 def class_counts(classes: int, most: int, ratio: float) -> list[int]:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ig_captioner.report import cpu_model, git_commit, table_row
+from ig_captioner.evaluation.report import cpu_model, git_commit, table_row
 
 from .evaluate import CLASS_NAMES
 from .long_tail import class_counts

@@ -3,7 +3,7 @@
 `classify_images` runs the model once; `accuracy` and `tune_prior_weight` are arithmetic on what it returns. Several
 templates are ensembled as in the pipeline: the mean over templates of log P(T|I) and of log P(T).
 
-Classes of the same name share one score and are the same answer. Other ties count against (see `retrieval`).
+Classes of the same name share one score and are the same answer. Other ties count against (see `scores`).
 
 Legend: B images, C classes, T templates. Log-likelihoods are in nats.
 """
@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .label_trie import CompiledLabels, is_compiled
+from ..data.shards import Skipped, read_captions, read_decoded, read_image, read_metadata
+from ..label_trie import CompiledLabels, is_compiled
+from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 from .processes import map_batches
-from .processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
-from .retrieval import PRIOR_WEIGHTS, ScoreMatrix, best_of_grid, concatenate, ranks, text_scorer, true_pairs
-from .shards import Skipped, read_captions, read_decoded, read_image, read_metadata
+from .scores import PRIOR_WEIGHTS, ScoreMatrix, best_of_grid, concatenate, ranks, text_scorer, true_pairs
 
 
 # Labelled images from shards

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
+from ..processing_ig_captioner import format_labels
 from .processes import map_batches
-from .processing_ig_captioner import format_labels
 
 
 class ContrastiveModel:

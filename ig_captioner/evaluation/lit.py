@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .evaluation import Row, make_row
+from ..processing_ig_captioner import encode_texts, format_labels
 from .linear_probe import mean_pooled_features
-from .processing_ig_captioner import encode_texts, format_labels
-from .retrieval import ranks, recall_metrics, true_pairs
+from .rows import Row, make_row
+from .scores import ranks, recall_metrics, true_pairs
 
 
 IMAGES_PER_PASS = 64  # fixed: float error in a feature would grow in training

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import retrieval, zero_shot
-from .retrieval import ScoreMatrix, ranks, true_pairs
+from . import zero_shot
+from .scores import ScoreMatrix, ranks, recall_metrics, true_pairs, tune_prior_weight
 
 
 RESAMPLES = 1000
@@ -133,7 +133,7 @@ def image_to_text_rows(
         others: scores [B, N] of other models on the test images, by name.
     """
     matrix, is_true = test
-    tuned = retrieval.tune_prior_weight(*held_out)
+    tuned = tune_prior_weight(*held_out)
     scores: dict[str, tuple[Tensor, float | None]] = {
         name: (matrix.information_gain(weight), weight) for name, weight in weights_of_rows(tuned).items()
     }
@@ -149,7 +149,7 @@ def image_to_text_row(
     ranks_of_images = ranks(scores, is_true)
 
     def metrics(drawn: Tensor) -> dict[str, float]:
-        return retrieval.recall_metrics(ranks_of_images[drawn])
+        return recall_metrics(ranks_of_images[drawn])
 
     row = make_row(name, metrics, len(scores), prior_weight, prior_weight is None if baseline is None else baseline)
     row["metrics"]["distinct_top1"] = {"value": scores.argmax(dim=1).unique().numel()}
@@ -175,7 +175,7 @@ def text_to_image_row(name: str, scores: Tensor, is_true: Tensor, owners: Tensor
 
     def metrics(drawn: Tensor) -> dict[str, float]:
         times = drawn.bincount(minlength=len(is_true))[owners]
-        return retrieval.recall_metrics(ranks_of_texts.repeat_interleave(times))
+        return recall_metrics(ranks_of_texts.repeat_interleave(times))
 
     return make_row(name, metrics, len(is_true), baseline=baseline)
 

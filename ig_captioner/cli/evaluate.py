@@ -1,14 +1,14 @@
 """The parser of `ig-captioner evaluate`: zero-shot, retrieval, compositional, captioning, linear-probe and lit.
 
 Each writes `results.json`, `results.md` and `model-index.yml` into a folder, and prints the tables; see
-`evaluation_tasks.py` and `evaluation_transfer.py`, which are imported when one of them runs.
+`evaluation/tasks.py` and `evaluation/transfer.py`, which are imported when one of them runs.
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from .cli_arguments import MODEL_HELP, add_command, add_device, number, positive_integer
+from .arguments import MODEL_HELP, add_command, add_device, number, positive_integer
 
 
 ZERO_SHOT_EXAMPLES = """\
@@ -138,11 +138,11 @@ def _run_later(name: str) -> Callable[[argparse.Namespace], int]:
     """The task of that name; what it needs is imported when it runs."""
 
     def run(arguments: argparse.Namespace) -> int:
-        from . import evaluation_tasks, evaluation_transfer
-        from .processes import sharing
+        from ..evaluation import tasks, transfer
+        from ..evaluation.processes import sharing
 
         with sharing():
-            return getattr(evaluation_transfer if name in TRANSFER else evaluation_tasks, name)(arguments)
+            return getattr(transfer if name in TRANSFER else tasks, name)(arguments)
 
     run.__name__ = name
     return run

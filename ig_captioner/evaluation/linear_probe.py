@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from .evaluation import Row, make_row
+from ..data.shards import first_by_hash
 from .processes import map_batches
-from .retrieval import best_of_grid, ranks, to_pixels
-from .shards import first_by_hash
+from .rows import Row, make_row
+from .scores import best_of_grid, ranks, to_pixels
 from .zero_shot import accuracies
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import TINY_CHECKPOINT
-from .cli_output import FORMATS, one_line, progress, report
-from .prompts import read_class_names, read_templates
+from .. import TINY_CHECKPOINT
+from ..data.prompts import read_class_names, read_templates
+from .output import FORMATS, one_line, progress, report
 
 
 # What is a photo in a folder. Pillow needs a plugin for the last two; without it they are reported, not passed over.
@@ -154,7 +154,7 @@ threshold = number("a finite number, or -inf for never", lambda value: value < m
 
 def read_labels(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Labels and templates, checked; see `read_texts`."""
-    from .processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
+    from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 
     labels = read_texts(arguments.labels, arguments.labels_file, "--labels", read_class_names)
     templates = [DEFAULT_TEMPLATE]
@@ -226,7 +226,7 @@ class Photos:
                 self._report(error)
 
     def __iter__(self) -> Iterator[Any]:
-        from .processing_ig_captioner import load_rgb_image
+        from ..processing_ig_captioner import load_rgb_image
 
         for name in progress(self.names, "photo", self.streams):
             try:

@@ -1,6 +1,6 @@
 """The web demo, a Gradio app: `ig-captioner demo`, or `launch` here. Needs the extra `app`.
 
-`demo_input.py` says what is let in, `demo_scores.py` computes, `demo_page.py` draws; here are the page and its events.
+`inputs.py` says what is let in, `scores.py` computes, `page.py` draws; here are the page and its events.
 A photo is decoded once, to the `pixel_values` that its browser session keeps. The prior weight re-ranks what the model
 said before, without running it.
 
@@ -19,7 +19,8 @@ from typing import Any
 import PIL.Image
 from torch import Tensor
 
-from .demo_input import (
+from ..processing_ig_captioner import DEFAULT_TEMPLATE
+from .inputs import (
     FORMATS,
     MAX_BYTES,
     MAX_LABELS,
@@ -31,9 +32,8 @@ from .demo_input import (
     parse_labels,
     read_upload,
 )
-from .demo_page import CSS, MAX_SHOWN, caption_view, label_bars, note, placeholder, threshold_note, token_view
-from .demo_scores import Captioner, Scores, as_code, large_set
-from .processing_ig_captioner import DEFAULT_TEMPLATE
+from .page import CSS, MAX_SHOWN, caption_view, label_bars, note, placeholder, threshold_note, token_view
+from .scores import Captioner, Scores, as_code, large_set
 
 
 try:

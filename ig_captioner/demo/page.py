@@ -8,7 +8,7 @@ import html
 import unicodedata
 from collections.abc import Sequence
 
-from .demo_scores import Caption, Piece, Row
+from .scores import Caption, Piece, Row
 
 
 MAX_SHOWN = 20  # labels

@@ -1,4 +1,4 @@
-"""The command line `ig-captioner`. Its commands are in `cli_predict.py`, `cli_release.py` and `cli_evaluate.py`.
+"""The command line `ig-captioner`. Its commands are in `predict.py`, `release.py` and `evaluate.py`.
 
 Exit codes: 0; 1 if something could not be read, done or written; 2 for wrong usage; 130 when interrupted. Errors are
 one line on stderr. A photo that cannot be read is reported there and costs only itself: the other photos are still
@@ -13,12 +13,12 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 
-from . import __version__
-from .cli_arguments import Parser, UsageError, add_command
-from .cli_evaluate import add_evaluate
-from .cli_output import quiet, report
-from .cli_predict import add_caption, add_classify, add_demo, add_retrieve, add_score
-from .cli_release import add_compile_labels, add_info, add_push, add_release
+from .. import __version__
+from .arguments import Parser, UsageError, add_command
+from .evaluate import add_evaluate
+from .output import quiet, report
+from .predict import add_caption, add_classify, add_demo, add_retrieve, add_score
+from .release import add_compile_labels, add_info, add_push, add_release
 
 
 EXAMPLES = """\
@@ -103,7 +103,3 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
         yield action
         for command in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
             yield from _actions(command)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

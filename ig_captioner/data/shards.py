@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .processing_ig_captioner import gives_scored_form, to_rgb
+from ..processing_ig_captioner import gives_scored_form, to_rgb
 from .remote import UnreachableError, check_url, is_url, open_url
 
 

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import TINY_CHECKPOINT
-from .cli_arguments import (
+from .. import TINY_CHECKPOINT
+from .arguments import (
     MODEL_HELP,
     add_command,
     add_device,
@@ -15,7 +15,7 @@ from .cli_arguments import (
     dtype_on,
     read_labels,
 )
-from .cli_output import print_csv, print_json, printable, table
+from .output import print_csv, print_json, printable, table
 
 
 INFO_EXAMPLES = """\
@@ -108,9 +108,9 @@ def info(arguments: argparse.Namespace) -> int:
 
 def compile_labels(arguments: argparse.Namespace) -> int:
     """Writes compiled labels, for `classify --compiled-labels` and `CompiledLabels.load`."""
-    from . import IGCaptionerForZeroShotImageClassification
-    from .hub import load_model, load_processor, new_folder
-    from .label_trie import compile_labels
+    from .. import IGCaptionerForZeroShotImageClassification
+    from ..label_trie import compile_labels
+    from ..release import load_model, load_processor, new_folder
 
     labels, templates = read_labels(arguments)
     directory = arguments.directory.expanduser().resolve()
@@ -126,7 +126,7 @@ def compile_labels(arguments: argparse.Namespace) -> int:
 
 def release(arguments: argparse.Namespace) -> int:
     """Writes a release and prints what is in it."""
-    from .hub import names_of_files, save_release
+    from ..release import names_of_files, save_release
 
     options = {name: getattr(arguments, name) for name in ("overwrite", "repo_id", "license", "results")}
     folder = save_release(arguments.directory, arguments.model, **options)
@@ -138,7 +138,7 @@ def release(arguments: argparse.Namespace) -> int:
 
 def push(arguments: argparse.Namespace) -> int:
     """Uploads a release and prints where it is."""
-    from .hub import push_release
+    from ..release import push_release
 
     options = {"revision": arguments.revision, "commit_message": arguments.message}
     print(printable(push_release(arguments.folder, arguments.repo_id, private=arguments.private, **options)))
@@ -151,8 +151,8 @@ def push(arguments: argparse.Namespace) -> int:
 
 def describe_checkpoint(model: str) -> dict[str, Any]:
     """Sizes, architecture and settings by name."""
-    from . import IGCaptionerConfig
-    from .hub import load_processor
+    from .. import IGCaptionerConfig
+    from ..release import load_processor
 
     processor = load_processor(model)
     config = IGCaptionerConfig.from_pretrained(model)
@@ -182,7 +182,7 @@ def _describe_weights(model: str) -> dict[str, Any]:
     """What the headers of the safetensors files say."""
     from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
 
-    from .card import DTYPES
+    from ..card import DTYPES
 
     read = get_local_safetensors_metadata if Path(model).is_dir() else get_safetensors_metadata
     counts = read(model).parameter_count
@@ -193,7 +193,7 @@ def _describe_weights(model: str) -> dict[str, Any]:
 def _read_licence(model: str) -> str:
     from huggingface_hub import ModelCard
 
-    from .hub import CARD_FILE
+    from ..release import CARD_FILE
 
     try:
         card = ModelCard.load(Path(model, CARD_FILE) if Path(model).is_dir() else model)
@@ -210,7 +210,7 @@ def _shown(value: Any) -> str:
 
 def _check_labels_folder(directory: Path, overwrite: bool) -> None:
     """Raises OSError if `directory` must not be replaced; never lets anything but compiled labels go."""
-    from .label_trie import JSON_FILE, TENSOR_FILE
+    from ..label_trie import JSON_FILE, TENSOR_FILE
 
     if directory.is_file():
         raise NotADirectoryError(f"{directory} is a file")

@@ -4,17 +4,17 @@ import argparse
 import shlex
 from typing import Any
 
-from . import TINY_CHECKPOINT, IGCaptionerForZeroShotImageClassification
-from .cli_arguments import choose_device, dtype_on
+from .. import TINY_CHECKPOINT, IGCaptionerForZeroShotImageClassification
+from ..cli.arguments import choose_device, dtype_on
+from ..data.prompts import is_text_file, read_templates
+from ..data.samples import describe_skipped
+from ..data.shards import read_captions, read_image
+from ..processing_ig_captioner import DEFAULT_TEMPLATE
+from ..release import load_model, load_processor
 from .contrastive import ContrastiveModel
-from .evaluation import RESAMPLES
-from .evaluation_data import describe_skipped
-from .hub import load_model, load_processor
 from .processes import is_first, place
-from .processing_ig_captioner import DEFAULT_TEMPLATE
-from .prompts import is_text_file, read_templates
 from .report import describe_run, to_markdown, write_results
-from .shards import read_captions, read_image
+from .rows import RESAMPLES
 
 
 # In

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import PIL.Image
 
-from .processing_ig_captioner import load_rgb_image
+from ..processing_ig_captioner import load_rgb_image
 
 
 MAX_BYTES = 10 * 2**20  # of a photo's file

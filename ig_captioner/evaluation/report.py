@@ -1,6 +1,6 @@
 """Results of an evaluation as `results.json`, `results.md` and `model-index.yml`, with all that led to them.
 
-Results are `{"task", "title", "notes", "data", "tables": {title: rows}, "run"}`; see `evaluation` for the rows.
+Results are `{"task", "title", "notes", "data", "tables": {title: rows}, "run"}`; see `rows` for the rows.
 `details`, `{title: lines}` with a dict per line, are shown as they are.
 """
 
@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 from torch import Tensor
 
-from . import __version__
+from .. import __version__
 from .calibration import Bins
 from .processes import place
 
@@ -97,8 +97,8 @@ def git_commit() -> str:
 
 def portable_name(model: str) -> str:
     """`model`; the folder of a checkpoint in the package without what is above the package."""
-    root = Path(__file__).parent.parent
-    return Path(model).relative_to(root).as_posix() if Path(model).is_relative_to(root / __package__) else model
+    root = Path(__file__).parents[2]
+    return Path(model).relative_to(root).as_posix() if Path(model).is_relative_to(root / "ig_captioner") else model
 
 
 def weights_digest(model: str) -> str | None:

@@ -46,7 +46,7 @@ from . import (
 )
 from .card import CARD_FILE, FACTS_FILE, RESULTS_FOLDER, CardFacts, add_results, make_card, read_facts, write_facts
 from .configuration_ig_captioner import AUTO_MAP, CUSTOM_PIPELINES, REMOTE_CODE_FILES
-from .report import weights_digest
+from .evaluation.report import weights_digest
 
 
 Model = TypeVar("Model", bound=IGCaptionerPreTrainedModel)

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration
-from .cli_arguments import choose_device, dtype_on
-from .cli_predict import caption_tokens
-from .hub import load_model, load_processor
-from .label_trie import CompiledLabels, compile_labels
-from .prompts import load_prompts
+from .. import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration
+from ..cli.arguments import choose_device, dtype_on
+from ..cli.predict import caption_tokens
+from ..data.prompts import load_prompts
+from ..label_trie import CompiledLabels, compile_labels
+from ..release import load_model, load_processor
 
 
 LARGE_SET = "imagenet"

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .evaluation import Row, make_row
 from .processes import map_batches
-from .retrieval import to_pixels
+from .rows import Row, make_row
+from .scores import to_pixels
 
 
 LONGEST = 4  # words of an n-gram

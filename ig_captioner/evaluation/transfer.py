@@ -1,6 +1,6 @@
 """Tasks of `ig-captioner evaluate` that fit something to the frozen image encoder first: linear-probe and lit.
 
-They go from arguments to results as those in `evaluation_tasks.py` do.
+They go from arguments to results as those in `tasks.py` do.
 """
 
 import argparse
@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import tensor
 
-from .evaluation import class_row, image_to_text_row, text_to_image_row
-from .evaluation_data import Samples, describe_skipped, split_by_hash
-from .evaluation_run import captioned, choose_templates, describe_samples, finish, load_models
+from ..data.prompts import read_class_names
+from ..data.samples import Samples, describe_skipped, split_by_hash
 from .linear_probe import choose_shots, count_shots, mean_pooled_features, probe_row
 from .lit import IMAGES_PER_PASS, DualEncoder, Recipe, choose_tower, read_pairs
-from .prompts import read_class_names
-from .retrieval import true_pairs
+from .rows import class_row, image_to_text_row, text_to_image_row
+from .scores import true_pairs
+from .task import captioned, choose_templates, describe_samples, finish, load_models
 from .zero_shot import label_from_field, labelled_decoder
 
 

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .cli_arguments import (
+from .arguments import (
     MODEL_HELP,
     Photos,
     UsageError,
@@ -30,7 +30,7 @@ from .cli_arguments import (
     read_texts,
     threshold,
 )
-from .cli_output import Results, Row, check_finite, table, terminal_columns
+from .output import Results, Row, check_finite, table, terminal_columns
 
 
 TASK = "zero-shot-image-classification"
@@ -158,7 +158,7 @@ def classify(arguments: argparse.Namespace) -> int:
     photos = Photos(arguments.photos, streams=True)
     classifier = _load_classifier(arguments)
     if arguments.labels_file is not None:  # many, as a rule, and the same in the next run
-        from .label_cache import compile_labels_once
+        from ..label_cache import compile_labels_once
 
         labels = compile_labels_once(classifier.model, classifier.tokenizer, labels, templates)
     weight = _prior_weight(arguments, classifier.model)
@@ -182,7 +182,7 @@ def classify(arguments: argparse.Namespace) -> int:
 
 def caption(arguments: argparse.Namespace) -> int:
     """Prints a caption for each photo."""
-    from . import IGCaptionerForConditionalGeneration
+    from .. import IGCaptionerForConditionalGeneration
 
     photos = Photos(arguments.photos, streams=True)
     model, processor = _load(IGCaptionerForConditionalGeneration, arguments)
@@ -243,7 +243,7 @@ def demo(arguments: argparse.Namespace) -> int:
     """Serves the demo until it is interrupted."""
     options = {"host": arguments.host, "port": arguments.port, "device": arguments.device}
     try:
-        from .demo import launch
+        from ..demo.app import launch
 
         launch(arguments.model, **options, open_browser=arguments.open)
     except ImportError as error:
@@ -259,7 +259,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
 def _read_candidates(arguments: argparse.Namespace):
     """Labels, which may be compiled, and templates."""
-    from .label_trie import CompiledLabels
+    from ..label_trie import CompiledLabels
 
     if arguments.compiled_labels is None:
         return read_labels(arguments)
@@ -273,20 +273,20 @@ def _read_candidates(arguments: argparse.Namespace):
 
 def _load(model_class, arguments: argparse.Namespace):
     """Model, on its device, and processor."""
-    from .hub import load_model, load_processor
+    from ..release import load_model, load_processor
 
     device = choose_device(arguments.device)
     return load_model(model_class, arguments.model, **dtype_on(device)).to(device), load_processor(arguments.model)
 
 
 def _load_scorer(arguments: argparse.Namespace):
-    from . import IGCaptionerForZeroShotImageClassification
+    from .. import IGCaptionerForZeroShotImageClassification
 
     return _load(IGCaptionerForZeroShotImageClassification, arguments)
 
 
 def _load_classifier(arguments: argparse.Namespace):
-    from . import IGZeroShotImageClassificationPipeline
+    from .. import IGZeroShotImageClassificationPipeline
 
     model, processor = _load_scorer(arguments)
     parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
@@ -336,7 +336,7 @@ def _score_caption(model, processor, pixels, text: str) -> dict[str, float]:
     """Log-likelihoods and information gain of a caption as a text of its own, end-of-sequence included."""
     import torch
 
-    from .label_trie import encode_for
+    from ..label_trie import encode_for
 
     with torch.no_grad():
         scores = model.score(pixels[None], **encode_for(model, processor.tokenizer, [text]))
@@ -347,7 +347,7 @@ def _figures(arguments: argparse.Namespace, model, processor, photos: Photos, te
     """The `SCORE_FIELDS` of N texts for each photo as it comes: float32 [N, 3], on the CPU."""
     import torch
 
-    from .label_trie import encode_for
+    from ..label_trie import encode_for
 
     compiled = model.compile_texts(**encode_for(model, processor.tokenizer, texts))
     weight = _prior_weight(arguments, model)

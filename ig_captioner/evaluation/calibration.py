@@ -5,7 +5,7 @@ temperature is fitted by the negative log-likelihood of the right classes on sam
 ranking (Guo et al. 2017, arXiv 1706.04599). Abstaining means to answer "none of these" where the best class has less
 information gain than a threshold.
 
-Classes of one name are one answer, `merge_equal_names`; ties count against, as everywhere (see `retrieval`).
+Classes of one name are one answer, `merge_equal_names`; ties count against, as everywhere (see `scores`).
 
 Legend: B images, C classes. Scores s and thresholds are in nats.
 """
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import TINY_CHECKPOINT, IGCaptionerConfig
-from .evaluation import Metrics, Row, bootstrap, weights_of_rows
-from .retrieval import ScoreMatrix, ranks
+from .. import TINY_CHECKPOINT, IGCaptionerConfig
+from .rows import Metrics, Row, bootstrap, weights_of_rows
+from .scores import ScoreMatrix, ranks
 
 
 TEMPERATURES = (0.01, 100.0)

@@ -2,7 +2,7 @@
 
 Each goes from the command's arguments to results on disk and tables on the screen, and returns the exit code. What is
 measured and how is in the modules that they put together; tasks that fit something first are in
-`evaluation_transfer.py`.
+`transfer.py`.
 """
 
 import argparse
@@ -13,7 +13,13 @@ from pathlib import Path
 from torch import tensor
 from torch.nn.functional import one_hot
 
-from . import IGCaptionerForConditionalGeneration
+from .. import IGCaptionerForConditionalGeneration
+from ..cli.arguments import choose_device, dtype_on
+from ..cli.predict import caption_tokens
+from ..data.prompts import read_class_names
+from ..data.samples import Samples, describe_skipped, split_by_hash
+from ..data.shards import first_by_hash, read_image
+from ..release import load_model, load_processor
 from .calibration import (
     BINS,
     Calibration,
@@ -24,8 +30,6 @@ from .calibration import (
     save_calibration,
 )
 from .captioning import captioning_row, generate_captions
-from .cli_arguments import choose_device, dtype_on
-from .cli_predict import caption_tokens
 from .compositional import (
     blind_rows,
     compositional_rows,
@@ -36,15 +40,11 @@ from .compositional import (
     score_own_texts,
     stack_scores,
 )
-from .evaluation import gain_row, image_to_text_rows, select_images, text_to_image_rows, zero_shot_rows
-from .evaluation_data import Samples, describe_skipped, split_by_hash
-from .evaluation_run import captioned, choose_templates, describe_samples, finish, load_models
-from .hub import load_model, load_processor
 from .processes import is_first
-from .prompts import read_class_names
 from .report import draw_confusion, draw_coverage, draw_reliability
-from .retrieval import score_pairs, true_pairs
-from .shards import first_by_hash, read_image
+from .rows import gain_row, image_to_text_rows, select_images, text_to_image_rows, zero_shot_rows
+from .scores import score_pairs, true_pairs
+from .task import captioned, choose_templates, describe_samples, finish, load_models
 from .zero_shot import classify_images, label_from_field, labelled_decoder
 
 

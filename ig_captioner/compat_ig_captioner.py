@@ -1,0 +1,55 @@
+"""Everything this package uses of transformers that transformers does not document as public, in one place.
+
+A new release of transformers that moves or renames something has to be answered here, and nowhere else.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Any
+
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# Decorators of `forward` that every model in transformers wears: arguments that are not given come from the config,
+# and `output_hidden_states` and `output_attentions` are served by hooks.
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+
+# What transformers calls the cache of keys and values, as an argument of `forward` and as a field of its output:
+# `past_key_values` up to 5.23, `cache` from 5.24 on.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def rename_cache(arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    """The named `arguments` of a call, with the cache under `name`, whichever of its two names it was given by."""
+    renamed = {key: value for key, value in arguments.items() if key not in CACHE_NAMES}
+    given = [arguments[key] for key in CACHE_NAMES if arguments.get(key) is not None]
+    if len(given) > 1:
+        raise ValueError("cache and past_key_values are two names of one argument, but both were given")
+    if given:
+        renamed[name] = given[0]
+    return renamed
+
+
+def accepts_both_cache_names(forward: Callable) -> Callable:
+    """Wraps a `forward` with an argument `cache` so that it takes `past_key_values` as well."""
+
+    @wraps(forward)
+    def forward_with_either_name(self, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **rename_cache(kwargs, "cache"))
+
+    return forward_with_either_name
+
+
+__all__ = [
+    "CACHE_NAME",
+    "OutputRecorder",
+    "accepts_both_cache_names",
+    "capture_outputs",
+    "merge_with_config_defaults",
+    "rename_cache",
+]

@@ -1,0 +1,1 @@
+"""Data sets: shards, URLs, the samples that `evaluate` reads, class names and templates."""
