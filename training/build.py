@@ -70,15 +70,10 @@ def build_model(
         model_config = IGCaptionerConfig.from_pretrained(source)
         if checkpoint:
             model_config = apply_changes(model_config, config, changed)
-            changes = {}
         else:
-            changes = objective_of(config.model, model_config)
+            model_config = checked_config(model_config.to_dict() | objective_of(config.model, model_config))
         model = IGCaptionerForConditionalGeneration.from_pretrained(
-            source,
-            config=model_config,
-            dtype=torch.float32,
-            attn_implementation=config.attn_implementation,
-            **changes,
+            source, config=model_config, dtype=torch.float32, attn_implementation=config.attn_implementation
         )
     else:
         model_config = build_model_config(config.model, tokenizer)

@@ -79,7 +79,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line.decode("utf-8"))
-            row["step"] + 0  # noqa: B018 -- whatever has no step in numbers is no row
+            if not isinstance(row["step"], int):
+                raise TypeError("a row has its step")
             rows.append(row)
         except (ValueError, TypeError, KeyError):
             others.append(str(number))
@@ -211,7 +212,7 @@ class MetricsLog:
             "peak_memory_gib": round(peak_memory_gib(self.accelerator.device), 3),
         }
 
-    def write(self, progress: Any, seconds: float, fraction: float, factor: float) -> dict[str, Any]:
+    def write(self, progress: Any, fraction: float, factor: float) -> dict[str, Any]:
         means = {name: torch.div(*self.accelerator.reduce(sums)).item() for name, sums in self.means.items()}
         if {"captioning_loss", "unconditional_loss"} <= means.keys():  # one is missing where its weight is 0
             means["information_gain"] = means["unconditional_loss"] - means["captioning_loss"]
@@ -219,7 +220,7 @@ class MetricsLog:
         row = {
             "step": progress.step,
             "samples": progress.samples,
-            "minutes": round(seconds / 60, 3),
+            "minutes": round(progress.seconds / 60, 3),
             "progress": round(fraction, 5),
             "learning_rate_factor": round(factor, 5),
             **{name: round(value, 5) for name, value in means.items()},
@@ -242,4 +243,5 @@ class MetricsLog:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
-                raise OSError(error.errno, f"could not write step {row['step']} to the log: {error.strerror}", str(self.path)) from error
+                reason = f"could not write the row of step {row['step']}: {error.strerror}"
+                raise OSError(error.errno, reason, str(self.path)) from error

@@ -1,15 +1,19 @@
 """What a resumed run may change of its settings, and what is refused.
 
-A checkpoint holds the settings that its run was using. `--resume` refuses every difference to the settings given now but
-those in `HARMLESS`; `--resume_with_changes` accepts all but those in `IMPOSSIBLE`, which could not act, and `config.yaml`
-says from which step the others hold.
+A checkpoint holds the settings that its run was using. `--resume` refuses every setting that differs from them, but
+for those in `HARMLESS`. `--resume_with_changes` accepts all but those in `IMPOSSIBLE`, which could not act, and
+`config.yaml` says from which step the others hold.
 """
 
 import fnmatch
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from .build import OBJECTIVE_FIELDS
-from .config import TrainConfig, UsageError, flatten, from_dict, to_dict
+from .checkpoint import write_text_atomically
+from .config import CHANGES_KEY, TrainConfig, UsageError, flatten, from_dict, to_dict
 
 
 NOT_SET = "not set"
@@ -51,6 +55,10 @@ class Change(NamedTuple):
     before: Any
     now: Any
 
+    def row(self, step: int) -> dict[str, Any]:
+        """The change as `config.yaml` and checkpoints record it."""
+        return {"from_step": step, **self._asdict()}
+
     def __str__(self) -> str:
         return f"{self.key}: {self.before!r} -> {self.now!r}"
 
@@ -77,8 +85,8 @@ def check_changes(changes: list[Change], sources: tuple[list[str], list[str]], a
         raise UsageError(f"a resumed run cannot change {'; '.join(impossible)}. Restore them, or {ADVICE}")
     if changes and not accepted:
         raise UsageError(
-            f"--resume with other settings than the checkpoint's: {'; '.join(map(str, changes))}. Restore them, or pass "
-            "--resume_with_changes to train with the new ones from here on"
+            f"--resume with other settings than the checkpoint's: {'; '.join(map(str, changes))}. Restore them, or "
+            "pass --resume_with_changes to train with the new ones from here on"
         )
 
 
@@ -87,3 +95,9 @@ def why_impossible(key: str) -> str:
     if any(fnmatch.fnmatchcase(key, pattern) for pattern in CHANGEABLE_OF_MODEL):
         return ""
     return next((reason for pattern, reason in IMPOSSIBLE.items() if fnmatch.fnmatchcase(key, pattern)), "")
+
+
+def write_settings(path: Path, config: TrainConfig, changes: list[dict[str, Any]]) -> None:
+    """Writes `config.yaml`: the settings in use, which `--config` reads again, and what was changed from which step."""
+    values = to_dict(config) | ({CHANGES_KEY: changes} if changes else {})
+    write_text_atomically(path, yaml.safe_dump(values, sort_keys=False))

@@ -88,7 +88,7 @@ def collect_state(
     Cached data have no state: `samples` says what is next.
 
     Args:
-        settings: of the run, as plain values, and what has been changed of them (`Settings.to_dict`).
+        settings: of the run: their `values`, and the `changes` that were made when it was resumed.
     """
     own = [
         {"random": random_states(), "log": log.state_dict(), "skipped": dict(progress.skipped), "streams": data.states}
@@ -128,8 +128,13 @@ class SavedRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the run was told; empty without a checkpoint."""
-        return self.state.get("settings", {})
+        """The settings when the checkpoint was written; empty without one."""
+        return self.state["settings"]["values"] if self.state else {}
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """Changes of settings that the run has gone through before."""
+        return self.state["settings"]["changes"] if self.state else []
 
     @property
     def step(self) -> int:
