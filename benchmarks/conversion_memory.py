@@ -55,7 +55,7 @@ def generate(path: Path, encoder_layers: int, leaves: str, scan: bool) -> None:
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
-    model = IGCaptionerForConditionalGeneration._from_config(config, dtype=getattr(torch, leaves))
+    model = IGCaptionerForConditionalGeneration.from_config(config, dtype=getattr(torch, leaves))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         model.save_pretrained(folder)
         export(folder, path, scan=scan)

@@ -34,8 +34,9 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, TorchAoConfig
 
 from ig_captioner import TINY_CHECKPOINT, IGCaptionerImageProcessor
+from ig_captioner.compiled_labels import encode_for
 from ig_captioner.export import TRIE_FIELDS, export_onnx
-from ig_captioner.label_trie import build_trie, encode_for
+from ig_captioner.label_trie import build_trie
 from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 
 from .evaluate_checkpoint import CIFAR10_CLASSES, CIFAR10_TEMPLATE, load, read_labelled

@@ -39,9 +39,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration
+from ig_captioner.compiled_labels import CompiledTexts
 from ig_captioner.data.prompts import load_prompts
 from ig_captioner.information_gain import shift_right
-from ig_captioner.label_trie import CompiledTexts
 from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 from training.train_tokenizer import train_tokenizer
 
@@ -115,7 +115,7 @@ def random_images(batch: int, dtype: torch.dtype) -> Tensor:
 @cache
 def captioner(design: str, dtype: torch.dtype) -> IGCaptionerForConditionalGeneration:
     torch.manual_seed(0)
-    model = IGCaptionerForConditionalGeneration._from_config(IGCaptionerConfig(text_config=DESIGNS[design]))
+    model = IGCaptionerForConditionalGeneration.from_config(IGCaptionerConfig(text_config=DESIGNS[design]))
     return model.to(DEVICE, dtype).eval()
 
 
@@ -124,7 +124,7 @@ def clip_tower(dtype: torch.dtype) -> CLIPVisionModelWithProjection:
     config = CLIPVisionConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16
     )
-    return CLIPVisionModelWithProjection._from_config(config).to(DEVICE, dtype).eval()
+    return CLIPVisionModelWithProjection(config).to(DEVICE, dtype).eval()
 
 
 # Ways to score

@@ -58,7 +58,7 @@ def build(config: dict[str, Any]) -> IGCaptionerForConditionalGeneration:
     """With the attention that training takes by default on a CPU, and sdpa on a GPU."""
     attention = "sdpa" if DEVICE.type == "cuda" else TrainConfig.attn_implementation
     model_config = IGCaptionerConfig(**config)
-    model = IGCaptionerForConditionalGeneration._from_config(model_config, attn_implementation=attention)
+    model = IGCaptionerForConditionalGeneration.from_config(model_config, attn_implementation=attention)
     return model.to(DEVICE).train()
 
 

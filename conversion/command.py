@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ig_captioner import IGCaptionerConfig, IGCaptionerImageProcessor, IGCaptionerProcessor
-from ig_captioner.release import check_target, load_processor, new_folder
+from ig_captioner.checkpoint import load_processor
+from ig_captioner.release import check_target, new_folder
 
 from .key_map_big_vision import Placement
 from .reading import Checkpoint, ConversionError

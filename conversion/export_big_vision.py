@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration
+from ig_captioner.checkpoint import load_model
 from ig_captioner.configuration_ig_captioner import as_height_width
-from ig_captioner.release import load_model
 
 from .config_big_vision import PAD, export_plan, infer_model, sincos_text_positions
 from .key_map_big_vision import DECODER_POSITIONS, placements

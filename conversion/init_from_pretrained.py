@@ -24,8 +24,9 @@ from ig_captioner import (
     IGCaptionerProcessor,
     IGCaptionerVisionConfig,
 )
+from ig_captioner.checkpoint import load_processor
 from ig_captioner.configuration_ig_captioner import as_height_width
-from ig_captioner.release import check_target, load_processor, new_folder
+from ig_captioner.release import check_target, new_folder
 
 from .pretrained_decoder import Decoder, fill_decoder, load_decoder, merge_fields
 from .pretrained_encoder import Taken, find_family, load_encoder, resized

@@ -226,7 +226,7 @@ def load_encoder(encoder: str | Path) -> tuple[IGCaptionerVisionModel, Taken]:
     source, beside = load_source(getattr(transformers, family.model), encoder, family.dropped)
     weights = source.state_dict()
     dropped = {name for name in weights if name.startswith(family.dropped)}
-    ours = IGCaptionerVisionModel._from_config(vision_config(family, source.config)).eval()
+    ours = IGCaptionerVisionModel.from_config(vision_config(family, source.config)).eval()
     ours.load_state_dict(translate(family, weights), strict=True)
     difference = feature_difference(family, source, ours)
     if not difference < MAX_DIFFERENCE:
@@ -239,6 +239,6 @@ def resized(ours: IGCaptionerVisionModel, image_size: tuple[int, int]) -> IGCapt
     config = IGCaptionerVisionConfig(**{**ours.config.to_dict(), "image_size": list(image_size)})
     weights = ours.state_dict()
     weights["embeddings.position_embedding"] = ours.embeddings.positions(config.grid_size).detach()
-    larger = IGCaptionerVisionModel._from_config(config)
+    larger = IGCaptionerVisionModel.from_config(config)
     larger.load_state_dict(weights, strict=True)
     return larger

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration, IGCaptionerTextConfig
 from ig_captioner.card import CARD_FILE, CardFacts, make_card, write_facts
-from ig_captioner.release import load_model
+from ig_captioner.checkpoint import load_model
 
 from .reading import ConversionError
 
@@ -28,7 +28,7 @@ def build_model(
         ConversionError: listing weights that were not filled, and arrays that are no weight or do not fit.
     """
     with torch.device("meta"):
-        model = IGCaptionerForConditionalGeneration._from_config(config, dtype=torch.float32)
+        model = IGCaptionerForConditionalGeneration.from_config(config, dtype=torch.float32)
     wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     filled: dict[str, torch.Tensor] = {}
     wrong = []

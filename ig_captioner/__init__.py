@@ -17,9 +17,9 @@ from transformers import (
     AutoProcessor,
 )
 
+from .compiled_labels import CompiledLabels, compile_labels
 from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig, IGCaptionerVisionConfig
 from .information_gain import information_gain
-from .label_trie import CompiledLabels, compile_labels
 from .modeling_ig_captioner import (
     IGCaptionerForConditionalGeneration,
     IGCaptionerForZeroShotImageClassification,

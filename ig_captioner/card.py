@@ -25,7 +25,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
-from . import IGCaptionerPreTrainedModel
+from . import IGCaptionerForConditionalGeneration, IGCaptionerPreTrainedModel
+from .checkpoint import load_model
 from .configuration_ig_captioner import REMOTE_CODE_FILES
 from .evaluation.report import HUB_TASKS, evaluations, to_markdown, weights_digest
 
@@ -47,6 +48,7 @@ class CardFacts:
     """What `card.yaml` may say. Texts are Markdown.
 
     title: heading of the card; by default the name under which its examples load the model.
+    in_short: one line on what the model is, what it knows and what it does not; commands and the demo show it.
     summary: a paragraph on what the model is.
     license, license_name, license_link, language, datasets, base_model: as in a card's metadata on the Hub.
     source: where the weights come from, if not from training here.
@@ -57,6 +59,7 @@ class CardFacts:
     """
 
     title: str | None = None
+    in_short: str | None = None
     summary: str | None = None
     license: str = "unknown"
     license_name: str | None = None
@@ -251,9 +254,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="the checkpoint, with a card.yaml")
     parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help="files results.json to take in")
     arguments = parser.parse_args(argv)
-    from . import IGCaptionerForConditionalGeneration
-    from .release import load_model
-
     folder = arguments.folder
     try:
         if read_facts(folder) is None:

@@ -8,7 +8,12 @@ from dataclasses import fields
 from functools import wraps
 from typing import Any
 
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# Fills parameters, but leaves alone those that `from_pretrained` has loaded.
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Decorators of `forward` that every model in transformers wears: arguments that are not given come from the config,
 # and `output_hidden_states` and `output_attentions` are served by hooks.
@@ -45,11 +50,30 @@ def accepts_both_cache_names(forward: Callable) -> Callable:
     return forward_with_either_name
 
 
+def build_from_config(model_class: type[PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> Any:
+    """Builds a `model_class` with random weights. `kwargs` are `dtype` and `attn_implementation`, as in AutoModel's."""
+    return model_class._from_config(config, **kwargs)
+
+
+def attention_implementation(config: PreTrainedConfig) -> str:
+    """Name of the attention function that a model with `config` uses: "eager", "sdpa", ..."""
+    return config._attn_implementation
+
+
+def attention_function(name: str, eager: Callable) -> Callable:
+    """The attention function registered under `name`, or `eager` for "eager". Raises KeyError for unknown names."""
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
 __all__ = [
     "CACHE_NAME",
     "OutputRecorder",
     "accepts_both_cache_names",
+    "attention_function",
+    "attention_implementation",
+    "build_from_config",
     "capture_outputs",
+    "init",
     "merge_with_config_defaults",
     "rename_cache",
 ]

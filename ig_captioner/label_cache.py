@@ -16,8 +16,8 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
-from .label_trie import CompiledLabels, compile_labels
-from .processing_ig_captioner import DEFAULT_TEMPLATE
+from .compiled_labels import CompiledLabels, compile_labels
+from .processing_ig_captioner import default_templates
 
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,10 @@ def compile_labels_once(
     """`compile_labels`, unless an earlier run has left the result.
 
     Args:
-        templates: "a photo of a {}." if there are none.
+        templates: the checkpoint's own if there are none.
         cache_dir: instead of the folder in `HF_HOME`.
     """
-    templates = list(templates or [DEFAULT_TEMPLATE])
+    templates = list(templates or default_templates(model.config))
     root = Path(HF_HOME, "ig_captioner", "labels") if cache_dir is None else Path(cache_dir)
     prior = (model.config.prior_source, model.config.num_reference_images)
     key = json.dumps([model.fingerprint(), prior, list(labels), templates, *_rules_of(tokenizer)])

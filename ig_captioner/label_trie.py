@@ -11,36 +11,22 @@ the descendants of a node are the interval behind it. They are cut into blocks, 
 batch; a block begins with copies of the ancestors of its first node, so that it needs no other block. The attention
 mask within a block is two comparisons, `key <= query < ends[key]`.
 
-`TextTrie` is that structure, `CompiledTexts` adds what a model makes of it without an image, and `CompiledLabels` says
-which labels and templates the texts are: an object to build once, save, and pass wherever labels are accepted.
-
 Legend: C texts, L tokens of a text, N nodes, E edges, G blocks of Q positions. Log-likelihoods are in nats.
 """
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
-
-from .processing_ig_captioner import DEFAULT_TEMPLATE, encode_texts, format_labels
 
 
 # Positions per block, at most: longer blocks spend more on attention, shorter ones on copies of ancestors.
 BLOCK_SIZE = 256
 TEXTS_PER_SUM = 4096
-JSON_FILE, TENSOR_FILE, FORMAT = "labels.json", "labels.safetensors", 1
 
 
 @dataclass(frozen=True)
@@ -88,34 +74,6 @@ class TextTrie:
         padded = F.pad(edge_log_likelihoods, (0, 1))
         sums = [padded[..., edges].sum(dim=-1) for edges in self.text_edges.split(TEXTS_PER_SUM)]
         return torch.cat(sums, dim=-1)
-
-
-@dataclass(frozen=True)
-class CompiledTexts:
-    """A trie, and what a model makes of it without an image.
-
-    Args:
-        prior_log_likelihood: log P(T), [C], float32.
-        text_states: what the text-only layers make of the blocks, [G, Q, D]; None if there are no such layers.
-        fingerprint: of the weights, see `fingerprint` of the model.
-    """
-
-    trie: TextTrie
-    prior_log_likelihood: Tensor
-    text_states: Tensor | None = None
-    fingerprint: str = ""
-
-    def to(self, device: torch.device | str) -> "CompiledTexts":
-        """On a device; the copy is made once."""
-        device = torch.device(device)
-        if self.prior_log_likelihood.device == device:
-            return self
-        copies = self.__dict__.setdefault("_copies", {})
-        if device not in copies:
-            states = None if self.text_states is None else self.text_states.to(device)
-            prior = self.prior_log_likelihood.to(device)
-            copies[device] = CompiledTexts(self.trie.to(device), prior, states, self.fingerprint)
-        return copies[device]
 
 
 def build_trie(
@@ -211,119 +169,3 @@ def _ends_of_subtrees(depths: np.ndarray) -> np.ndarray:
         for_before = depths[:, position, None] <= depths[:, :position]
         ends[:, :position] = np.where(for_before, np.minimum(ends[:, :position], position), ends[:, :position])
     return ends
-
-
-@dataclass(frozen=True)
-class CompiledLabels:
-    """Labels in templates, compiled for one model and one tokenizer; `compile_labels` makes one.
-
-    The texts are all labels in the first template, then in the second, and so on, in one trie.
-    """
-
-    labels: tuple[str, ...]
-    templates: tuple[str, ...]
-    texts: CompiledTexts
-    tokens_sha256: str
-
-    def __len__(self) -> int:
-        """How many texts there are, C."""
-        return len(self.texts.trie.text_edges)
-
-    def save(self, directory: str | Path) -> None:
-        """Writes `labels.json` and `labels.safetensors` into a folder, which is made if it is missing."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = {item.name: getattr(self.texts.trie, item.name) for item in dataclasses.fields(TextTrie)}
-        tensors["prior_log_likelihood"] = self.texts.prior_log_likelihood
-        if self.texts.text_states is not None:
-            tensors["text_states"] = self.texts.text_states
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, directory / TENSOR_FILE)
-        described = {"format": FORMAT, "labels": self.labels, "templates": self.templates}
-        described |= {"fingerprint": self.texts.fingerprint, "tokens_sha256": self.tokens_sha256}
-        text = json.dumps(described, indent=2, ensure_ascii=False)
-        (directory / JSON_FILE).write_text(text + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, directory: str | Path) -> "CompiledLabels":
-        """Reads what `save` wrote. Whether it fits a model and a tokenizer is checked where it is used.
-
-        Raises:
-            ValueError: naming the folder, if the files are missing, damaged or of another format.
-        """
-        directory = Path(directory)
-        try:
-            described = json.loads((directory / JSON_FILE).read_text(encoding="utf-8"))
-            if described.get("format") != FORMAT:
-                raise ValueError(f"format {described.get('format')!r}, this version reads {FORMAT}")
-            tensors = load_file(directory / TENSOR_FILE)
-            trie = TextTrie(**{item.name: tensors.pop(item.name) for item in dataclasses.fields(TextTrie)})
-            texts = CompiledTexts(trie, **tensors, fingerprint=described["fingerprint"])
-            labels, templates = tuple(described["labels"]), tuple(described["templates"])
-            if len(trie.text_edges) != len(labels) * len(templates):
-                raise ValueError(f"{len(trie.text_edges)} texts for {len(labels)} labels in {len(templates)} templates")
-            if texts.prior_log_likelihood.shape != trie.text_edges.shape[:1]:
-                raise ValueError(f"{len(trie.text_edges)} texts, but priors {tuple(texts.prior_log_likelihood.shape)}")
-            if texts.text_states is not None and texts.text_states.shape[:2] != trie.tokens.shape:
-                raise ValueError(f"states {tuple(texts.text_states.shape)} of blocks {tuple(trie.tokens.shape)}")
-            return cls(labels, templates, texts, described["tokens_sha256"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-            raise ValueError(f"cannot read compiled labels from {str(directory)!r}: {error}") from error
-
-    def check_tokenizer(self, model: Any, tokenizer: PreTrainedTokenizerBase, **kwargs) -> None:
-        """Raises ValueError if a tokenizer makes other tokens of the texts than these were compiled from."""
-        texts = format_labels(self.labels, self.templates)
-        encoded = encode_texts(tokenizer, texts, max_positions_of(model), **kwargs)
-        if _digest(encoded) != self.tokens_sha256:
-            raise ValueError(
-                f"these {len(self.labels)} labels ({self.labels[0]!r}, ...) were compiled with another tokenizer, or "
-                "other settings of it: compile them again"
-            )
-
-
-def compile_labels(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: Sequence[str],
-    templates: str | Sequence[str] = DEFAULT_TEMPLATE,
-    **options: Any,
-) -> CompiledLabels:
-    """Does all of the scoring of labels that needs no image.
-
-    Args:
-        model: has `compile_texts`; in evaluation mode.
-        templates: one or more, with `{}` where the label goes.
-        options: `prior_source`, `reference_pixel_values` and `chunk_size`, see `score` of the model.
-
-    Raises:
-        ValueError: naming the value, for labels or templates that are none.
-    """
-    listed = (templates,) if isinstance(templates, str) else tuple(templates)
-    encoded = encode_for(model, tokenizer, format_labels(labels, listed))
-    return CompiledLabels(tuple(labels), listed, model.compile_texts(**encoded, **options), _digest(encoded))
-
-
-def is_compiled(labels: Any) -> bool:
-    """Whether these are `CompiledLabels`, by what they have: in remote code the class is another one."""
-    return hasattr(labels, "tokens_sha256")
-
-
-def max_positions_of(model: Any) -> int | None:
-    """How many tokens a text may have."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
-def encode_for(model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], **kwargs) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [C, L] on the model's device, no longer than it has positions for.
-
-    `kwargs` go to the tokenizer.
-    """
-    encoded = encode_texts(tokenizer, texts, max_positions_of(model), **kwargs)
-    return {name: values.to(model.device) for name, values in encoded.items()}
-
-
-def _digest(encoded: dict[str, Tensor]) -> str:
-    """SHA-256 of the tokens of each text, padding left out."""
-    mask = encoded["attention_mask"].cpu().bool()
-    digest = hashlib.sha256(mask.sum(dim=-1).numpy().tobytes())
-    digest.update(encoded["input_ids"].cpu().long()[mask].numpy().tobytes())
-    return digest.hexdigest()

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForZeroShotImageClassification, ZeroShotImageClassificationPipeline
 from transformers.utils import logging
 
+from .compiled_labels import encode_for, is_compiled
 from .configuration_ig_captioner import PRIOR_SOURCES
-from .label_trie import encode_for, is_compiled
 from .processing_ig_captioner import (
-    DEFAULT_TEMPLATE,
+    default_templates,
     format_labels,
     gives_scored_form,
     load_rgb_image,
@@ -103,8 +103,9 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
 
     Args (of a call, or of the constructor as defaults for calls):
         candidate_labels (`list[str]` or [`CompiledLabels`]): may repeat. Compiled ones bring their templates.
-        hypothesis_template (`str` or `list[str]`, defaults to `"a photo of a {}."`): `{}` is where the label
-            goes. Several templates are ensembled.
+        hypothesis_template (`str` or `list[str]`, *optional*): `{}` is where the label goes; several templates are
+            averaged. The model's config says them (`prompt_templates`) if this does not; "a photo of a {}." if neither
+            does.
         prior_weight (`float`, *optional*): weight of log P(T); the model's config says it if this does not.
         prior_source (`str`, *optional*): `"unconditional"`, log P(T) without an image, or `"reference_images"`, the
             mean of P(T|I) over images; the model's config says it if this does not.
@@ -204,13 +205,13 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
             forward["prior_weight"] = float(forward["prior_weight"])  # tensors know no fractions
         # Without labels this is the constructor; its template is checked all the same.
         given = parameters.get("candidate_labels", ["no label yet"])
-        labels, templates = given, parameters.get("hypothesis_template", DEFAULT_TEMPLATE)
+        asked = parameters.get("hypothesis_template")
+        labels, templates = given, default_templates(self.model.config) if asked is None else asked
         if is_compiled(given):
             labels, templates = list(given.labels), list(given.templates)
-            asked = parameters.get("hypothesis_template", templates)
-            if templates != ([asked] if isinstance(asked, str) else list(asked)):
+            if asked is not None and templates != ([asked] if isinstance(asked, str) else list(asked)):
                 raise ValueError(f"hypothesis_template {asked!r}, but the labels were compiled with {templates!r}")
-        texts = format_labels(labels, templates)
+        texts = format_labels(labels, templates, "hypothesis_template")
         if "candidate_labels" in parameters:
             postprocess["candidate_labels"] = list(labels)
             if self.tokenizer is not None:  # a pipeline built from a processor gets it after its first check

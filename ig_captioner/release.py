@@ -1,9 +1,7 @@
-"""Checkpoints in and out: loading one from a folder or the Hub, and the complete folder that the Hub expects.
+"""Releases of a checkpoint: the complete folder that the Hub expects, and its upload.
 
 A released folder needs nothing but transformers: weights, configuration, tokenizer, processor, a card, and the code
 that `trust_remote_code=True` runs. What it must hold stands in `RELEASE_FILES`; `push_release` uploads it.
-
-Nothing here runs code from a checkpoint: the package's own classes read it, pickled weights are refused.
 """
 
 import ast
@@ -17,7 +15,6 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
 
 import torch
 from huggingface_hub import (
@@ -28,6 +25,7 @@ from huggingface_hub import (
     constants,
     get_local_safetensors_metadata,
     get_token,
+    hf_hub_download,
     snapshot_download,
 )
 from huggingface_hub.errors import HTTPError
@@ -45,11 +43,10 @@ from . import (
     __version__,
 )
 from .card import CARD_FILE, FACTS_FILE, RESULTS_FOLDER, CardFacts, add_results, make_card, read_facts, write_facts
+from .checkpoint import folder_or_repository, load_model, load_processor
 from .configuration_ig_captioner import AUTO_MAP, CUSTOM_PIPELINES, REMOTE_CODE_FILES
 from .evaluation.report import weights_digest
 
-
-Model = TypeVar("Model", bound=IGCaptionerPreTrainedModel)
 
 # Every released folder holds these and, in one file or in shards, the weights `model*.safetensors`.
 RELEASE_FILES = (
@@ -74,49 +71,19 @@ RELEASE_PATTERNS = (
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In
+# What a checkpoint says of itself
 
 
-def load_model(model_class: type[Model], model: str | Path, **kwargs) -> Model:
-    """The weights of a checkpoint, in evaluation mode, under either head.
-
-    Args:
-        model: a folder, or the name of a repository on the Hub.
-        kwargs: for `from_pretrained`; without a `dtype` it is the stored one.
-
-    Raises:
-        ValueError: another kind of model, or weights that do not fill this one.
-        OSError: no such folder or repository, or no safetensors in it.
-    """
-    name = _folder_or_repository(model)
-    arguments = {"dtype": "auto", **kwargs, "use_safetensors": True, "output_loading_info": True}
-    loaded, report = model_class.from_pretrained(name, **arguments)
-    wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
-    if wrong:
-        summary = "; ".join(f"{kind}: {', '.join(keys[:3])} ({len(keys)} in all)" for kind, keys in wrong.items())
-        raise ValueError(f"the weights of {name} do not fit its configuration: {summary}")
-    return loaded.eval()
-
-
-def load_processor(model: str | Path) -> IGCaptionerProcessor:
-    """Tokenizer and image processor of a checkpoint; errors as in [`load_model`]."""
-    return IGCaptionerProcessor.from_pretrained(_folder_or_repository(model), trust_remote_code=False)
-
-
-def _folder_or_repository(model: str | Path) -> str:
-    """The argument of `from_pretrained`, checked to name a checkpoint of this package."""
-    name = os.fspath(model)
-    looks_like_path = isinstance(model, Path) or name.startswith((".", "~", os.sep)) or name.count("/") > 1
-    if not name or (looks_like_path and not Path(name).exists()):
-        raise FileNotFoundError(f"no such model folder: {name!r}")
-    if Path(name).is_file():
-        raise NotADirectoryError(f"a model is a folder or a repository, not a file: {name!r}")
-    if Path(name).is_dir() and not Path(name, "config.json").is_file():
-        raise FileNotFoundError(f"no model in the folder {name!r}: it has no config.json")
-    model_type = IGCaptionerConfig.get_config_dict(name)[0].get("model_type")
-    if model_type != IGCaptionerConfig.model_type:
-        raise ValueError(f"{name!r} holds a model of type {model_type!r}, not {IGCaptionerConfig.model_type!r}")
-    return name
+def read_in_short(model: str | Path) -> str | None:
+    """The one line that `card.yaml` says of a checkpoint, if it has one and can be had."""
+    folder = Path(model)
+    try:
+        if not folder.is_dir():
+            folder = Path(hf_hub_download(os.fspath(model), FACTS_FILE)).parent
+        facts = read_facts(folder)
+    except (OSError, ValueError, HTTPError):  # no such file, out of reach, or damaged: nothing depends on it
+        return None
+    return None if facts is None or not facts.in_short else " ".join(facts.in_short.split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +263,7 @@ def push_release(
     token = token or get_token()
     if not token:
         raise PermissionError("no token for the Hub: `hf auth login` stores one, the variable HF_TOKEN gives one")
-    release = Path(_folder_or_repository(Path(folder).expanduser()))
+    release = Path(folder_or_repository(Path(folder).expanduser()))
     with TemporaryDirectory() as temporary:
         if not _is_release(release):
             release = save_release(Path(temporary, "release"), release, repo_id=repo_id)

@@ -9,26 +9,29 @@ Legend: B images, C candidate texts, E edges of a trie, L text tokens, D decoder
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
+from .compat_ig_captioner import attention_implementation
+from .compiled_labels import CompiledLabels, CompiledTexts, contents, is_compiled, is_intercepted
 from .configuration_ig_captioner import (
     PRIOR_SOURCES,
     IGCaptionerConfig,
     IGCaptionerTextConfig,
     IGCaptionerVisionConfig,
-    as_height_width,
 )
 from .decoder_ig_captioner import TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, KeyValues
 from .information_gain import information_gain, text_mask
-from .label_trie import CompiledLabels, CompiledTexts, TextTrie, build_trie, is_compiled
+from .label_trie import TextTrie, build_trie
 
 
 # How many numbers are held at once of what grows with texts and images: logits, and the inner states of an MLP.
@@ -46,24 +49,19 @@ class IGCaptionerScoreOutput(ModelOutput):
     information_gain: Tensor | None = None
 
 
-def is_intercepted(module: nn.Module) -> bool:
-    """Whether hooks, adapters (peft) or offloading (accelerate) may change what a module makes of its weights."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # transformers' own, which record hidden states, change nothing
-    foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers.")]
-    has_adapter = hasattr(module, "disable_adapters") and not isinstance(module, IGCaptionerPreTrainedModel)
-    return bool(foreign) or has_adapter or hasattr(module, "_hf_hook") or "forward" in vars(module)
+# What a configuration may say beside the architecture, some of it only since it was loaded or saved.
+NOT_ARCHITECTURE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
-def contents(tensor: Tensor) -> Iterator[Any]:
-    """The bytes that a tensor holds; of a quantised one (torchao) those of its parts, and how they are to be read."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor.contiguous().cpu().flatten().view(torch.uint8).numpy()
-        return
-    names, settings = tensor.__tensor_flatten__()
-    yield repr(settings).encode()
-    for name in names:
-        yield from contents(getattr(tensor, name))
+def architecture_of(config: PreTrainedConfig) -> str:
+    """The fields that a configuration states, as one text: equal before and after saving, and in other versions."""
+    own = {IGCaptionerVisionConfig.model_type: IGCaptionerVisionConfig}
+    own[IGCaptionerTextConfig.model_type] = IGCaptionerTextConfig
+    if config.model_type in own:
+        fields = {name: getattr(config, name) for name in own[config.model_type].__annotations__}
+    else:
+        fields = {name: value for name, value in config.to_diff_dict().items() if name not in NOT_ARCHITECTURE}
+    return json.dumps(fields, sort_keys=True, default=str)
 
 
 class IGCaptionerScorer(IGCaptionerPreTrainedModel):
@@ -100,10 +98,11 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
 
     def score(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None,
         input_ids: Tensor | CompiledTexts | CompiledLabels,
         attention_mask: Tensor | None = None,
         *,
+        image_features: Tensor | None = None,
         prior_weight: float | None = None,
         prior_source: str | None = None,
         reference_pixel_values: Tensor | None = None,
@@ -118,11 +117,12 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         adapters stand between the weights and the result.
 
         Args:
-            pixel_values: [B, channels, height, width].
+            pixel_values: [B, channels, height, width]; None with `image_features`.
             input_ids: [C, L], exactly the tokens that are scored: end-of-sequence included, start token excluded; or
                 what `compile_texts` or `compile_labels` returned.
             attention_mask: [C, L] of 0 and 1, padding on either side; found from the padding id if not given, on the
                 right where that is an end-of-sequence id, too.
+            image_features: [B, P, E], what `model.encode_features` made of the images.
             prior_weight: weight of log P(T); `config.prior_weight` if not given. 0 ranks by likelihood.
             prior_source: "unconditional" or "reference_images"; `config.prior_source` if not given.
             reference_pixel_values: [R, channels, height, width], the images over which P(T|I) is averaged to P(T);
@@ -143,8 +143,10 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-        if not len(pixel_values):
-            raise ValueError(f"pixel_values holds no image, got shape {tuple(pixel_values.shape)}")
+        for name, images in (("pixel_values", pixel_values), ("image_features", image_features)):
+            if images is not None and not len(images):
+                raise ValueError(f"{name} holds no image, got shape {tuple(images.shape)}")
+        image_tokens = self.model.read_features(pixel_values, image_features)
         if isinstance(input_ids, Tensor):
             references = self._references(prior_source, reference_pixel_values, input_ids.device)
             texts = self._compile_or_recall(input_ids, attention_mask, references, chunk_size)
@@ -153,8 +155,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
                 given = "reference_pixel_values" if prior_source is None else f"prior_source {prior_source!r}"
                 raise ValueError(f"compiled texts have their prior already, but {given} came with them")
             compiled: Any = input_ids
-            texts = self._check_compiled(compiled.texts if is_compiled(compiled) else compiled, pixel_values.device)
-        caption_log_likelihood = self._log_likelihoods(texts, pixel_values, chunk_size)
+            texts = self._check_compiled(compiled.texts if is_compiled(compiled) else compiled, image_tokens.device)
+        caption_log_likelihood = self._log_likelihoods(texts, image_tokens, chunk_size)
         prior_log_likelihood = texts.prior_log_likelihood.clone()
         if reduction == "mean":
             caption_log_likelihood = caption_log_likelihood / texts.trie.lengths
@@ -200,7 +202,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         texts = self._check_compiled(texts, device)
         if pixel_values is None:
             return self._edges(texts, None, chunk_size)
-        return torch.cat([*self._edges_of(texts, pixel_values, chunk_size)])
+        return torch.cat([*self._edges_of(texts, self.model.read_features(pixel_values), chunk_size)])
 
     @torch.compiler.disable
     def fingerprint(self) -> str:
@@ -227,11 +229,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
 
     def _circumstances(self) -> tuple:
         """What scores depend on beside weights: the architecture, autocast, hooks and the state of adapters."""
-        sections = (self.config.vision_config, self.config.text_config)
-        own = (IGCaptionerVisionConfig, IGCaptionerTextConfig)
-        fields = [
-            [getattr(section, name) for name in of.__annotations__] for section, of in zip(sections, own, strict=True)
-        ]
+        config = self.config
+        image_tokens = (config.image_token_grids, config.image_token_norm, config.image_position_embedding)
         states = ("disable_adapters", "active_adapters", "merged")  # of peft's layers
         between = [
             (name, *module._forward_hooks, *module._forward_pre_hooks, *(str(getattr(module, s, None)) for s in states))
@@ -239,8 +238,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             if is_intercepted(module)
         ]
         return (
-            fields,
-            self.config.decoder_start_token_id,
+            [architecture_of(config.vision_config), architecture_of(config.text_config), image_tokens],
+            config.decoder_start_token_id,
             [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)],
             between,
         )
@@ -285,8 +284,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
                 shape = tuple(reference_pixel_values.shape)
                 raise ValueError(f"reference_pixel_values holds no image, got shape {shape}")
             return reference_pixel_values
-        vision, generator = self.config.vision_config, torch.Generator().manual_seed(0)
-        shape = (vision.num_channels, *as_height_width(vision.image_size, "image_size"))
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.config.image_channels, *self.config.image_size)
         return torch.randn(self.config.num_reference_images, *shape, generator=generator).to(device, self.dtype)
 
     @torch.compiler.disable
@@ -319,16 +318,16 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         if references is None:
             prior = trie.sum_over_texts(self._edges(texts, None, chunk_size))[0]
         else:
-            prior = self._log_likelihoods(texts, references, chunk_size).logsumexp(dim=0) - math.log(len(references))
+            image_tokens = self.model.read_features(references)
+            prior = self._log_likelihoods(texts, image_tokens, chunk_size).logsumexp(dim=0) - math.log(len(references))
         return dataclasses.replace(texts, prior_log_likelihood=prior)
 
-    def _log_likelihoods(self, texts: CompiledTexts, pixel_values: Tensor, chunk_size: int | None) -> Tensor:
-        """log P(T|I), [B, C]."""
-        return torch.cat([*map(texts.trie.sum_over_texts, self._edges_of(texts, pixel_values, chunk_size))])
+    def _log_likelihoods(self, texts: CompiledTexts, image_tokens: Tensor, chunk_size: int | None) -> Tensor:
+        """log P(T|I), [B, C], of images as the decoder reads them."""
+        return torch.cat([*map(texts.trie.sum_over_texts, self._edges_of(texts, image_tokens, chunk_size))])
 
-    def _edges_of(self, texts: CompiledTexts, pixel_values: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
+    def _edges_of(self, texts: CompiledTexts, image_tokens: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
         """log P of every edge of a trie, [b, E] for b images at a time."""
-        image_tokens = self.model.vision_model(pixel_values=pixel_values).last_hidden_state
         for tokens in image_tokens.split(self._images_per_pass(texts.trie, chunk_size)):
             yield self._edges(texts, self.model.decoder.read_image(tokens), chunk_size)
 
@@ -395,7 +394,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             tuple(input_ids.shape),
             seen,
             repr(self._circumstances()),
-            self.config.text_config._attn_implementation,
+            attention_implementation(self.config.text_config),
             torch.is_inference_mode_enabled(),
             *((id(p), p.data_ptr(), p.dtype, p._version) for p in parameters),
         )

@@ -18,7 +18,8 @@ from benchmarks.measure import median_ratio, row, take_turns, time_rows, write_r
 from benchmarks.top_k import as_tree, beam_search, exact_search
 from benchmarks.training import full_logits, loss_contenders
 from benchmarks.training_steps import Size, captioner, captioner_step, encoder_decoder, plain_step, random_batch
-from ig_captioner.label_trie import CompiledTexts, build_trie
+from ig_captioner.compiled_labels import CompiledTexts
+from ig_captioner.label_trie import build_trie
 
 
 SIZE = Size("tiny", 16, 2, 3)

@@ -23,12 +23,14 @@ from ig_captioner.card import (
     read_results,
     write_facts,
 )
+from ig_captioner.checkpoint import load_model
 from ig_captioner.evaluation.report import table_lines, weights_digest, write_results
 from ig_captioner.evaluation.rows import make_row
-from ig_captioner.release import load_model, save_release
+from ig_captioner.release import save_release
 
 
 FACTS = {
+    "in_short": "It knows three colours.",
     "title": "Schön & small",
     "summary": "A captioner for tests.\nOf two lines.",
     "license": "other",
@@ -128,7 +130,7 @@ def test_a_card_tells_the_facts(source, tmp_path):
     card = ModelCard.load(folder / "README.md")
     named = ("license", "license_name", "license_link", "language", "datasets", "base_model")
     assert {name: card.data.get(name) for name in named} == {name: FACTS[name] for name in named}
-    for name in set(FACTS) - {*named, "training", "limits"}:
+    for name in set(FACTS) - {*named, "in_short", "training", "limits"}:  # in_short is for commands and demo
         assert FACTS[name] in card.text, name
     assert "| data | ten photos |\n| loss | CE(T\\|I) |\n" in card.text
     assert "- It knows nothing.\n- It {{ guesses }}.\n" in card.text

@@ -12,8 +12,8 @@ import torch
 from test_cli import FIELDS, checkpoint, here, run, write_photo  # noqa: F401 (fixtures)
 
 from ig_captioner import IGCaptionerForConditionalGeneration
+from ig_captioner.checkpoint import load_model, load_processor
 from ig_captioner.processing_ig_captioner import load_rgb_image
-from ig_captioner.release import load_model, load_processor
 
 
 TEXTS = ["a cat", "a photo of a dog.", "of", "a cat"]
@@ -129,7 +129,7 @@ def test_scores_that_are_no_numbers_are_an_error(run, checkpoint, monkeypatch):
         model.lm_head.weight.data.fill_(float("nan"))
         return model
 
-    monkeypatch.setattr("ig_captioner.release.load_model", load_broken)
+    monkeypatch.setattr("ig_captioner.checkpoint.load_model", load_broken)
     for command in (["classify", "0.png", "--labels", "cat"], ["score", "0.png", "--texts", "a"], ["caption", "0.png"]):
         for form in ("table", "csv", "jsonl"):
             code, lines, errors = run(*command, "--format", form)

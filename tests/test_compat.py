@@ -24,6 +24,9 @@ DOCUMENTED_MODULES = {
     "transformers.modeling_utils",
     "transformers.utils",
 }
+NAMED_TUPLES = {"_asdict", "_replace"}
+# what tells whether a weight has changed, and whether hooks stand between a module and its result
+TORCH_PRIVATE = {"_version", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks"}
 
 
 @pytest.mark.parametrize("level", ["decoder", "base", "head"])
@@ -81,13 +84,32 @@ def test_generation_in_training_mode_with_checkpointing_uses_the_cache():
     assert torch.equal(model.generate(pixel_values=images, **length), expected)
 
 
+def source_trees() -> dict[str, ast.AST]:
+    """The syntax tree of each file of the package but the one that may use what is not public."""
+    paths = Path(ig_captioner.__file__).parent.rglob("*.py")
+    return {
+        path.name: ast.parse(path.read_text(encoding="utf-8"))
+        for path in paths
+        if path.name != "compat_ig_captioner.py"
+    }
+
+
 def test_undocumented_modules_of_transformers_are_imported_in_one_place():
-    package = Path(ig_captioner.__file__).parent
-    for path in package.rglob("*.py"):
-        if path.name == "compat_ig_captioner.py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for name, tree in source_trees().items():
+        for node in ast.walk(tree):
             modules = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for module in modules:
-                assert module.split(".")[0] != "transformers" or module in DOCUMENTED_MODULES, f"{path.name}: {module}"
+                assert module.split(".")[0] != "transformers" or module in DOCUMENTED_MODULES, f"{name}: {module}"
+
+
+def test_private_names_of_transformers_are_used_in_one_place():
+    trees = source_trees()
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    own |= {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                assert node.attr in own | NAMED_TUPLES | TORCH_PRIVATE, f"{name}:{node.lineno} uses {node.attr}"

@@ -27,7 +27,7 @@ from conversion.export_big_vision import export
 from conversion.key_map_big_vision import find_sizes, find_structure, placements
 from conversion.reading import ConversionError, Leaf, open_checkpoint
 from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
-from ig_captioner.release import load_model
+from ig_captioner.checkpoint import load_model
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from conversion.convert_clip_jax import convert
 from conversion.key_map_clip_jax import placements
 from conversion.reading import ConversionError
 from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerImageProcessor
-from ig_captioner.release import load_model, load_processor
+from ig_captioner.checkpoint import load_model, load_processor
 
 
 def write_config(folder, config: dict):

@@ -15,7 +15,7 @@ from test_conversion_reference import random_leaves, save
 from conversion.convert_big_vision import convert
 from conversion.reading import ConversionError, open_checkpoint
 from ig_captioner import IGCaptionerForConditionalGeneration
-from ig_captioner.release import load_model
+from ig_captioner.checkpoint import load_model
 
 
 # What does not fit

@@ -37,7 +37,7 @@ from conversion.init_from_pretrained import init_from_pretrained
 from conversion.reading import ConversionError
 from conversion.tokenizer import load_tokenizer
 from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerVisionModel
-from ig_captioner.release import load_model, load_processor
+from ig_captioner.checkpoint import load_model, load_processor
 
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 16, "patch_size": 4}

@@ -17,7 +17,7 @@ from transformers import pipeline
 
 from conversion import convert_big_vision, convert_clip_jax
 from ig_captioner import IGCaptionerForConditionalGeneration, IGZeroShotImageClassificationPipeline
-from ig_captioner.release import load_model, load_processor
+from ig_captioner.checkpoint import load_model, load_processor
 from training.config import load_config
 from training.train import train
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from conversion.convert_big_vision import convert
 from conversion.reading import ConversionError
 from conversion.tokenizer import load_tokenizer, read_sentencepiece
-from ig_captioner.release import load_processor
+from ig_captioner.checkpoint import load_processor
 
 
 SPACE = "\u2581"

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from test_hub import save_checkpoint
 
 from ig_captioner import TINY_CHECKPOINT, IGZeroShotImageClassificationPipeline
+from ig_captioner.compiled_labels import encode_for
 from ig_captioner.demo import inputs
 from ig_captioner.demo import page as demo_page
 from ig_captioner.demo.inputs import (
@@ -38,23 +39,23 @@ from ig_captioner.demo.inputs import (
     MAX_PIXELS,
     MAX_REDIRECTS,
     InputError,
-    check_template,
+    check_number,
     fetch,
     is_public,
     open_photo,
     parse_labels,
+    parse_templates,
     read_upload,
 )
 from ig_captioner.demo.page import caption_view, label_bars, number, token_view, visible
 from ig_captioner.demo.scores import Captioner, Piece, Row, Scores, TextTokens, as_code, large_set
-from ig_captioner.label_trie import encode_for
-from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE
 from tiny import naive_log_likelihoods
 
 
 SPACE = Path(__file__).parent.parent / "examples" / "space"
 LABELS = ["cat", "dog", "a photo of a cat", "photo"]
 TAGS = {"div", "span", "p", "bdi", "small", "details", "summary", "table", "tr", "th", "td"}
+TEMPLATES = ["a photo of a {}.", "{}"]
 WEIGHTS = (0.0, 0.5, 1.0, 1.5)
 # what no label may break: quotes, brackets, other scripts and directions, control characters, markup
 ODD_LABELS = [
@@ -155,10 +156,16 @@ def test_limits_of_texts():
         parse_labels("a" * 10_000)
     with pytest.raises(InputError, match=r"half a character, '\\ud83d'"):
         parse_labels("cat\n\ud83d")
-    assert check_template("{} {}") == "{} {}"
+    assert parse_templates("{} {}") == ["{} {}"]
+    assert parse_templates(" a {} \n\nthe {}\n") == [" a {} ", "the {}"]
+    check_number(["cat"] * 500, ["{}", "a {}"])
+    with pytest.raises(InputError, match="501 labels in 2 sentences are 1,002 texts: 1,000 at most"):
+        check_number(["cat"] * 501, ["{}", "a {}"])
+    with pytest.raises(InputError, match="17 sentences"):
+        parse_templates("{}\n" * 17)
     for template, match in (("a photo", "has no {}"), ("", "has no {}"), ("{}" * 300, "600 characters")):
         with pytest.raises(InputError, match=match):
-            check_template(template)
+            parse_templates(template)
 
 
 # Photos
@@ -423,8 +430,8 @@ def check_rows(rows: list[Row], expected: list[dict]) -> None:
 
 
 def test_every_prior_weight_follows_from_one_run_of_the_model(captioner, photo, pixel_values, monkeypatch):
-    scores = captioner.classify(pixel_values, LABELS, DEFAULT_TEMPLATE)
-    expected = {weight: expected_rows(captioner, photo, LABELS, DEFAULT_TEMPLATE, weight) for weight in WEIGHTS}
+    scores = captioner.classify(pixel_values, LABELS, TEMPLATES)
+    expected = {weight: expected_rows(captioner, photo, LABELS, TEMPLATES, weight) for weight in WEIGHTS}
     monkeypatch.setattr(captioner, "model", None)
     for weight in WEIGHTS:
         check_rows(scores.ranked(weight), expected[weight])
@@ -434,7 +441,7 @@ def test_every_prior_weight_follows_from_one_run_of_the_model(captioner, photo, 
 
 
 def test_tokens_are_what_one_forward_pass_each_gives(captioner, pixel_values):
-    scores = captioner.classify(pixel_values, LABELS, "a {}.")
+    scores = captioner.classify(pixel_values, LABELS, ["a {}."])
     for label, tokens, caption, prior in zip(
         LABELS, scores.tokens, scores.caption_log_likelihood, scores.prior_log_likelihood, strict=True
     ):
@@ -452,12 +459,12 @@ def test_tokens_are_what_one_forward_pass_each_gives(captioner, pixel_values):
 
 def test_texts_that_are_cut_are_counted(captioner, pixel_values):
     fitting, cut = "cat " * (captioner.max_tokens - 1), "cat " * captioner.max_tokens
-    assert captioner.classify(pixel_values, [fitting, "dog"], "{}").num_cut == 0
-    assert captioner.classify(pixel_values, [fitting, cut, cut + "dog"], "{}").num_cut == 2
+    assert captioner.classify(pixel_values, [fitting, "dog"], ["{}"]).num_cut == 0
+    assert captioner.classify(pixel_values, [fitting, cut, cut + "dog"], ["{}"]).num_cut == 2
 
 
 def test_scores_that_underflow():
-    rows = Scores(("a", "b"), "{}", [-9000.0, -1.0], [-1.0, -9000.0]).ranked(1.0)
+    rows = Scores(("a", "b"), ("{}",), [-9000.0, -1.0], [-1.0, -9000.0]).ranked(1.0)
     assert [row.label for row in rows] == ["b", "a"] and [row.score for row in rows] == [1.0, 0.0]
 
 
@@ -467,10 +474,10 @@ def test_the_large_set_is_compiled_once(captioner, photo, pixel_values, monkeypa
     monkeypatch.setattr(
         captioner.model, "compile_texts", lambda *args, **kwargs: compiled.append(1) or compile_texts(*args, **kwargs)
     )
-    scores = captioner.classify_large_set(pixel_values, DEFAULT_TEMPLATE)
-    other = captioner.classify_large_set(-pixel_values, DEFAULT_TEMPLATE)
+    scores = captioner.classify_large_set(pixel_values, TEMPLATES)
+    other = captioner.classify_large_set(-pixel_values, TEMPLATES)
     assert len(compiled) == 1 and other.caption_log_likelihood != scores.caption_log_likelihood
-    expected = expected_rows(captioner, photo, large_set(), DEFAULT_TEMPLATE, 1.0)
+    expected = expected_rows(captioner, photo, large_set(), TEMPLATES, 1.0)
     rows = by_label(scores.ranked(1.0))
     for entry in expected:
         assert rows[entry.pop("label")][2:] == pytest.approx((entry["information_gain"], entry["score"]), abs=1e-4)
@@ -512,7 +519,7 @@ def test_pieces_are_the_text_without_broken_characters(shipped, text):
 def test_code_gives_the_same_scores(captioner, checkpoint, photo, labels, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photo.save("photo.jpg", quality=95)
-    scores = captioner.classify(captioner.read(open_photo(Path("photo.jpg").read_bytes())), labels, 'it\'s "a" {}\\')
+    scores = captioner.classify(captioner.read(open_photo(Path("photo.jpg").read_bytes())), labels, ['it\'s "a" {}\\'])
     code = as_code(checkpoint, scores, 0.35)
     assert not any(character in code for character in "\u202e\x00\x1b")  # code reads as it runs
     names: dict = {}
@@ -526,7 +533,7 @@ def test_code_of_a_calibrated_checkpoint_gives_the_scores_of_the_page(photo, tmp
     monkeypatch.chdir(tmp_path)
     photo.save("photo.jpg", quality=95)
     captioner = Captioner(checkpoint, "cpu")
-    scores = captioner.classify(captioner.read(open_photo(Path("photo.jpg").read_bytes())), LABELS, "a {}")
+    scores = captioner.classify(captioner.read(open_photo(Path("photo.jpg").read_bytes())), LABELS, ["a {}"])
     rows = scores.ranked(1.0)
     first, second = rows[:2]
     ratio = math.exp((first.information_gain - second.information_gain) / 2)
@@ -534,12 +541,12 @@ def test_code_of_a_calibrated_checkpoint_gives_the_scores_of_the_page(photo, tmp
     names: dict = {}
     exec(compile(as_code(checkpoint, scores, 1.0), "code", "exec"), names)
     check_rows(rows, names["predictions"])  # without "none of these"
-    large = captioner.classify_large_set(captioner.read(photo), "a {}")
+    large = captioner.classify_large_set(captioner.read(photo), ["a {}"])
     assert (large.temperature, large.abstain_threshold) == (2.0, 100.0)
 
 
 def test_code_of_the_shipped_checkpoint_shows_no_path(shipped):
-    code = as_code(shipped.name, Scores(("cat",), "{}", [-1.0], [-1.0]), 1)
+    code = as_code(shipped.name, Scores(("cat",), ("{}",), [-1.0], [-1.0]), 1)
     assert "model=TINY_CHECKPOINT,\n" in code and TINY_CHECKPOINT not in code
     compile(code, "code", "exec")
 
@@ -660,7 +667,7 @@ def test_photos_are_decoded_off_the_event_loop(handlers, site, monkeypatch):
 def test_classify(handlers, captioner, checkpoint, pixel_values, raises_on_the_page):
     scores, bars, code, choice, tokens = handlers.classify(pixel_values, "cat, dog, photo", "a {}", 0.5)
     best = scores.ranked(0.5)[0].label
-    assert scores.labels == ("cat", "dog", "photo") and scores.template == "a {}"
+    assert scores.labels == ("cat", "dog", "photo") and scores.templates == ("a {}",)
     assert bars == label_bars(scores.ranked(0.5), 3, 0.5) and code == as_code(checkpoint, scores, 0.5)
     assert choice.value == best and [value for _, value in choice.choices] == list(scores.labels)
     own = scores.tokens[scores.labels.index(best)]
@@ -692,12 +699,12 @@ def test_the_page_tells_the_settings_of_a_calibrated_checkpoint(captioner):
     demo = pytest.importorskip("ig_captioner.demo.app", exc_type=ImportError)
     handlers = demo.Handlers(captioner)
     settings = {"temperature": 2.5, "abstain_threshold": 1.25}
-    scores = Scores(("a", "b"), "{}", [-1.0, -2.0], [-2.0, -2.0], **settings)
+    scores = Scores(("a", "b"), ("{}",), [-1.0, -2.0], [-2.0, -2.0], **settings)
     for bars in (handlers.rank(scores, 1.0)[0], handlers.rank_large_set(scores, 1.0)):
         text = Elements(bars).text
         assert "softmax of IG / 2.5" in text and "threshold, IG 1.25; here the best does not reach it" in text
     assert "here the best reaches it" in handlers.rank(scores, 1.125)[0]  # IG 1.25, at the threshold
-    plain = handlers.rank(Scores(("a",), "{}", [-1.0], [-2.0]), 1.0)[0]
+    plain = handlers.rank(Scores(("a",), ("{}",), [-1.0], [-2.0]), 1.0)[0]
     assert "softmax of IG over all labels" in plain and "threshold" not in plain
 
 
@@ -802,7 +809,7 @@ def test_any_url_gives_a_message(monkeypatch, start, rest):
 @pytest.fixture(scope="module")
 def server(checkpoint):
     pytest.importorskip("gradio")
-    from ig_captioner import demo
+    from ig_captioner.demo import app as demo
 
     app = demo.build_app(checkpoint, "cpu")
     url = demo.serve(app)
@@ -861,7 +868,7 @@ def test_a_client_can_name_what_it_uploaded(server, photo, file):
 
 def test_launch(checkpoint, monkeypatch, capsys):
     pytest.importorskip("gradio")
-    from ig_captioner import demo
+    from ig_captioner.demo import app as demo
 
     calls = []
     monkeypatch.setattr(demo, "serve", lambda app, *arguments: calls.append(arguments) or "http://there/")
@@ -877,7 +884,7 @@ def test_launch(checkpoint, monkeypatch, capsys):
 
 def test_the_space_is_complete(monkeypatch):
     gradio = pytest.importorskip("gradio")
-    from ig_captioner import demo
+    from ig_captioner.demo import app as demo
 
     calls = []
     monkeypatch.setattr(demo, "launch", lambda model, **options: calls.append((model, options)))

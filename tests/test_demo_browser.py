@@ -121,7 +121,7 @@ def set_slider(page, value: float) -> None:
 
 
 def order(captioner, photo, labels, prior_weight: float) -> list[str]:
-    scores = captioner.classify(captioner.read(photo), labels, "a photo of a {}.")
+    scores = captioner.classify(captioner.read(photo), labels, ["a photo of a {}."])
     return [row.label for row in scores.ranked(prior_weight)]
 
 
@@ -153,7 +153,7 @@ def test_tokens_caption_large_set_and_code(page, captioner, photo, png, tmp_path
     page.wait_for_selector(f"#caption .ig-quote:has-text('{captioner.caption(captioner.read(photo)).text}')")
     page.get_by_role("tab", name="ImageNet").click()
     page.click("#run-large")
-    scores = captioner.classify_large_set(captioner.read(photo), "a photo of a {}.")
+    scores = captioner.classify_large_set(captioner.read(photo), ["a photo of a {}."])
     for weight in (1, 0):
         set_slider(page, weight)
         wait_for_labels(page, [row.label for row in scores.ranked(weight, 20)], "#large-bars")

@@ -19,7 +19,8 @@ from ig_captioner import (
 )
 from ig_captioner.cli import build_parser
 from ig_captioner.data.prompts import load_prompts
-from ig_captioner.data.shards import BrokenSampleError, Skipped, first_by_hash, read_shard
+from ig_captioner.data.samples import Samples, label_from_field, labelled_decoder
+from ig_captioner.data.shards import BrokenSampleError, first_by_hash, read_captions, read_shard
 from ig_captioner.evaluation import zero_shot
 from ig_captioner.evaluation.scores import (
     PRIOR_WEIGHTS,
@@ -59,7 +60,7 @@ def model(request, processor):
     config = tiny_config(
         {**VARIANTS[request.param], "vocab_size": len(processor.tokenizer), "max_position_embeddings": 40}
     )
-    return IGCaptionerForZeroShotImageClassification._from_config(config).eval()
+    return IGCaptionerForZeroShotImageClassification.from_config(config).eval()
 
 
 def make_images(number):
@@ -286,16 +287,12 @@ def test_zero_shot_tuning_takes_the_best_top1_then_the_best_rank():
 # Labels and subsets of shards
 
 
-def test_labels_from_field_or_caption():
-    names = ["cat", "dog", "cat"]
-    by_field, by_caption = zero_shot.label_from_field(names, "c"), zero_shot.label_from_caption(names, "a {}.")
+def test_labels_from_field():
+    by_field = label_from_field(["cat", "dog", "cat"], "c")
     assert [by_field({"json": value}) for value in (b'{"c": "dog"}', b'{"c": "cat"}', b'{"c": 2}')] == [1, 0, 2]
-    assert by_caption({"txt": b"a dog.\n"}) == 1
     for value in (b'{"c": "bird"}', b'{"c": 3}', b'{"c": true}', b"{}"):
         with pytest.raises(ValueError, match="not one of 3 classes"):
             by_field({"json": value})
-    with pytest.raises(ValueError, match=r"'A dog\.' is not 'a \{\}\.'"):
-        by_caption({"txt": b"A dog."})
     with pytest.raises(BrokenSampleError, match="bad JSON"):
         by_field({"json": b"{"})
 
@@ -320,12 +317,12 @@ def test_labelled_images_skip_the_broken_and_name_the_unknown(tmp_path):
     image, label = png(make_images(1)[0]), b'{"class_name": "dog"}'
     path = tmp_path / "s.tar"
     write_shard(path, [("a", {"png": image, "json": label}), ("b", {"png": b"", "json": label})])
-    find_label = zero_shot.label_from_field(["cat", "dog"])
-    good, broken = zero_shot.read_labelled_images([str(path)], find_label)
-    assert good[0].size == (10, 12) and good[1] == 1
-    assert broken == Skipped("b", "empty image file")
+    samples = Samples(str(path), labelled_decoder(label_from_field(["cat", "dog"])))
+    ((good, index),) = samples
+    assert good.size == (10, 12) and index == 1
+    assert samples.keys == ["a"] and samples.skipped == {"empty image file": 1}
     with pytest.raises(ValueError, match=r"sample 'a'.*'dog'"):
-        list(zero_shot.read_labelled_images([str(path)], zero_shot.label_from_field(["cat"])))
+        list(Samples(str(path), labelled_decoder(label_from_field(["cat"]))))
 
 
 def test_subset_by_hash_is_fixed_and_mixed():
@@ -375,11 +372,10 @@ def real_data():
 @pytest.mark.slow
 def test_real_labels_agree_and_are_balanced():
     root = real_data()
-    by_field = zero_shot.label_from_field(CIFAR10_CLASSES)
-    by_caption = zero_shot.label_from_caption(CIFAR10_CLASSES)
-    by_index = zero_shot.label_from_field(CIFAR10_CLASSES, "class_id")
+    by_field, by_index = label_from_field(CIFAR10_CLASSES), label_from_field(CIFAR10_CLASSES, "class_id")
+    captions = [f"a photo of a {name}." for name in CIFAR10_CLASSES]
     counts = [0] * 10
     for _, files in read_shard(f"{root}/cifar10-test-0000.tar.gz"):
-        assert by_field(files) == by_caption(files) == by_index(files)
+        assert by_field(files) == captions.index(*read_captions(files)) == by_index(files)
         counts[by_field(files)] += 1
     assert counts == [1000] * 10

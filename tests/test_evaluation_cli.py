@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from ig_captioner import IGCaptionerForZeroShotImageClassification, IGCaptionerImageProcessor, IGCaptionerProcessor
 from ig_captioner.data.samples import Samples, read_source, split_by_hash
-from ig_captioner.data.shards import is_held_out, read_captions, read_image
+from ig_captioner.data.shards import image_of, is_held_out, read_captions
 from ig_captioner.evaluation.contrastive import ContrastiveModel
 from ig_captioner.evaluation.report import git_commit, table_lines
 from ig_captioner.evaluation.rows import bootstrap, text_to_image_rows
@@ -51,7 +51,7 @@ def processor():
 def model(processor):
     torch.manual_seed(0)
     sizes = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 40}
-    return IGCaptionerForZeroShotImageClassification._from_config(tiny_config({**VARIANTS["prefix"], **sizes})).eval()
+    return IGCaptionerForZeroShotImageClassification.from_config(tiny_config({**VARIANTS["prefix"], **sizes})).eval()
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def by_name(rows):
 
 def test_all_forms_of_data_give_the_same_samples(room):
     def decode(key, files):
-        return read_image(files).tobytes(), json.loads(files["json"])["class_name"]
+        return image_of(files).tobytes(), json.loads(files["json"])["class_name"]
 
     expected = [(image.tobytes(), NAMES[label]) for image, label in zip(make_images(PHOTOS), LABELS, strict=True)]
     shards = Samples(str(room / "shards"), decode)
@@ -171,7 +171,7 @@ def test_a_data_set_on_disk(tmp_path):
     data.remove_columns("image").save_to_disk(tmp_path / "blind")
     items = list(read_source(str(tmp_path / "one")))
     assert [key for key, _ in items] == ["p", "q", "r", "s"]
-    assert [read_image(files).tobytes() for _, files in items] == [image.tobytes() for image in images]
+    assert [image_of(files).tobytes() for _, files in items] == [image.tobytes() for image in images]
     labels = [json.loads(files["json"]) for _, files in items]
     assert [(entry["label"], entry.get("class_name")) for entry in labels] == [
         (1, "cat"),

@@ -168,20 +168,29 @@ def test_the_example_gives_the_models_scores_without_torch(tmp_path):
     model, processor = ZeroShot.from_pretrained(TINY_CHECKPOINT).eval(), AutoProcessor.from_pretrained(TINY_CHECKPOINT)
     export_onnx(model, processor, tmp_path / "onnx")
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    photo.save(tmp_path / "photo.png")
+    levels = np.asarray(photo)[..., 0]
+    alpha = Image.fromarray(np.where(levels > 100, 255, 0).astype(np.uint8))
+    photos = {
+        "photo.png": photo,
+        "16-bits.png": Image.fromarray(levels.astype(np.uint16) << 8),
+        "transparent.png": Image.merge("RGBA", (*photo.split(), alpha)),
+    }
+    for name, image in photos.items():
+        image.save(tmp_path / name)
     labels = ["cat", "a long label of many words", "ship"]
     code = (
         f"import runpy, sys; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__'); assert 'torch' not in sys.modules"
     )
-    command = [sys.executable, "-c", code, "onnx", "photo.png", "--labels", *labels]
-    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    inputs = processor(images=photo, text=[f"a photo of a {label}." for label in labels], return_tensors="pt")
-    with torch.no_grad():
-        gains = model.score(**inputs).information_gain[0]
-    for i in gains.argsort(descending=True).tolist():
-        line, _, printed = printed.partition("\n")
-        assert line.startswith(f"photo.png  {labels[i]}: {gains.softmax(dim=-1)[i]:.3f}, ")
-        assert float(line.split()[-2]) == pytest.approx(gains[i].item(), abs=0.0051)
+    command = [sys.executable, "-c", code, "onnx", *photos, "--labels", "cat", f" {labels[1]}\n", labels[2]]
+    lines = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.splitlines()
+    texts = processor(text=[f"a photo of a {label}." for label in labels], return_tensors="pt")
+    for name in photos:
+        with torch.no_grad():
+            gains = model.score(**processor(images=str(tmp_path / name), return_tensors="pt"), **texts)
+        for i in gains.information_gain[0].argsort(descending=True).tolist():
+            line, gain = " ".join(lines.pop(0).split()), gains.information_gain[0]
+            assert line.startswith(f"{name} {labels[i]}: {gain.softmax(dim=-1)[i]:.3f}, ")
+            assert float(line.split()[-2]) == pytest.approx(gain[i].item(), abs=0.0051)
 
 
 # Quantised

@@ -70,7 +70,7 @@ def test_static_cache_equals_full_logits(model):
 def test_the_image_is_encoded_once(monkeypatch):
     model, calls = tiny_model(), []
     encode = model.model.encode_image
-    monkeypatch.setattr(model.model, "encode_image", lambda pixels: (calls.append(len(pixels)), encode(pixels))[1])
+    monkeypatch.setattr(model.model, "encode_image", lambda pixels, _: (calls.append(len(pixels)), encode(pixels))[1])
     model.generate(pixel_values=random_images(2), num_beams=3, **NEW)
     assert calls == [2]
 

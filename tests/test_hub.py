@@ -23,7 +23,8 @@ from ig_captioner import (
     IGCaptionerVisionModel,
     release,
 )
-from ig_captioner.release import RELEASE_FILES, load_model, load_processor, save_release
+from ig_captioner.checkpoint import load_model, load_processor
+from ig_captioner.release import RELEASE_FILES, save_release
 
 
 HEADS = [IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification]

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_hub import WITHOUT_THE_PACKAGE, run_python, save_checkpoint
 
 from ig_captioner import IGCaptionerForZeroShotImageClassification
-from ig_captioner.release import RELEASE_FILES, load_model, load_processor, push_release, save_release
+from ig_captioner.checkpoint import load_model, load_processor
+from ig_captioner.release import RELEASE_FILES, push_release, save_release
 
 
 REPO = f"{OWNER}/tiny"

@@ -29,7 +29,7 @@ from ig_captioner import (
     pipeline_ig_captioner,
     processing_ig_captioner,
 )
-from ig_captioner.label_trie import encode_for
+from ig_captioner.compiled_labels import encode_for
 from ig_captioner.processing_ig_captioner import encode_texts
 
 
@@ -409,7 +409,7 @@ WRONG = [
     ({"candidate_labels": ["cat", 7]}, "candidate_labels.*7"),
     ({"candidate_labels": ["cat", None]}, "candidate_labels.*None"),
     ({"hypothesis_template": "a photo"}, "hypothesis_template.*a photo"),
-    ({"hypothesis_template": None}, "hypothesis_template.*None"),
+    ({"hypothesis_template": 3}, "hypothesis_template.*3"),
     ({"hypothesis_template": []}, r"hypothesis_template.*\[\]"),
     ({"hypothesis_template": ["{}", 3]}, "hypothesis_template.*3"),
     ({"hypothesis_template": ["{}", "none"]}, "hypothesis_template.*none"),

@@ -35,7 +35,7 @@ def tiny_model(variant: str = "prefix", model_class=IGCaptionerForConditionalGen
     kwargs.setdefault("tie_word_embeddings", not text.get("head_bias", False))
     torch.manual_seed(0)
     config = tiny_config(text, **kwargs)
-    model = model_class._from_config(config, attn_implementation=attn).eval()
+    model = model_class.from_config(config, attn_implementation=attn).eval()
     for parameter in model.parameters():  # biases and norms too, so that none can be forgotten
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model

@@ -77,7 +77,7 @@ def build_model(
         )
     else:
         model_config = build_model_config(config.model, tokenizer)
-        model = IGCaptionerForConditionalGeneration._from_config(
+        model = IGCaptionerForConditionalGeneration.from_config(
             model_config, dtype=torch.float32, attn_implementation=config.attn_implementation
         )
     longest = model.config.text_config.max_position_embeddings

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import AutoModel, AutoTokenizer, CLIPConfig
 
 from ig_captioner.configuration_ig_captioner import IGCaptionerConfig
 from ig_captioner.evaluation.contrastive import ContrastiveModel
@@ -76,7 +76,7 @@ def train_contrastive(config: TrainConfig) -> tuple[ContrastiveModel, list[float
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
     captioner = build_model_config(config.model, tokenizer)
     processor = build_processor(config, captioner, tokenizer)
-    model = CLIPModel._from_config(clip_config(captioner), attn_implementation=config.attn_implementation).to(device)
+    model = AutoModel.from_config(clip_config(captioner), attn_implementation=config.attn_implementation).to(device)
     inputs = ClipInputs(processor, model.config)
     data = load_training_data(
         config.data,

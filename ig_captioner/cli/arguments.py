@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import TINY_CHECKPOINT
 from ..data.prompts import read_class_names, read_templates
 from .output import FORMATS, one_line, progress, report
 
@@ -68,7 +67,7 @@ def add_command(
     parser = commands.add_parser(name, usage=usage, help=summary, description=summary, epilog=examples)
     parser.set_defaults(run=run)
     if model_help is not None:
-        parser.add_argument("--model", default=TINY_CHECKPOINT, metavar="DIR_OR_REPO", help=model_help)
+        parser.add_argument("--model", metavar="DIR_OR_REPO", help=model_help)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
@@ -107,7 +106,7 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", nargs="+", action="extend", default=[], metavar="LABEL", help=quoting)
     known = "a text file with a line each, or the name of a data set whose names are in the package, such as imagenet"
     parser.add_argument("--labels-file", metavar="FILE_OR_NAME", help=f"more labels: {known}")
-    template = 'text with {} for the label (default: "a photo of a {}."); several are averaged'
+    template = "text with {} for the label (default: the checkpoint's own); several are averaged"
     parser.add_argument("--template", nargs="+", action="extend", default=[], metavar="TEMPLATE", help=template)
     parser.add_argument("--templates-file", metavar="FILE_OR_NAME", help="more templates, as for --labels-file")
 
@@ -152,15 +151,15 @@ threshold = number("a finite number, or -inf for never", lambda value: value < m
 # What they name
 
 
-def read_labels(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Labels and templates, checked; see `read_texts`."""
+def read_labels(arguments: argparse.Namespace) -> tuple[list[str], list[str] | None]:
+    """Labels and templates, checked; see `read_texts`. No templates are None, for the checkpoint's own."""
     from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 
     labels = read_texts(arguments.labels, arguments.labels_file, "--labels", read_class_names)
-    templates = [DEFAULT_TEMPLATE]
+    templates = None
     if arguments.template or arguments.templates_file is not None:
         templates = read_texts(arguments.template, arguments.templates_file, "--template", read_templates)
-    format_labels(labels, templates)
+    format_labels(labels, templates or DEFAULT_TEMPLATE, "--template")
     return labels, templates
 
 
@@ -266,17 +265,3 @@ def _visible_files(root: str, on_error: Callable[[OSError], None]) -> Iterator[t
     for folder, folders, files in os.walk(root, onerror=on_error):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield folder, [name for name in files if not name.startswith(".")]
-
-
-def choose_device(name: str):
-    """The torch device of "auto", "cpu" or "cuda". Raises ValueError where there is no such device."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU is available to torch")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
-
-
-def dtype_on(device) -> dict[str, Any]:
-    """On a CPU half precision is slow and gains nothing: float32 there, elsewhere as stored."""
-    return {"dtype": "float32"} if device.type == "cpu" else {}

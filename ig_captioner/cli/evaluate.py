@@ -149,7 +149,7 @@ def _run_later(name: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _add_templates(parser: argparse.ArgumentParser) -> None:
-    templates = "as for --class-names (default: those of the same prompts; of a text file: 'a photo of a {}.')"
+    templates = "as for --class-names (default: those of the same prompts; of a text file: the checkpoint's own)"
     parser.add_argument("--templates", metavar="FILE_OR_NAME", help=templates)
 
 

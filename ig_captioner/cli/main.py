@@ -12,11 +12,12 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from .. import __version__
+from .. import TINY_CHECKPOINT, __version__
 from .arguments import Parser, UsageError, add_command
 from .evaluate import add_evaluate
-from .output import quiet, report
+from .output import one_line, quiet, report
 from .predict import add_caption, add_classify, add_demo, add_retrieve, add_score
 from .release import add_compile_labels, add_info, add_push, add_release
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     try:
         with quiet():
+            if "model" in arguments and arguments.model is None:
+                arguments.model = _shipped_checkpoint()
             return arguments.run(arguments)
     except UsageError as error:
         return report(f"{error} (--help says more)", 2)
@@ -61,6 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         expected = isinstance(error, (ValueError, OSError))
         return report(str(error) if expected and str(error) else f"{type(error).__name__}: {error}")
+
+
+def _shipped_checkpoint() -> str:
+    """The model where none was chosen; a line on stderr says what it is."""
+    from ..card import read_facts
+
+    facts = read_facts(Path(TINY_CHECKPOINT))
+    about = facts.in_short if facts and facts.in_short else TINY_CHECKPOINT
+    print(f"ig-captioner: no --model given, so the checkpoint in the package: {one_line(about)}", file=sys.stderr)
+    return TINY_CHECKPOINT
 
 
 def build_parser() -> Parser:

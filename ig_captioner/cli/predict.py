@@ -21,8 +21,6 @@ from .arguments import (
     add_photos,
     add_prior_weight,
     add_texts,
-    choose_device,
-    dtype_on,
     integer_up_to,
     positive_integer,
     read_labels,
@@ -34,7 +32,6 @@ from .output import Results, Row, check_finite, table, terminal_columns
 
 
 TASK = "zero-shot-image-classification"
-MAX_CAPTION_TOKENS = 30
 MOST_BEAMS = 64
 WIDEST_NAME = 30  # columns that a matrix leaves to names of photos, at most
 SCORE_FIELDS = ("caption_log_likelihood", "prior_log_likelihood", "information_gain")
@@ -106,7 +103,7 @@ def add_caption(commands) -> None:
     add_photos(parser)
     beams = "1: greedy (default: what the checkpoint says, or 1)"
     parser.add_argument("--num-beams", type=integer_up_to(MOST_BEAMS), metavar="N", help=beams)
-    longest = f"longest caption (default: {MAX_CAPTION_TOKENS}, or what the model has positions for)"
+    longest = "longest caption (default: 30, or what the model has positions for)"
     parser.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help=longest)
     add_format(parser)
     add_device(parser)
@@ -183,10 +180,14 @@ def classify(arguments: argparse.Namespace) -> int:
 def caption(arguments: argparse.Namespace) -> int:
     """Prints a caption for each photo."""
     from .. import IGCaptionerForConditionalGeneration
+    from ..checkpoint import caption_tokens
 
     photos = Photos(arguments.photos, streams=True)
     model, processor = _load(IGCaptionerForConditionalGeneration, arguments)
-    options = {"max_new_tokens": caption_tokens(arguments.max_new_tokens, model.config.text_config)}
+    try:
+        options = {"max_new_tokens": caption_tokens(arguments.max_new_tokens, model.config.text_config)}
+    except ValueError as error:
+        raise ValueError(f"--max-new-tokens: {error}") from error
     if arguments.num_beams is not None:
         options["num_beams"] = arguments.num_beams
     results = Results(arguments.format, "image", None, _formula(model.config.prior_weight))
@@ -258,8 +259,8 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def _read_candidates(arguments: argparse.Namespace):
-    """Labels, which may be compiled, and templates."""
-    from ..label_trie import CompiledLabels
+    """Labels, which may be compiled, and templates, or None for those of the checkpoint or the compiled labels."""
+    from ..compiled_labels import CompiledLabels
 
     if arguments.compiled_labels is None:
         return read_labels(arguments)
@@ -268,15 +269,14 @@ def _read_candidates(arguments: argparse.Namespace):
             option = f"--{name.replace('_', '-')}"
             raise UsageError(f"--compiled-labels brings its labels and templates, but {option} is given, too")
     compiled = CompiledLabels.load(arguments.compiled_labels)
-    return compiled, list(compiled.templates)
+    return compiled, None
 
 
 def _load(model_class, arguments: argparse.Namespace):
     """Model, on its device, and processor."""
-    from ..release import load_model, load_processor
+    from ..checkpoint import load_on_device, load_processor
 
-    device = choose_device(arguments.device)
-    return load_model(model_class, arguments.model, **dtype_on(device)).to(device), load_processor(arguments.model)
+    return load_on_device(model_class, arguments.model, arguments.device), load_processor(arguments.model)
 
 
 def _load_scorer(arguments: argparse.Namespace):
@@ -315,14 +315,6 @@ def _score_note(arguments: argparse.Namespace, config) -> str:
     return f'{note}, with "none of these" at IG = {limit:g}'
 
 
-def caption_tokens(wanted: int | None, text_config) -> int:
-    """Longest caption in tokens: one position is left for end-of-sequence, which is scored too."""
-    limit = text_config.max_position_embeddings - 1
-    if wanted is not None and wanted > limit:
-        raise ValueError(f"--max-new-tokens {wanted}: this model's captions have {limit} tokens at most")
-    return min(MAX_CAPTION_TOKENS, limit) if wanted is None else wanted
-
-
 def _batches_of_pixels(model, processor, photos: Iterable, batch_size: int) -> Iterator[Any]:
     """`pixel_values` [B, 3, H, W] on the model's device; photos are large, and held one at a time."""
     import torch
@@ -336,7 +328,7 @@ def _score_caption(model, processor, pixels, text: str) -> dict[str, float]:
     """Log-likelihoods and information gain of a caption as a text of its own, end-of-sequence included."""
     import torch
 
-    from ..label_trie import encode_for
+    from ..compiled_labels import encode_for
 
     with torch.no_grad():
         scores = model.score(pixels[None], **encode_for(model, processor.tokenizer, [text]))
@@ -347,7 +339,7 @@ def _figures(arguments: argparse.Namespace, model, processor, photos: Photos, te
     """The `SCORE_FIELDS` of N texts for each photo as it comes: float32 [N, 3], on the CPU."""
     import torch
 
-    from ..label_trie import encode_for
+    from ..compiled_labels import encode_for
 
     compiled = model.compile_texts(**encode_for(model, processor.tokenizer, texts))
     weight = _prior_weight(arguments, model)

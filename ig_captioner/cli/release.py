@@ -5,16 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import TINY_CHECKPOINT
-from .arguments import (
-    MODEL_HELP,
-    add_command,
-    add_device,
-    add_format,
-    add_labels,
-    choose_device,
-    dtype_on,
-    read_labels,
-)
+from .arguments import MODEL_HELP, add_command, add_device, add_format, add_labels, read_labels
 from .output import print_csv, print_json, printable, table
 
 
@@ -109,18 +100,18 @@ def info(arguments: argparse.Namespace) -> int:
 def compile_labels(arguments: argparse.Namespace) -> int:
     """Writes compiled labels, for `classify --compiled-labels` and `CompiledLabels.load`."""
     from .. import IGCaptionerForZeroShotImageClassification
-    from ..label_trie import compile_labels
-    from ..release import load_model, load_processor, new_folder
+    from ..checkpoint import load_on_device, load_processor
+    from ..compiled_labels import compile_labels
+    from ..release import new_folder
 
     labels, templates = read_labels(arguments)
     directory = arguments.directory.expanduser().resolve()
     _check_labels_folder(directory, arguments.overwrite)
-    device = choose_device(arguments.device)
-    model = load_model(IGCaptionerForZeroShotImageClassification, arguments.model, **dtype_on(device)).to(device)
+    model = load_on_device(IGCaptionerForZeroShotImageClassification, arguments.model, arguments.device)
     compiled = compile_labels(model, load_processor(arguments.model).tokenizer, labels, templates)
     with new_folder(directory) as folder:
         compiled.save(folder)
-    print(f"{printable(directory)}: {len(labels):,} labels in {len(templates):,} templates")
+    print(f"{printable(directory)}: {len(compiled.labels):,} labels in {len(compiled.templates):,} templates")
     return 0
 
 
@@ -152,13 +143,16 @@ def push(arguments: argparse.Namespace) -> int:
 def describe_checkpoint(model: str) -> dict[str, Any]:
     """Sizes, architecture and settings by name."""
     from .. import IGCaptionerConfig
-    from ..release import load_processor
+    from ..checkpoint import load_processor
+    from ..processing_ig_captioner import default_templates
+    from ..release import read_in_short
 
     processor = load_processor(model)
     config = IGCaptionerConfig.from_pretrained(model)
     vision, text = config.vision_config, config.text_config
     return {
         "checkpoint": str(model),
+        "in_short": read_in_short(model) or "unknown",
         "licence": _read_licence(model),
         **_describe_weights(model),
         "image_size": vision.image_size,
@@ -173,6 +167,7 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
         "longest_text": min(processor.tokenizer.model_max_length, text.max_position_embeddings),
         "prior_weight": config.prior_weight,
         "prior_source": config.prior_source,
+        "templates": " | ".join(default_templates(config)),
         "score_temperature": config.score_temperature,
         "abstain_threshold": "none" if config.abstain_threshold is None else config.abstain_threshold,
     }
@@ -210,7 +205,7 @@ def _shown(value: Any) -> str:
 
 def _check_labels_folder(directory: Path, overwrite: bool) -> None:
     """Raises OSError if `directory` must not be replaced; never lets anything but compiled labels go."""
-    from ..label_trie import JSON_FILE, TENSOR_FILE
+    from ..compiled_labels import JSON_FILE, TENSOR_FILE
 
     if directory.is_file():
         raise NotADirectoryError(f"{directory} is a file")

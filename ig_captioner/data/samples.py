@@ -14,9 +14,11 @@ Which samples belong to the held-out part, on which prior weights are tuned, is 
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
+
+import PIL.Image
 
 from .shards import (
     IMAGE_EXTENSIONS,
@@ -26,7 +28,10 @@ from .shards import (
     decode_item,
     find_shards,
     first_by_hash,
+    image_of,
     is_held_out,
+    read_captions,
+    read_metadata,
     read_shard,
 )
 
@@ -156,3 +161,42 @@ def split_by_hash(keys: Iterable[str], fraction: float) -> tuple[list[int], list
         parts = f"{len(held_out)} samples to tune on and {len(others)} to test on"
         raise ValueError(f"a held-out fraction of {fraction:g} makes {parts}: there must be both")
     return held_out, others
+
+
+FindLabel = Callable[[dict[str, bytes]], int]
+"""The class index of a sample, from its files."""
+
+
+def label_from_field(class_names: Sequence[str], field: str = "class_name") -> FindLabel:
+    """Labels are a field of the sample's JSON: a class name (the first of that name), or an integer index."""
+
+    def find_label(files: dict[str, bytes]) -> int:
+        value = read_metadata(files).get(field)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(class_names):
+            return value
+        if value not in class_names:
+            raise ValueError(f"field {field!r} of a sample's JSON is {value!r}: not one of {len(class_names)} classes")
+        return class_names.index(value)
+
+    return find_label
+
+
+def labelled_decoder(find_label: FindLabel) -> Callable[[str, dict[str, bytes]], tuple[PIL.Image.Image, int]]:
+    """The `decode` that gives image and class index.
+
+    It raises ValueError, naming key and label, for a label that is none of the classes: names and data do not fit.
+    """
+
+    def decode(key: str, files: dict[str, bytes]) -> tuple[PIL.Image.Image, int]:
+        try:
+            label = find_label(files)
+        except ValueError as error:
+            raise ValueError(f"sample {key!r}: {error}") from error
+        return image_of(files), label
+
+    return decode
+
+
+def captioned(key: str, files: dict[str, bytes]):
+    """The image and the captions of a sample, for `Samples`."""
+    return image_of(files), read_captions(files)

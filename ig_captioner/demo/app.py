@@ -19,20 +19,20 @@ from typing import Any
 import PIL.Image
 from torch import Tensor
 
-from ..processing_ig_captioner import DEFAULT_TEMPLATE
 from .inputs import (
     FORMATS,
     MAX_BYTES,
     MAX_LABELS,
     MAX_PIXELS,
     InputError,
-    check_template,
+    check_number,
     fetch,
     open_photo,
     parse_labels,
+    parse_templates,
     read_upload,
 )
-from .page import CSS, MAX_SHOWN, caption_view, label_bars, note, placeholder, threshold_note, token_view
+from .page import CSS, MAX_SHOWN, caption_view, header, label_bars, note, placeholder, threshold_note, token_view
 from .scores import Captioner, Scores, as_code, large_set
 
 
@@ -47,10 +47,6 @@ except ImportError as error:
 MAX_PRIOR_WEIGHT = 1.5
 KEPT_SECONDS = 3600  # uploads, and what a session has computed
 LABELS = ["cat", "dog", "horse", "woman", "cup of coffee", "rocket", "motorcycle"]
-HEADER = """\
-<div class="ig-head"><h1>ig_captioner</h1><p>An image captioner as a zero-shot classifier. It ranks your labels by
-information gain, <span class="ig-formula">IG = log P(T|I) &minus; &alpha; &middot; log P(T)</span>: how
-much likelier the photo makes the text. &alpha; is the prior weight; 0 is the plain captioner.</p></div>"""
 CHOICE = "Which words does the image support?"
 NO_RESULT = placeholder("Choose a photo: scores of your labels appear here.")
 NO_CAPTION = placeholder("The caption of your photo appears here.")
@@ -109,18 +105,19 @@ class Handlers:
         return None, None, None, NO_RESULT, "", choice, "", NO_CAPTION, NO_LARGE_RESULT
 
     @shows_errors
-    def classify(self, pixel_values: Tensor | None, text: str, template: str, prior_weight: float) -> tuple:
+    def classify(self, pixel_values: Tensor | None, text: str, sentences: str, prior_weight: float) -> tuple:
         """Scores to be kept; bars, choice of labels, tokens and code to be shown."""
-        labels, template = parse_labels(text), check_template(template)
-        scores = self.captioner.classify(_chosen(pixel_values), labels, template)
+        labels, templates = parse_labels(text), parse_templates(sentences)
+        check_number(labels, templates)
+        scores = self.captioner.classify(_chosen(pixel_values), labels, templates)
         best = scores.ranked(prior_weight)[0].label
         choice = gr.Dropdown(choices=list(scores.labels), value=best, visible=True)
         return scores, *self.rank(scores, prior_weight), choice, self.explain(scores, best)
 
     @shows_errors
-    def classify_large_set(self, pixel_values: Tensor | None, template: str, prior_weight: float) -> tuple:
+    def classify_large_set(self, pixel_values: Tensor | None, sentences: str, prior_weight: float) -> tuple:
         """Scores of the large set to be kept, and bars."""
-        scores = self.captioner.classify_large_set(_chosen(pixel_values), check_template(template))
+        scores = self.captioner.classify_large_set(_chosen(pixel_values), parse_templates(sentences))
         return scores, self.rank_large_set(scores, prior_weight)
 
     @shows_errors
@@ -146,7 +143,10 @@ class Handlers:
         """The tokens of a label's text."""
         if scores is None or label not in scores.labels:
             return ""
-        return token_view(self.captioner.pieces(scores.tokens[scores.labels.index(label)]))
+        view = token_view(self.captioner.pieces(scores.tokens[scores.labels.index(label)]))
+        if len(scores.templates) > 1:
+            view += note(f"In the first of {len(scores.templates)} sentences; the bars show means over all of them.")
+        return view
 
 
 def _bars(scores: Scores, prior_weight: float) -> str:
@@ -165,17 +165,17 @@ def build_app(model: str, device: str = "auto") -> gr.Blocks:
     """The page and its events, for a checkpoint (folder or Hub name). `launch` adds limits that the server keeps."""
     captioner = Captioner(model, device)
     with gr.Blocks(title="ig_captioner", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as app:
-        gr.HTML(HEADER)
+        gr.HTML(header(captioner.name, captioner.in_short))
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                inputs = _add_inputs()
+                inputs = _add_inputs(captioner.templates)
             with gr.Column(scale=3, min_width=320):
                 outputs = _add_outputs(captioner)
         _connect(Handlers(captioner), {**inputs, **outputs})
     return app
 
 
-def _add_inputs() -> dict[str, Any]:
+def _add_inputs(templates: list[str]) -> dict[str, Any]:
     limits = f"{', '.join(FORMATS)}: up to {MAX_BYTES // 2**20} MiB and {MAX_PIXELS // 10**6} megapixels"
     lines = f"One per line, {MAX_LABELS:,} at most. A single line is split at its commas."
     return {
@@ -194,7 +194,12 @@ def _add_inputs() -> dict[str, Any]:
         ),
         "labels": gr.Textbox("\n".join(LABELS), label="Labels", info=lines, lines=7, max_lines=12, elem_id="labels"),
         "template": gr.Textbox(
-            DEFAULT_TEMPLATE, label="Sentence", info="{} is where the label goes.", max_lines=1, elem_id="template"
+            "\n".join(templates),
+            label="Sentence",
+            info="{} is where the label goes. Several, one per line, are averaged.",
+            lines=len(templates),
+            max_lines=4,
+            elem_id="template",
         ),
         "run": gr.Button("Classify", variant="primary", elem_id="run"),
     }

@@ -8,6 +8,7 @@ import html
 import unicodedata
 from collections.abc import Sequence
 
+from .. import TINY_CHECKPOINT
 from .scores import Caption, Piece, Row
 
 
@@ -77,6 +78,17 @@ def visible(text: str) -> str:
 def number(value: float, sign: str = "") -> str:
     """Two digits; what rounds to zero has no sign."""
     return f"{round(value, 2) or 0.0:{sign if round(value, 2) else ''}.2f}".replace("-", "&minus;")
+
+
+def header(model: str, in_short: str | None) -> str:
+    """The head of the page, in HTML: what the demo does, and which checkpoint it asks."""
+    name = "the checkpoint that comes with the package" if model == TINY_CHECKPOINT else visible(model)
+    about = f" {visible(in_short)}" if in_short else ""
+    return f"""\
+<div class="ig-head"><h1>ig_captioner</h1><p>An image captioner as a zero-shot classifier. It ranks your labels by
+information gain, <span class="ig-formula">IG = log P(T|I) &minus; &alpha; &middot; log P(T)</span>: how
+much likelier the photo makes the text. &alpha; is the prior weight; 0 is the plain captioner.</p>
+<p class="ig-note">Model: {name}.{about}</p></div>"""
 
 
 def note(content: str) -> str:

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from .. import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration
-from ..cli.arguments import choose_device, dtype_on
-from ..cli.predict import caption_tokens
+from ..checkpoint import caption_tokens, load_on_device, load_processor
+from ..compiled_labels import CompiledLabels, compile_labels
 from ..data.prompts import load_prompts
-from ..label_trie import CompiledLabels, compile_labels
-from ..release import load_model, load_processor
+from ..processing_ig_captioner import default_templates, format_labels
+from ..release import read_in_short
 
 
 LARGE_SET = "imagenet"
@@ -69,17 +69,17 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a photo gave for C labels in a template.
+    """What a photo gave for C labels in one template or more.
 
     Args:
-        caption_log_likelihood, prior_log_likelihood: [C].
-        tokens: of each label's text, [C], or none.
+        caption_log_likelihood, prior_log_likelihood: means over templates, [C].
+        tokens: of each label in the first template, [C], or none.
         num_cut: how many of the texts were longer than the model reads.
         temperature, abstain_threshold: the checkpoint's. Of "none of these" there is no row.
     """
 
     labels: tuple[str, ...]
-    template: str
+    templates: tuple[str, ...]
     caption_log_likelihood: list[float]
     prior_log_likelihood: list[float]
     tokens: tuple[TextTokens, ...] = ()
@@ -114,12 +114,13 @@ class Captioner:
     """
 
     def __init__(self, model: str, device: str = "auto") -> None:
-        chosen = choose_device(device)
         self.name = model
         self.processor = load_processor(model)
-        self.model = load_model(IGCaptionerForConditionalGeneration, model, **dtype_on(chosen)).to(chosen)
+        self.model = load_on_device(IGCaptionerForConditionalGeneration, model, device)
         config = self.model.config
         self.prior_weight = config.prior_weight
+        self.templates = default_templates(config)
+        self.in_short = read_in_short(model)
         self.settings: dict[str, Any] = {
             "temperature": config.score_temperature,
             "abstain_threshold": config.abstain_threshold,
@@ -133,31 +134,34 @@ class Captioner:
         return inputs["pixel_values"].to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
-    def classify(self, pixel_values: Tensor, labels: Sequence[str], template: str) -> Scores:
+    def classify(self, pixel_values: Tensor, labels: Sequence[str], templates: Sequence[str]) -> Scores:
         """Scores of labels, and of every token of each."""
-        compiled = compile_labels(self.model, self.processor.tokenizer, labels, template)
+        compiled = compile_labels(self.model, self.processor.tokenizer, labels, templates)
         tokens = self._tokens(compiled, pixel_values)
-        lengths = self.processor.tokenizer([template.replace("{}", label) for label in labels], verbose=False)
+        lengths = self.processor.tokenizer(format_labels(labels, templates), verbose=False)
         return Scores(
             compiled.labels,
-            template,
-            [sum(text.conditional) for text in tokens],
-            compiled.texts.prior_log_likelihood.tolist(),
-            tuple(tokens),
+            compiled.templates,
+            _means_over_templates([sum(text.conditional) for text in tokens], len(labels)),
+            _means_over_templates(compiled.texts.prior_log_likelihood.tolist(), len(labels)),
+            tuple(tokens[: len(labels)]),
             sum(len(ids) > self.max_tokens for ids in lengths["input_ids"]),
             **self.settings,
         )
 
     @torch.no_grad()
-    def classify_large_set(self, pixel_values: Tensor, template: str) -> Scores:
-        """Scores of ImageNet's class names, whose texts are compiled once per template."""
-        compiled = self.compile_large_set(template)
+    def classify_large_set(self, pixel_values: Tensor, templates: Sequence[str]) -> Scores:
+        """Scores of ImageNet's class names, whose texts are compiled once per set of templates."""
+        compiled = self.compile_large_set(tuple(templates))
         scores = self.model.score(pixel_values, compiled)
-        caption, prior = scores.caption_log_likelihood[0].tolist(), scores.prior_log_likelihood.tolist()
-        return Scores(compiled.labels, template, caption, prior, **self.settings)
+        caption, prior = (
+            _means_over_templates(values.tolist(), len(compiled.labels))
+            for values in (scores.caption_log_likelihood[0], scores.prior_log_likelihood)
+        )
+        return Scores(compiled.labels, compiled.templates, caption, prior, **self.settings)
 
-    def _compile_large_set(self, template: str) -> CompiledLabels:
-        return compile_labels(self.model, self.processor.tokenizer, large_set(), template)
+    def _compile_large_set(self, templates: tuple[str, ...]) -> CompiledLabels:
+        return compile_labels(self.model, self.processor.tokenizer, large_set(), templates)
 
     @torch.no_grad()
     def caption(self, pixel_values: Tensor) -> Caption:
@@ -194,6 +198,12 @@ class Captioner:
         return [*pieces, Piece("", tokens.conditional[last], tokens.unconditional[last])]
 
 
+def _means_over_templates(values: Sequence[float], num_labels: int) -> list[float]:
+    """Means [C] of the values of T x C texts, template by template."""
+    of_label = (values[label::num_labels] for label in range(num_labels))
+    return [sum(own) / len(own) for own in of_label]
+
+
 @lru_cache
 def large_set() -> tuple[str, ...]:
     """ImageNet's class names, those that occur twice once."""
@@ -204,6 +214,7 @@ def as_code(model: str, scores: Scores, prior_weight: float) -> str:
     """Python that gives the same scores: a call of the pipeline on `photo.jpg`."""
     is_shipped = model == TINY_CHECKPOINT
     never_abstain = '    abstain_threshold=float("-inf"),\n' * (scores.abstain_threshold is not None)
+    template = scores.templates[0] if len(scores.templates) == 1 else list(scores.templates)
     names = ["TINY_CHECKPOINT"] * is_shipped + ["IGZeroShotImageClassificationPipeline"]
     return f"""\
 from transformers import pipeline
@@ -218,7 +229,7 @@ classify = pipeline(
 predictions = classify(
     "photo.jpg",
     candidate_labels={list(scores.labels)!r},
-    hypothesis_template={scores.template!r},
+    hypothesis_template={template!r},
     prior_weight={prior_weight!r},
 {never_abstain}    return_log_likelihoods=True,
 )

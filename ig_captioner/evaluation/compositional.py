@@ -24,8 +24,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..compiled_labels import encode_for
 from ..information_gain import IGNORE_INDEX, linear_loss, shift_right
-from ..label_trie import encode_for
 from .processes import map_batches
 from .rows import Row, bootstrap, weights_of_rows
 from .scores import PRIOR_WEIGHTS, best_of_grid, to_pixels

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..compiled_labels import CompiledLabels, encode_for, is_compiled
 from ..information_gain import information_gain
-from ..label_trie import CompiledLabels, encode_for, is_compiled
 from .processes import map_batches
 
 

@@ -4,13 +4,11 @@ import argparse
 import shlex
 from typing import Any
 
-from .. import TINY_CHECKPOINT, IGCaptionerForZeroShotImageClassification
-from ..cli.arguments import choose_device, dtype_on
+from .. import TINY_CHECKPOINT, IGCaptionerConfig, IGCaptionerForZeroShotImageClassification
+from ..checkpoint import load_on_device, load_processor
 from ..data.prompts import is_text_file, read_templates
 from ..data.samples import describe_skipped
-from ..data.shards import read_captions, read_image
-from ..processing_ig_captioner import DEFAULT_TEMPLATE
-from ..release import load_model, load_processor
+from ..processing_ig_captioner import default_templates
 from .contrastive import ContrastiveModel
 from .processes import is_first, place
 from .report import describe_run, to_markdown, write_results
@@ -22,22 +20,16 @@ from .rows import RESAMPLES
 
 def load_models(arguments: argparse.Namespace):
     """Model, processor, and the contrastive model if there is one."""
-    device = choose_device(arguments.device)
-    model = load_model(IGCaptionerForZeroShotImageClassification, arguments.model, **dtype_on(device)).to(device).eval()
-    clip = None if arguments.clip is None else ContrastiveModel.load(arguments.clip, device)
+    model = load_on_device(IGCaptionerForZeroShotImageClassification, arguments.model, arguments.device)
+    clip = None if arguments.clip is None else ContrastiveModel.load(arguments.clip, model.device)
     return model, load_processor(arguments.model), clip
 
 
-def choose_templates(arguments: argparse.Namespace) -> list[str]:
-    """Those asked for, or those that come with the class names."""
+def choose_templates(arguments: argparse.Namespace, config: IGCaptionerConfig) -> list[str]:
+    """Those asked for, or those that come with the class names, or the checkpoint's own."""
     if arguments.templates is not None:
         return read_templates(arguments.templates)
-    return [DEFAULT_TEMPLATE] if is_text_file(arguments.class_names) else read_templates(arguments.class_names)
-
-
-def captioned(key: str, files: dict[str, bytes]):
-    """The image and the captions of a sample, for `Samples`."""
-    return read_image(files), read_captions(files)
+    return default_templates(config) if is_text_file(arguments.class_names) else read_templates(arguments.class_names)
 
 
 # Out

@@ -14,12 +14,10 @@ from torch import tensor
 from torch.nn.functional import one_hot
 
 from .. import IGCaptionerForConditionalGeneration
-from ..cli.arguments import choose_device, dtype_on
-from ..cli.predict import caption_tokens
+from ..checkpoint import caption_tokens, load_on_device, load_processor
 from ..data.prompts import read_class_names
-from ..data.samples import Samples, describe_skipped, split_by_hash
-from ..data.shards import first_by_hash, read_image
-from ..release import load_model, load_processor
+from ..data.samples import Samples, captioned, describe_skipped, label_from_field, labelled_decoder, split_by_hash
+from ..data.shards import first_by_hash, image_of
 from .calibration import (
     BINS,
     Calibration,
@@ -44,8 +42,8 @@ from .processes import is_first
 from .report import draw_confusion, draw_coverage, draw_reliability
 from .rows import gain_row, image_to_text_rows, select_images, text_to_image_rows, zero_shot_rows
 from .scores import score_pairs, true_pairs
-from .task import captioned, choose_templates, describe_samples, finish, load_models
-from .zero_shot import classify_images, label_from_field, labelled_decoder
+from .task import choose_templates, describe_samples, finish, load_models
+from .zero_shot import classify_images
 
 
 ZERO_SHOT_NOTES = [
@@ -72,8 +70,9 @@ def zero_shot(arguments: argparse.Namespace) -> int:
     saves = arguments.save_temperature or arguments.save_threshold is not None
     if saves:
         check_checkpoint_folder(arguments.model)
-    class_names, templates = read_class_names(arguments.class_names), choose_templates(arguments)
+    class_names = read_class_names(arguments.class_names)
     model, processor, clip = load_models(arguments)
+    templates = choose_templates(arguments, model.config)
     decode = labelled_decoder(label_from_field(class_names, arguments.label_field))
     samples = Samples(arguments.data, decode, arguments.limit)
     size = {"batch_size": arguments.batch_size}
@@ -182,7 +181,7 @@ def _score_items(arguments: argparse.Namespace, items, priors, model, processor,
 
     def decode(key: str, files: dict[str, bytes]):
         name = find_name(key, names)
-        return name, None if name is None else read_image(files)
+        return name, None if name is None else image_of(files)
 
     samples, size = Samples(arguments.data, decode), arguments.batch_size
     all_scores = score_images(items, samples, lambda asked: score_own_texts(model, processor, asked, size))
@@ -212,8 +211,8 @@ def _score_items(arguments: argparse.Namespace, items, priors, model, processor,
 
 def captioning(arguments: argparse.Namespace) -> int:
     """CIDEr-D, BLEU-4 and METEOR of generated captions; the captions go to `captions.jsonl`."""
-    device, processor = choose_device(arguments.device), load_processor(arguments.model)
-    model = load_model(IGCaptionerForConditionalGeneration, arguments.model, **dtype_on(device)).to(device).eval()
+    model = load_on_device(IGCaptionerForConditionalGeneration, arguments.model, arguments.device)
+    processor = load_processor(arguments.model)
     options = {
         "num_beams": arguments.num_beams,
         "max_new_tokens": caption_tokens(arguments.max_new_tokens, model.config.text_config),

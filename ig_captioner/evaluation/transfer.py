@@ -9,13 +9,12 @@ from typing import Any
 from torch import tensor
 
 from ..data.prompts import read_class_names
-from ..data.samples import Samples, describe_skipped, split_by_hash
+from ..data.samples import Samples, captioned, describe_skipped, label_from_field, labelled_decoder, split_by_hash
 from .linear_probe import choose_shots, count_shots, mean_pooled_features, probe_row
 from .lit import IMAGES_PER_PASS, DualEncoder, Recipe, choose_tower, read_pairs
 from .rows import class_row, image_to_text_row, text_to_image_row
 from .scores import true_pairs
-from .task import captioned, choose_templates, describe_samples, finish, load_models
-from .zero_shot import label_from_field, labelled_decoder
+from .task import choose_templates, describe_samples, finish, load_models
 
 
 LINEAR_PROBE_NOTES = [
@@ -110,7 +109,7 @@ def _lit_retrieval(arguments: argparse.Namespace, model, processor, tower: DualE
 def _lit_classification(
     arguments: argparse.Namespace, model, processor, tower: DualEncoder, data: dict
 ) -> dict[str, list]:
-    class_names, templates = read_class_names(arguments.class_names), choose_templates(arguments)
+    class_names, templates = read_class_names(arguments.class_names), choose_templates(arguments, model.config)
     decode = labelled_decoder(label_from_field(class_names, arguments.label_field))
     samples, labels = Samples(arguments.labelled, decode, arguments.limit), list[int]()
 

@@ -8,76 +8,17 @@ Classes of the same name share one score and are the same answer. Other ties cou
 Legend: B images, C classes, T templates. Log-likelihoods are in nats.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.shards import Skipped, read_captions, read_decoded, read_image, read_metadata
-from ..label_trie import CompiledLabels, is_compiled
-from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
+from ..compiled_labels import CompiledLabels, is_compiled
+from ..processing_ig_captioner import default_templates, format_labels
 from .processes import map_batches
 from .scores import PRIOR_WEIGHTS, ScoreMatrix, best_of_grid, concatenate, ranks, text_scorer, true_pairs
-
-
-# Labelled images from shards
-
-FindLabel = Callable[[dict[str, bytes]], int]
-"""The class index of a sample, from its files."""
-
-
-def label_from_field(class_names: Sequence[str], field: str = "class_name") -> FindLabel:
-    """Labels are a field of the sample's JSON: a class name (the first of that name), or an integer index."""
-
-    def find_label(files: dict[str, bytes]) -> int:
-        value = read_metadata(files).get(field)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(class_names):
-            return value
-        if value not in class_names:
-            raise ValueError(f"field {field!r} of a sample's JSON is {value!r}: not one of {len(class_names)} classes")
-        return class_names.index(value)
-
-    return find_label
-
-
-def label_from_caption(class_names: Sequence[str], template: str = DEFAULT_TEMPLATE) -> FindLabel:
-    """Labels stand in the caption, which is `template` with the class name in it, to the letter."""
-    texts = format_labels(list(class_names), template)
-
-    def find_label(files: dict[str, bytes]) -> int:
-        captions = read_captions(files)
-        if captions[0] not in texts:
-            raise ValueError(f"caption {captions[0]!r} is not {template!r} with one of {len(class_names)} classes")
-        return texts.index(captions[0])
-
-    return find_label
-
-
-def read_labelled_images(
-    paths: Iterable[str], find_label: FindLabel, keep: Callable[[str], bool] = lambda key: True
-) -> Iterator[tuple[Image.Image, int] | Skipped]:
-    """Image and class index of the samples of shards whose key `keep` accepts.
-
-    Raises:
-        ValueError: naming key and label, for a label that is none of the classes: names and data do not fit together.
-    """
-
-    return read_decoded(paths, labelled_decoder(find_label), keep=keep)
-
-
-def labelled_decoder(find_label: FindLabel) -> Callable[[str, dict[str, bytes]], tuple[Image.Image, int]]:
-    """The `decode` that gives image and class index; see [`read_labelled_images`]."""
-
-    def decode(key: str, files: dict[str, bytes]) -> tuple[Image.Image, int]:
-        try:
-            label = find_label(files)
-        except ValueError as error:
-            raise ValueError(f"sample {key!r}: {error}") from error
-        return read_image(files), label
-
-    return decode
 
 
 # From images to scores
@@ -98,7 +39,7 @@ def classify_images(
     Args:
         samples: (image, class index) pairs, read once.
         class_names: compiled ones bring their templates.
-        templates: one or more, with `{}` in each; "a photo of a {}." if not given.
+        templates: one or more, with `{}` in each; the checkpoint's own if not given.
         batch_size: images per pass; it changes nothing beyond float error.
         options: see [`text_scorer`].
 
@@ -114,7 +55,7 @@ def classify_images(
             raise ValueError(f"compiled class names have their templates already, got {templates!r} with them")
         class_names = texts.labels
     else:
-        texts = format_labels(texts, templates or DEFAULT_TEMPLATE)
+        texts = format_labels(texts, templates or default_templates(model.config))
     labels: list[int] = []
 
     def images() -> Iterator[Image.Image]:

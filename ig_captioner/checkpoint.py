@@ -1,0 +1,92 @@
+"""Loading a checkpoint from a folder or the Hub: the model, on a device and in a dtype, and its processor.
+
+Nothing here runs code from a checkpoint: the package's own classes read it, and pickled weights are refused.
+"""
+
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from . import IGCaptionerConfig, IGCaptionerPreTrainedModel, IGCaptionerProcessor
+
+
+Model = TypeVar("Model", bound=IGCaptionerPreTrainedModel)
+MAX_CAPTION_TOKENS = 30
+
+
+def load_model(model_class: type[Model], model: str | Path, **kwargs) -> Model:
+    """Loads the weights of a checkpoint, in evaluation mode, under either head.
+
+    Args:
+        model: a folder, or the name of a repository on the Hub.
+        kwargs: for `from_pretrained`; without a `dtype` it is the stored one.
+
+    Raises:
+        ValueError: another kind of model, or weights that do not fill this one.
+        OSError: no such folder or repository, or no safetensors in it.
+    """
+    name = folder_or_repository(model)
+    arguments = {"dtype": "auto", **kwargs, "use_safetensors": True, "output_loading_info": True}
+    loaded, report = model_class.from_pretrained(name, **arguments)
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
+    if wrong:
+        summary = "; ".join(f"{kind}: {', '.join(keys[:3])} ({len(keys)} in all)" for kind, keys in wrong.items())
+        raise ValueError(f"the weights of {name} do not fit its configuration: {summary}")
+    return loaded.eval()
+
+
+def load_on_device(model_class: type[Model], model: str | Path, device: str = "auto") -> Model:
+    """Loads a model as in [`load_model`] onto the device "auto", "cpu" or "cuda".
+
+    On a CPU the weights become float32, since half precision is slow there and gains nothing; on a GPU they keep the
+    stored dtype.
+    """
+    chosen = choose_device(device)
+    return load_model(model_class, model, dtype="float32" if chosen.type == "cpu" else "auto").to(chosen)
+
+
+def load_processor(model: str | Path) -> IGCaptionerProcessor:
+    """Loads tokenizer and image processor of a checkpoint; errors as in [`load_model`]."""
+    return IGCaptionerProcessor.from_pretrained(folder_or_repository(model), trust_remote_code=False)
+
+
+def folder_or_repository(model: str | Path) -> str:
+    """Checks that `model` names a checkpoint of this package. Returns the argument of `from_pretrained`."""
+    name = os.fspath(model)
+    looks_like_path = isinstance(model, Path) or name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    if not name or (looks_like_path and not Path(name).exists()):
+        raise FileNotFoundError(f"no such model folder: {name!r}")
+    if Path(name).is_file():
+        raise NotADirectoryError(f"a model is a folder or a repository, not a file: {name!r}")
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise FileNotFoundError(f"no model in the folder {name!r}: it has no config.json")
+    model_type = IGCaptionerConfig.get_config_dict(name)[0].get("model_type")
+    if model_type != IGCaptionerConfig.model_type:
+        raise ValueError(f"{name!r} holds a model of type {model_type!r}, not {IGCaptionerConfig.model_type!r}")
+    return name
+
+
+def choose_device(name: str) -> torch.device:
+    """Returns the torch device of "auto", "cpu" or "cuda". Raises ValueError where there is no such device."""
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ValueError("device cuda: no GPU is available to torch")
+    if name == "auto":
+        name = "cuda" if has_gpu else "cpu"
+    return torch.device(name)
+
+
+def caption_tokens(wanted: int | None, text_config) -> int:
+    """Returns the greatest number of tokens of a caption; `MAX_CAPTION_TOKENS` if none is wanted.
+
+    One position is left for end-of-sequence, which is scored too.
+
+    Raises:
+        ValueError: if the model has no positions for `wanted` tokens.
+    """
+    limit = text_config.max_position_embeddings - 1
+    if wanted is not None and wanted > limit:
+        raise ValueError(f"a caption of {wanted} tokens: this model's captions have {limit} tokens at most")
+    return min(MAX_CAPTION_TOKENS, limit) if wanted is None else wanted
