@@ -64,6 +64,7 @@ CHANGES = [
     ("seed", 7),
     ("batch_size", 4),
     ("max_steps", 8),
+    ("mixed_precision", "bf16"),
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -63,6 +64,9 @@ def start_run(config: TrainConfig) -> Run:
     saved = SavedRun(on_main_process(processes, choose_checkpoint, config))
     config = with_precision(config, saved, processes)
     changes = accept_changes(config, saved)
+    # A process that has trained before, or has used transformers' Trainer, would keep that precision; Accelerate has no
+    # public way to forget it, and Trainer does the same.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         cpu=not torch.accelerator.is_available(),
