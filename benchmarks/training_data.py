@@ -95,7 +95,7 @@ def webdataset_batches(paths: list[str], tokenizer_folder: Path) -> Iterator[tup
     rng = np.random.default_rng(0)
 
     def view(image: Image.Image) -> torch.Tensor:
-        box = random_box(*image.size, AUGMENTATION, rng)
+        box = random_box((0, 0, *image.size), AUGMENTATION, rng)
         image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=box)
         if rng.random() < AUGMENTATION.flip_probability:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

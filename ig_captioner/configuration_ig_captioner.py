@@ -183,6 +183,9 @@ class IGCaptionerTextConfig(PreTrainedConfig):
         num_text_only_layers (`int`): this many lower layers never see the image, so that log P(T|I) and log P(T)
             share them.
         encoder_hidden_size (`int`, *optional*): width of the image tokens; taken from the vision config.
+        embedding_size (`int`, *optional*): width of the token embedding and of the head, with a projection between it
+            and `hidden_size` on either side (factorised, as in ALBERT, arXiv 1909.11942, and ELECTRA); by default both
+            have the width of the decoder, without projections.
         head_bias (`bool`): whether the output projection has a bias.
         norm_bias (`bool`): biases of the LayerNorms inside the blocks; the final LayerNorm always has one, unless
             `norm_scale` is off.
@@ -208,6 +211,7 @@ class IGCaptionerTextConfig(PreTrainedConfig):
     fusion: Literal["prefix", "cross_attention"] = "prefix"
     num_text_only_layers: int = 0
     encoder_hidden_size: int | None = None
+    embedding_size: int | None = None
     hidden_act: str = "gelu_pytorch_tanh"
     gated_mlp: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -240,6 +244,11 @@ class IGCaptionerTextConfig(PreTrainedConfig):
         """Rows of the token embedding: `vocab_size`, and one more where the mask token lies outside the vocabulary."""
         return self.vocab_size + (self.mask_token_id == self.vocab_size)
 
+    @property
+    def embedding_width(self) -> int:
+        """Width of the token embedding and of what the head reads."""
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
+
     def validate_architecture(self):
         """Part of `@strict`: called when the object is built and when it is saved."""
         _check_blocks(self)
@@ -248,6 +257,8 @@ class IGCaptionerTextConfig(PreTrainedConfig):
                 f"num_text_only_layers must leave at least one of the {self.num_hidden_layers} layers for the image, "
                 f"got {self.num_text_only_layers}"
             )
+        if self.embedding_size is not None and self.embedding_size < 1:
+            raise ValueError(f"embedding_size must be positive or None, got {self.embedding_size}")
         if self.position_embedding == "rotary" and (self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError(
                 f"rotary positions need an even head size, got {self.hidden_size // self.num_attention_heads}"

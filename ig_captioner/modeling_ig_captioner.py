@@ -12,7 +12,7 @@ Deliberate differences from the papers: the image may be fused with the text onl
 which both likelihoods share; a prefix carries no positions beyond those of the encoder.
 
 Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E encoder width, D decoder width, H heads,
-V vocabulary. Log-likelihoods are in nats.
+V vocabulary, W width of the head (D unless `text_config.embedding_size` says otherwise). Log-likelihoods are in nats.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ from .vision_ig_captioner import (
 
 @dataclass
 class IGCaptionerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """last_hidden_state [N, L, D]; encoder_last_hidden_state [N, P, E] if pixels were given."""
+    """last_hidden_state [N, L, W]; encoder_last_hidden_state [N, P, E] if pixels were given."""
 
     encoder_last_hidden_state: Tensor | None = None
 
@@ -182,7 +182,7 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> IGCaptionerModelOutput:
-        """Decoder inputs [N, L], start token first, and N images (or none) to states [N, L, D].
+        """Decoder inputs [N, L], start token first, and N images (or none) to states [N, L, W].
 
         Args:
             image_key_values: [N, fusion layers, 2, H, P, head], instead of `pixel_values`: images read before.
@@ -227,7 +227,7 @@ class IGCaptionerModelWithHead(IGCaptionerScorer):
         super().__init__(config)
         text: IGCaptionerTextConfig = config.text_config
         self.model = IGCaptionerModel(config)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=text.head_bias)
+        self.lm_head = nn.Linear(text.embedding_width, text.vocab_size, bias=text.head_bias)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -383,7 +383,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
     def _head_loss(
         self, states: dict[str, Tensor], labels: Tensor, num_items: Tensor | int | None, skip_logits: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """From states [N, L, D] of one or both paths: the loss, log P(token) [N, L] of each, the first path's logits.
+        """From states [N, L, W] of one or both paths: the loss, log P(token) [N, L] of each, the first path's logits.
 
         All logits are made only if they are asked for, or if the head may be more than its weight and bias.
         """

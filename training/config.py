@@ -90,7 +90,8 @@ class DataConfig:
     cache_in_memory: bool = True
     """Decode every image once and keep it as uint8 (perfect shuffling, exact resume). False: stream the shards."""
     cache_size: PositiveInt = 96
-    """Images with a longer side than this (pixels) are squashed to a square of it in the cache."""
+    """Images with a longer side than this (pixels) are squashed to a square of it in the cache; where the image
+    processor cuts out the centre (`crop_pct`), those with a longer shorter side are shrunk to it."""
     shuffle_buffer: PositiveInt = 2000
     """Samples that are shuffled together, when streaming; each stream holds one such block, undecoded, per source."""
     streams: NonNegativeInt = 0

@@ -165,7 +165,7 @@ def load_training_data(
     position = position or DataPosition()
     encode = make_encoder(tokenizer, config.max_length)
     paths = {name: find_shards(source.shards, data_root) for name, source in config.sources.items()}
-    decoded = decode_sources(config, paths, encode, max_held_out, shows_progress=share.process == 0)
+    decoded = decode_sources(config, paths, encode, settings, max_held_out, shows_progress=share.process == 0)
     mixture: CachedMixture | StreamedMixture
     if config.cache_in_memory:
         mixture = cached_mixture(config, decoded.training, settings, seed)
@@ -254,13 +254,20 @@ def kill_workers() -> None:
 
 
 def decode_sources(
-    config: DataConfig, paths: dict[str, list[str]], encode: Encode, max_held_out: int, shows_progress: bool
+    config: DataConfig,
+    paths: dict[str, list[str]],
+    encode: Encode,
+    settings: ImageSettings,
+    max_held_out: int,
+    shows_progress: bool,
 ) -> DecodedSources:
     """Decodes what is kept in memory: every sample, or when streaming only what is held out."""
     decoded = DecodedSources()
     for name, source in config.sources.items():
         if config.cache_in_memory or (source.holdout_fraction and max_held_out):
-            training, held_out, skipped = read_cache(name, paths[name], source, config, encode, shows_progress)
+            training, held_out, skipped = read_cache(
+                name, paths[name], source, config, encode, settings, shows_progress
+            )
             decoded.training[name] = training
             decoded.held_out[name] = choose_held_out(held_out, max_held_out)
             decoded.skipped += skipped
@@ -268,7 +275,13 @@ def decode_sources(
 
 
 def read_cache(
-    name: str, paths: list[str], source: SourceConfig, config: DataConfig, encode: Encode, shows_progress: bool = False
+    name: str,
+    paths: list[str],
+    source: SourceConfig,
+    config: DataConfig,
+    encode: Encode,
+    settings: ImageSettings,
+    shows_progress: bool = False,
 ) -> tuple[list[Sample], list[Sample], list[Skipped]]:
     """Decodes a source: (training samples, held-out samples, skipped).
 
@@ -281,7 +294,8 @@ def read_cache(
     training: list[Sample] = []
     held_out: list[Sample] = []
     skipped: list[Skipped] = []
-    items = read_samples(paths, encode, max_pixels=config.max_image_pixels, size=config.cache_size, keep=keep)
+    cached = {"size": config.cache_size, "keep_proportions": settings.crop_pct is not None}
+    items = read_samples(paths, encode, max_pixels=config.max_image_pixels, keep=keep, **cached)
     shown = {"unit": " samples", "delay": SILENT_SECONDS, "mininterval": 1.0, "disable": not shows_progress}
     for item in tqdm(items, desc=f"decoding {name} ({len(paths)} shards)", **shown):
         if isinstance(item, Skipped):
