@@ -155,7 +155,8 @@ def compile_labels(
         model: has `compile_texts`; in evaluation mode.
         templates: one or more, with `{}` where the label goes; by default `prompt_templates` of the model's
             configuration, or "a photo of a {}." where it has none.
-        options: `prior_source`, `reference_pixel_values` and `chunk_size`, see `score` of the model.
+        options: `prior_source`, `reference_pixel_values`, `chunk_size` and `with_fingerprint`, see `score` and
+            `compile_texts` of the model.
 
     Raises:
         ValueError: naming the value, for labels or templates that are none.
