@@ -151,7 +151,7 @@ def measure(design: str, number: int, batch: int, options: argparse.Namespace, t
     """Rows of one design: CLIP's tower and the trie by turns, then the slow ways."""
     dtype = options.dtype
     tokens = tokens_of(design, number, tokenizers)
-    texts = captioner(design, dtype).compile_texts(**tokens)
+    texts = captioner(design, dtype).compile_texts(**tokens, with_fingerprint=False)
     score = trie_call(design, texts, batch, dtype)
     times = take_turns({"clip": clip_call(batch, dtype), "trie": score}, options.rounds)
     clip, trie = statistics.median(times["clip"]), statistics.median(times["trie"])
@@ -201,7 +201,7 @@ def trie_in_its_own_process(
     design: str, number: int, batch: int, dtype: torch.dtype, tokenizers: Path
 ) -> Callable[[], Any]:
     with torch.no_grad():
-        texts = captioner(design, dtype).compile_texts(**tokens_of(design, number, tokenizers))
+        texts = captioner(design, dtype).compile_texts(**tokens_of(design, number, tokenizers), with_fingerprint=False)
     return trie_call(design, texts, batch, dtype)
 
 
@@ -224,9 +224,8 @@ def many_texts(texts: list[str], options: argparse.Namespace, tokenizers: Path) 
 
 def compile_call(texts: list[str], dtype: torch.dtype, tokenizers: Path) -> Callable[[], CompiledTexts]:
     model, tokenizer = captioner("fast", dtype), AutoTokenizer.from_pretrained(tokenizers / "fast")
-    return lambda: model.compile_texts(
-        **tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(DEVICE)
-    )
+    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    return lambda: model.compile_texts(**tokenizer(texts, **options).to(DEVICE), with_fingerprint=False)
 
 
 def compiled_trie_call(texts: list[str], dtype: torch.dtype, tokenizers: Path) -> Callable[[], Tensor]:

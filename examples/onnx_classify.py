@@ -17,8 +17,11 @@ from tokenizers import Tokenizer
 
 def to_pixel_values(photo: Image.Image, settings: dict) -> np.ndarray:
     """`pixel_values` [channels, height, width] of an RGB image."""
-    size = settings["size"]["width"], settings["size"]["height"]
-    pixels = np.asarray(photo.resize(size, settings["resample"]), dtype=np.float32)
+    from input_rules import centre_box  # how the model's images and texts were read in training
+
+    height, width = settings["size"]["height"], settings["size"]["width"]
+    box = centre_box(photo.height, photo.width, (height, width), settings["crop_pct"])
+    pixels = np.asarray(photo.resize((width, height), settings["resample"], box=box), dtype=np.float32)
     pixels = pixels * np.float32(settings["rescale_factor"])
     mean, std = (np.array(settings[name], dtype=np.float32) for name in ("image_mean", "image_std"))
     return ((pixels - mean) / std).transpose(2, 0, 1)
@@ -32,7 +35,7 @@ def main() -> None:
     parser.add_argument("--template", default="a photo of a {}.")
     options = parser.parse_args()
     sys.path.insert(0, str(options.folder))
-    from input_rules import clean_text, read_image_file  # how the model's images and texts were read in training
+    from input_rules import clean_text, read_image_file
 
     settings = json.loads((options.folder / "settings.json").read_text(encoding="utf-8"))
     graphs = "image_encoder", "text_scorer", "text_prior"

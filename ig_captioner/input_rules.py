@@ -186,6 +186,23 @@ def _has_more_frames(image: PIL.Image.Image) -> bool:
         return True
 
 
+def centre_box(
+    height: int, width: int, size: tuple[int, int], crop_pct: float | None = None
+) -> tuple[int, int, int, int]:
+    """The part `(left, top, right, bottom)` of an image, in pixels, that is resized to `size` (height, width).
+
+    Args:
+        crop_pct: None for all of the image; or else the part in its centre that has the proportions of `size`, of this
+            share of the largest such part.
+    """
+    if crop_pct is None:
+        return 0, 0, width, height
+    scale = crop_pct * min(height / size[0], width / size[1])
+    box_height, box_width = max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height
+
+
 # Texts
 
 

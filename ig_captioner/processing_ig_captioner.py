@@ -1,7 +1,7 @@
 """Images and texts as IG Captioner reads them: resizing and normalising, templates, padding and truncation.
 
 Image rules. RGB by the rules of `input_rules`, resized straight to `size` (no crop, the aspect ratio is not
-kept), then to [-1, 1]. The interpolation is bicubic: both backends antialias it when they
+kept, unless `crop_pct` is set), then to [-1, 1]. The interpolation is bicubic: both backends antialias it when they
 shrink, and where they enlarge (32-pixel CIFAR photos) it keeps the edges that bilinear blurs. The class
 attributes are only defaults; each checkpoint's processor file says what it was trained with.
 
@@ -25,10 +25,11 @@ import torch
 from transformers import PilBackend, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import PILImageResampling
+from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available
 
 from .configuration_ig_captioner import AUTO_MAP
-from .input_rules import clean_texts, read_image_file, shorten, tell, to_rgb
+from .input_rules import centre_box, clean_texts, read_image_file, shorten, tell, to_rgb
 
 
 if is_torchvision_available():
@@ -114,6 +115,12 @@ def _open(source: Any, timeout: float | None) -> PIL.Image.Image:
         raise FileNotFoundError("no such file, and neither a URL nor a base64 image") from error
 
 
+class IGCaptionerImagesKwargs(ImagesKwargs, total=False):
+    """Arguments of [`IGCaptionerImageProcessor`]."""
+
+    crop_pct: float | None
+
+
 class IGCaptionerImageProcessor(_Backend):
     r"""Turns images into `pixel_values` [B, 3, H, W], on torchvision where it is installed, else on Pillow.
 
@@ -124,8 +131,14 @@ class IGCaptionerImageProcessor(_Backend):
 
     Args:
         size (`{"height": int, "width": int}`): pixels, 224 x 224 by default; an int is a square.
+        crop_pct (`float`, *optional*): photos keep their proportions: not all of them is resized, but the part in the
+            centre with the proportions of `size` (1.0), or this share of it (0.875, say, where others resize to 256
+            pixels and cut out 224). By default they are squashed, so that nothing at their sides is lost; encoders that
+            were trained otherwise know objects in their proportions.
         resample, image_mean, image_std, do_*: as in transformers; bicubic, 0.5, 0.5, all on but cropping.
     """
+
+    valid_kwargs = IGCaptionerImagesKwargs
 
     model_input_names = ["pixel_values"]
     do_convert_rgb = True
@@ -137,6 +150,7 @@ class IGCaptionerImageProcessor(_Backend):
     do_normalize = True
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
+    crop_pct = None
 
     def __init__(self, **kwargs):
         # AutoProcessor looks here too, in folders written by `pipeline.save_pretrained`.
@@ -162,6 +176,21 @@ class IGCaptionerImageProcessor(_Backend):
         if isinstance(image, (np.ndarray, torch.Tensor)) and kwargs.get("do_rescale", self.do_rescale):
             _check_span(image)
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+
+    def _preprocess(self, images, do_resize, size, crop_pct=None, **kwargs):
+        """As in transformers, on images [C, H, W]; what is to be resized is cut to its centre first."""
+        if do_resize and crop_pct is not None:
+            images = [self._centre(image, size, crop_pct) for image in images]
+        return super()._preprocess(images, do_resize=do_resize, size=size, **kwargs)
+
+    @staticmethod
+    def _centre(image, size, crop_pct):
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
+        if not (size.height and size.width):
+            raise ValueError(f"crop_pct needs a size of height and width, got {size}")
+        left, top, right, bottom = centre_box(*image.shape[-2:], (size.height, size.width), crop_pct)
+        return image[..., top:bottom, left:right]
 
 
 def _check_span(pixels: np.ndarray | torch.Tensor) -> None:

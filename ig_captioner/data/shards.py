@@ -265,21 +265,28 @@ def decode_item(item: RawSample | Skipped, decode: Callable[[str, dict[str, byte
 # Training's samples
 
 
-def shrink(image: Image.Image, size: int) -> Image.Image:
-    """Squashes to size x size when a side is longer than `size`; smaller images keep their pixels."""
-    if max(image.size) <= size:
-        return image
-    return image.resize((size, size), Image.Resampling.BICUBIC)
+def shrink(image: Image.Image, size: int, keep_proportions: bool = False) -> Image.Image:
+    """Squashes to size x size when a side is longer than `size`; smaller images keep their pixels.
+
+    Args:
+        keep_proportions: the shorter side becomes `size` instead, when it is longer.
+    """
+    if keep_proportions:
+        factor = min(1.0, size / min(image.size))
+        width, height = (round(factor * side) for side in image.size)
+    else:
+        width, height = (size, size) if max(image.size) > size else image.size
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def sample_decoder(
-    encode: Encode, max_pixels: int, size: int | None = None
+    encode: Encode, max_pixels: int, size: int | None = None, keep_proportions: bool = False
 ) -> Callable[[str, dict[str, bytes]], Sample]:
     """The `decode` of `read_decoded` that gives pixels and caption tokens.
 
     Args:
-        size: see `shrink`; for samples that are kept: the pixels are then uint8 [H, W, 3], which takes less memory than
-            the image as decoded, and all captions are encoded at once.
+        size, keep_proportions: see `shrink`; for samples that are kept: the pixels are then uint8 [H, W, 3], which
+            takes less memory than the image as decoded, and all captions are encoded at once.
     """
 
     def decode(key: str, files: dict[str, bytes]) -> Sample:
@@ -287,7 +294,7 @@ def sample_decoder(
         captions = read_captions(files)
         if size is None:
             return Sample(key, image, EncodedCaptions(captions, encode))
-        return Sample(key, np.asarray(shrink(image, size)), encode(captions))
+        return Sample(key, np.asarray(shrink(image, size, keep_proportions)), encode(captions))
 
     return decode
 
@@ -298,10 +305,15 @@ def read_samples(
     *,
     max_pixels: int,
     size: int | None = None,
+    keep_proportions: bool = False,
     keep: Callable[[str], bool] = lambda key: True,
 ) -> Iterator[Sample | Skipped]:
-    """Pixels and caption tokens of the samples of shards whose key `keep` accepts. `size`: see `shrink`."""
-    return read_decoded(paths, sample_decoder(encode, max_pixels, size), keep=keep)
+    """Pixels and caption tokens of the samples of shards whose key `keep` accepts.
+
+    Args:
+        size, keep_proportions: see `shrink`.
+    """
+    return read_decoded(paths, sample_decoder(encode, max_pixels, size, keep_proportions), keep=keep)
 
 
 def make_encoder(tokenizer: Any, max_length: int) -> Encode:
