@@ -29,8 +29,9 @@ from .configuration_ig_captioner import (
 )
 from .decoder_ig_captioner import TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, KeyValues
-from .information_gain import information_gain, text_mask
+from .information_gain import information_gain
 from .label_trie import TextTrie, build_trie
+from .text_rules import scored_form
 
 
 # How many numbers are held at once of what grows with texts and images: logits, and the inner states of an MLP.
@@ -168,7 +169,9 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             raise ValueError("texts are compiled in evaluation mode, but the model is in training mode: call eval()")
         with torch.inference_mode(False), torch.no_grad():
             references = self._references(prior_source, reference_pixel_values, input_ids.device)
-            compiled = self._compile(*self._padded_on_the_right(input_ids, attention_mask), references, chunk_size)
+            compiled = self._compile(
+                *scored_form(input_ids, attention_mask, self.config.text_config), references, chunk_size
+            )
         return dataclasses.replace(compiled, fingerprint=self.fingerprint())
 
     def edge_log_likelihoods(
@@ -227,29 +230,6 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             between,
         )
 
-    def _padded_on_the_right(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Texts [C, L] and their mask as short as they can be, padding last. Raises ValueError for what is no text."""
-        text = self.config.text_config
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids must be [C, L] with at least one text, got shape {tuple(input_ids.shape)}")
-        input_ids = input_ids.long()
-        if attention_mask is None:
-            attention_mask = text_mask(input_ids, text.pad_token_id, text.eos_token_id)
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask {tuple(attention_mask.shape)} differs from input_ids {tuple(input_ids.shape)}"
-            )
-        if not bool(attention_mask.any(dim=-1).all()):
-            raise ValueError(f"text {int(attention_mask.any(dim=-1).long().argmin())} of input_ids has no tokens")
-        is_unknown = ((input_ids < 0) | (input_ids >= text.vocab_size)) & attention_mask.bool()
-        if bool(is_unknown.any()):
-            row = int(is_unknown.any(dim=-1).long().argmax())
-            token = int(input_ids[row][is_unknown[row]][0])
-            raise ValueError(f"text {row} of input_ids has token {token}, outside the vocabulary of {text.vocab_size}")
-        padding_last = attention_mask.argsort(dim=-1, descending=True, stable=True)
-        padding_last = padding_last[:, : int(attention_mask.sum(dim=-1).max())]
-        return input_ids.gather(-1, padding_last), attention_mask.gather(-1, padding_last)
-
     def _references(
         self, prior_source: str | None, reference_pixel_values: Tensor | None, device: torch.device
     ) -> Tensor | None:
@@ -279,7 +259,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         references: Tensor | None,
         chunk_size: int | None,
     ) -> CompiledTexts:
-        input_ids, attention_mask = self._padded_on_the_right(input_ids, attention_mask)
+        input_ids, attention_mask = scored_form(input_ids, attention_mask, self.config.text_config)
         key = self._key_of_texts(input_ids, attention_mask, references)
         texts = self._kept_texts.pop(key, None) or self._compile(input_ids, attention_mask, references, chunk_size)
         if key is not None:
