@@ -64,7 +64,7 @@ Call = Callable[[Tensor], Tensor]
 
 
 def eager_call(model: Any, tokens: dict[str, Tensor]) -> Call:
-    texts = model.compile_texts(**tokens)
+    texts = model.compile_texts(**tokens, with_fingerprint=False)
     return lambda pixel_values: model.score(pixel_values, texts).information_gain
 
 

@@ -1,17 +1,17 @@
 """Zero-shot scoring next to CLIP: time, memory and nodes of all ways to score K labels, as ratios inside one run.
 
-    python -m benchmarks.scoring [--quick] [--corpus FILE_OR_FOLDER] [--texts FILE] --output FILE.json
+    python -m benchmarks.scoring [--quick] [--design NAME ...] [--texts FILE] --output FILE.json
 
 1.0 is what a user of CLIP pays per call: the same images through `CLIPVisionModelWithProjection` (ViT-B/16, 224
 pixels). The class embeddings are computed beforehand there, and here what `compile_texts` does. Labels are K of
-ImageNet's names, evenly spread, in "a photo of a {}.". Both designs have a B/16 encoder and random weights:
+ImageNet's names, evenly spread, in "a photo of a {}.". All designs have a B/16 encoder and random weights:
 
-    wide   decoder 6 x 768, cross-attention, no text-only layers, vocabulary of 32,000
-    fast   decoder 6 x 384, prefix fusion, 3 text-only layers, vocabulary of 8,192
+    wide      decoder 6 x 768, cross-attention, no text-only layers, vocabulary of 32,000
+    fast      decoder 6 x 384, prefix fusion, 3 text-only layers, vocabulary of 8,192
+    fastest   as fast, with 5 text-only layers, and an embedding and a head of width 128
 
-The tokenizers are byte-level BPE trained on `--corpus`: a text file or a WordNet folder, by default where Debian's
-`wordnet-base` puts one, else the docstrings of Python's standard library. The better it knows the names, the fewer
-nodes they have.
+The tokenizers are byte-level BPE trained on English words as frequent as `wordfreq` (a dependency, pinned) has them, so
+that the labels have the same number of nodes on every machine.
 
 Modes: `trie`, this package; `pairwise`, each label in a decoder pass of its own over the image encoded once, with all
 logits; `pairwise, image again`, the whole model per label. The last two are measured on a few labels and scaled to K by
@@ -20,23 +20,23 @@ time is measured.
 """
 
 import argparse
-import ast
 import dataclasses
 import itertools
 import json
 import shlex
 import statistics
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import wordfreq
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
 from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration
 from ig_captioner.compiled_labels import CompiledTexts
@@ -48,18 +48,20 @@ from training.train_tokenizer import train_tokenizer
 from .measure import DEVICE, circumstances, median_ratio, peak_memory, seconds, take_turns
 
 
+FAST = {
+    "vocab_size": 8_192,
+    "fusion": "prefix",
+    "num_text_only_layers": 3,
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_attention_heads": 6,
+}
 DESIGNS = {
     "wide": {"vocab_size": 32_000, "fusion": "cross_attention"},
-    "fast": {
-        "vocab_size": 8_192,
-        "fusion": "prefix",
-        "num_text_only_layers": 3,
-        "hidden_size": 384,
-        "intermediate_size": 1536,
-        "num_attention_heads": 6,
-    },
+    "fast": FAST,
+    "fastest": {**FAST, "num_text_only_layers": 5, "embedding_size": 128},
 }
-WORDNET = Path("/usr/share/wordnet")
+CORPUS_WORDS = 100_000
 PAIRS = 16
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 
@@ -67,34 +69,20 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 # What is scored
 
 
-def read_corpus(corpus: Path | None) -> Iterator[str]:
-    """Lines of a text file, or words and glosses of a WordNet folder; docstrings if there is neither."""
-    if corpus is None:
-        root = Path(sysconfig.get_path("stdlib"))
-        for path in sorted(root.rglob("*.py")):
-            if not {"site-packages", "test", "tests"} & set(path.relative_to(root).parts):
-                nodes = ast.walk(ast.parse(path.read_bytes()))
-                documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-                yield from filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, documented)))
-    elif corpus.is_dir():
-        for path in sorted(corpus.glob("data.*")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if not line.startswith(" "):  # the licence
-                    synset, _, gloss = line.partition("|")
-                    fields = synset.split()
-                    words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-                    yield f"{', '.join(words).replace('_', ' ')}: {gloss.strip()}"
-    else:
-        yield from corpus.read_text(encoding="utf-8").splitlines()
+def read_corpus() -> Iterator[str]:
+    """One line per English word, which repeats it as often as a million words of running text have it."""
+    for word in wordfreq.top_n_list("en", CORPUS_WORDS):
+        yield " ".join([word] * max(1, round(1e6 * wordfreq.word_frequency(word, "en"))))
 
 
-def name_of_corpus(corpus: Path | None) -> str:
-    return "docstrings of Python's standard library" if corpus is None else str(corpus)
+@cache
+def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerBase:
+    return train_tokenizer(read_corpus(), vocab_size)
 
 
-def train_tokenizers(folder: Path, corpus: Path | None) -> None:
-    for name, design in DESIGNS.items():
-        train_tokenizer(read_corpus(corpus), design["vocab_size"]).save_pretrained(folder / name)
+def train_tokenizers(folder: Path, designs: list[str]) -> None:
+    for name in designs:
+        tokenizer_of(DESIGNS[name]["vocab_size"]).save_pretrained(folder / name)
 
 
 def imagenet_labels(number: int) -> list[str]:
@@ -163,7 +151,7 @@ def measure(design: str, number: int, batch: int, options: argparse.Namespace, t
     """Rows of one design: CLIP's tower and the trie by turns, then the slow ways."""
     dtype = options.dtype
     tokens = tokens_of(design, number, tokenizers)
-    texts = captioner(design, dtype).compile_texts(**tokens)
+    texts = captioner(design, dtype).compile_texts(**tokens, with_fingerprint=False)
     score = trie_call(design, texts, batch, dtype)
     times = take_turns({"clip": clip_call(batch, dtype), "trie": score}, options.rounds)
     clip, trie = statistics.median(times["clip"]), statistics.median(times["trie"])
@@ -213,7 +201,7 @@ def trie_in_its_own_process(
     design: str, number: int, batch: int, dtype: torch.dtype, tokenizers: Path
 ) -> Callable[[], Any]:
     with torch.no_grad():
-        texts = captioner(design, dtype).compile_texts(**tokens_of(design, number, tokenizers))
+        texts = captioner(design, dtype).compile_texts(**tokens_of(design, number, tokenizers), with_fingerprint=False)
     return trie_call(design, texts, batch, dtype)
 
 
@@ -236,9 +224,8 @@ def many_texts(texts: list[str], options: argparse.Namespace, tokenizers: Path) 
 
 def compile_call(texts: list[str], dtype: torch.dtype, tokenizers: Path) -> Callable[[], CompiledTexts]:
     model, tokenizer = captioner("fast", dtype), AutoTokenizer.from_pretrained(tokenizers / "fast")
-    return lambda: model.compile_texts(
-        **tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(DEVICE)
-    )
+    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    return lambda: model.compile_texts(**tokenizer(texts, **options).to(DEVICE), with_fingerprint=False)
 
 
 def compiled_trie_call(texts: list[str], dtype: torch.dtype, tokenizers: Path) -> Callable[[], Tensor]:
@@ -265,10 +252,7 @@ def markdown(rows: list[dict], run: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and batch sizes: under 3 minutes on 2 cores")
-    wordnet = WORDNET if WORDNET.is_dir() else None
-    parser.add_argument(
-        "--corpus", type=Path, default=wordnet, metavar="FILE_OR_FOLDER", help="text for the tokenizers"
-    )
+    parser.add_argument("--design", choices=DESIGNS, action="append", help="measure this one; may be repeated")
     parser.add_argument("--texts", type=Path, metavar="FILE", help="compile and score its lines, too (fast design)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -279,14 +263,15 @@ def main(arguments: list[str] | None = None) -> None:
         options.dtype, batches = torch.bfloat16, [1, 32] if options.quick else [1, 8, 32, 128, 256]
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        train_tokenizers(Path(folder), options.corpus)
-        for design, number, batch in itertools.product(DESIGNS, (10, 100, 1000), batches):
+        designs = options.design or list(DESIGNS)
+        train_tokenizers(Path(folder), designs)
+        for design, number, batch in itertools.product(designs, (10, 100, 1000), batches):
             rows += measure(design, number, batch, options, Path(folder))
             print(f"{design}, {number} labels, batch {batch}: done", flush=True)
         if options.texts:
             rows += many_texts(options.texts.read_text(encoding="utf-8").splitlines(), options, Path(folder))
     command = shlex.join(["python", "-m", "benchmarks.scoring", *arguments])
-    run = circumstances(command, corpus=name_of_corpus(options.corpus))
+    run = circumstances(command, words_of_the_tokenizers=f"wordfreq {version('wordfreq')}, {CORPUS_WORDS} words")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     text = markdown(rows, run)

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration, compile_labels
 from ig_captioner.checkpoint import load_model, load_processor
-from ig_captioner.data.shards import Skipped, read_decoded, read_image
+from ig_captioner.data.shards import Skipped, image_of, read_decoded
 from ig_captioner.label_trie import TextTrie
 
 from .measure import circumstances
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = load_model(IGCaptionerForConditionalGeneration, options.model, dtype="float32")
     processor = load_processor(options.model)
     texts = compile_labels(model, processor.tokenizer, imagenet_labels(1000)).texts
-    samples = read_decoded(options.shards, lambda key, files: read_image(files))
+    samples = read_decoded(options.shards, lambda key, files: image_of(files))
     photos = list(islice((photo for photo in samples if not isinstance(photo, Skipped)), options.limit))
     likelihoods = []
     with torch.no_grad():

@@ -6,10 +6,10 @@ python examples/explain_words.py photo.jpg "a dog runs through the snow"
 import argparse
 
 import torch
-from PIL import Image
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
 from ig_captioner import TINY_CHECKPOINT
+from ig_captioner.processing_ig_captioner import load_rgb_image
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     options = parser.parse_args()
     model = AutoModelForZeroShotImageClassification.from_pretrained(options.model, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(options.model)
-    inputs = processor(images=Image.open(options.photo), text=options.text, return_tensors="pt")
+    inputs = processor(images=load_rgb_image(options.photo), text=options.text, return_tensors="pt")
 
     texts = model.compile_texts(inputs["input_ids"])
     with torch.no_grad():

@@ -18,14 +18,19 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .encoder_ig_captioner import IGCaptionerPreTrainedModel
+from .configuration_ig_captioner import IGCaptionerTextConfig, IGCaptionerVisionConfig
 from .label_trie import TextTrie
 from .processing_ig_captioner import default_templates, encode_texts, format_labels
 
 
-JSON_FILE, TENSOR_FILE, FORMAT = "labels.json", "labels.safetensors", 1
+JSON_FILE = "labels.json"
+TENSOR_FILE = "labels.safetensors"
+FORMAT = 1
+WORDS_PER_SUM = 1024
+# What a configuration may say beside the architecture, some of it only since it was loaded or saved.
+NOT_ARCHITECTURE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class CompiledTexts:
     Args:
         prior_log_likelihood: log P(T), [C], float32.
         text_states: what the text-only layers make of the blocks, [G, Q, D]; None if there are no such layers.
-        fingerprint: of the weights, see `fingerprint` of the model.
+        fingerprint: of the model, see `fingerprint_of`; "" if nobody is to compare it.
     """
 
     trie: TextTrie
@@ -43,17 +48,25 @@ class CompiledTexts:
     text_states: Tensor | None = None
     fingerprint: str = ""
 
+    def verified_for(self, model: Any) -> "CompiledTexts":
+        """These texts without a fingerprint, for calls of `score` between which `model` does not change.
+
+        Raises:
+            ValueError: they were compiled with other weights.
+        """
+        if self.fingerprint and self.fingerprint != (found := model.fingerprint()):
+            raise ValueError(
+                "these texts were compiled with other weights, another dtype, or other hooks or adapters: compile them "
+                f"again (fingerprint {self.fingerprint[:12]}..., the model's is {found[:12]}...)"
+            )
+        return dataclasses.replace(self, fingerprint="")
+
     def to(self, device: torch.device | str) -> "CompiledTexts":
-        """On a device; the copy is made once."""
-        device = torch.device(device)
-        if self.prior_log_likelihood.device == device:
+        """These texts on a device."""
+        if self.prior_log_likelihood.device == torch.device(device):
             return self
-        copies = self.__dict__.setdefault("_copies", {})
-        if device not in copies:
-            states = None if self.text_states is None else self.text_states.to(device)
-            prior = self.prior_log_likelihood.to(device)
-            copies[device] = CompiledTexts(self.trie.to(device), prior, states, self.fingerprint)
-        return copies[device]
+        states = None if self.text_states is None else self.text_states.to(device)
+        return CompiledTexts(self.trie.to(device), self.prior_log_likelihood.to(device), states, self.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -72,8 +85,14 @@ class CompiledLabels:
         """How many texts there are, C."""
         return len(self.texts.trie.text_edges)
 
+    def to(self, device: torch.device | str) -> "CompiledLabels":
+        """These labels on a device; elsewhere `score` copies them in every call."""
+        return dataclasses.replace(self, texts=self.texts.to(device))
+
     def save(self, directory: str | Path) -> None:
         """Writes `labels.json` and `labels.safetensors` into a folder, which is made if it is missing."""
+        if not self.texts.fingerprint:
+            raise ValueError(f"these {len(self.labels)} labels have no fingerprint of their model to be saved with")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {item.name: getattr(self.texts.trie, item.name) for item in dataclasses.fields(TextTrie)}
@@ -136,7 +155,8 @@ def compile_labels(
         model: has `compile_texts`; in evaluation mode.
         templates: one or more, with `{}` where the label goes; by default `prompt_templates` of the model's
             configuration, or "a photo of a {}." where it has none.
-        options: `prior_source`, `reference_pixel_values` and `chunk_size`, see `score` of the model.
+        options: `prior_source`, `reference_pixel_values`, `chunk_size` and `with_fingerprint`, see `score` and
+            `compile_texts` of the model.
 
     Raises:
         ValueError: naming the value, for labels or templates that are none.
@@ -175,21 +195,75 @@ def _digest(encoded: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+# Fingerprints
+
+
+def fingerprint_of(model: Any) -> str:
+    """SHA-256 of all that scores depend on: weights and `_circumstances`.
+
+    Of each weight a checksum is hashed: one pass over the weights, at the speed of memory. Offloaded weights cannot be
+    read; then the fingerprint is that of this very object.
+    """
+    digest = hashlib.sha256(repr(_circumstances(model)).encode())
+    for name, parameter in model.state_dict().items():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        if parameter.is_meta:
+            digest.update(str(id(model)).encode())
+        else:
+            for part in _checksum(parameter.detach()):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _checksum(tensor: Tensor) -> Iterator[Any]:
+    """Sums of a tensor's bytes, taken as integers of 8 bytes, `WORDS_PER_SUM` at a time; the rest as it is.
+
+    Of a quantised tensor (torchao): those of its parts, and how they are to be read.
+    """
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, settings = tensor.__tensor_flatten__()
+        yield repr(settings).encode()
+        for name in names:
+            yield from _checksum(getattr(tensor, name))
+        return
+    content = tensor.contiguous().flatten().view(torch.uint8)
+    if content.storage_offset() % 8:
+        content = content.clone()
+    end = len(content) - len(content) % (8 * WORDS_PER_SUM)
+    yield content[:end].view(torch.int64).view(-1, WORDS_PER_SUM).sum(dim=1).cpu().numpy()
+    yield content[end:].cpu().numpy()
+
+
+def _circumstances(model: Any) -> tuple:
+    """What scores depend on beside weights: the architecture, autocast, hooks and the state of adapters."""
+    config = model.config
+    image_tokens = (config.image_token_grids, config.image_token_norm, config.image_position_embedding)
+    architecture = [architecture_of(config.vision_config), architecture_of(config.text_config), image_tokens]
+    autocast = [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    states = ("disable_adapters", "active_adapters", "merged")  # of peft's layers
+    between = [
+        (name, *module._forward_hooks, *module._forward_pre_hooks, *(str(getattr(module, s, None)) for s in states))
+        for name, module in model.named_modules()
+        if is_intercepted(module)
+    ]
+    return architecture, config.decoder_start_token_id, autocast, between
+
+
+def architecture_of(config: PreTrainedConfig) -> str:
+    """The fields that a configuration states, as one text: equal before and after saving, and in other versions."""
+    own = {IGCaptionerVisionConfig.model_type: IGCaptionerVisionConfig}
+    own[IGCaptionerTextConfig.model_type] = IGCaptionerTextConfig
+    if config.model_type in own:
+        fields = {name: getattr(config, name) for name in own[config.model_type].__annotations__}
+    else:
+        fields = {name: value for name, value in config.to_diff_dict().items() if name not in NOT_ARCHITECTURE}
+    return json.dumps(fields, sort_keys=True, default=str)
+
+
 def is_intercepted(module: nn.Module) -> bool:
     """Whether hooks, adapters (peft) or offloading (accelerate) may change what a module makes of its weights."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     # transformers' own, which record hidden states, change nothing
     foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers.")]
-    has_adapter = hasattr(module, "disable_adapters") and not isinstance(module, IGCaptionerPreTrainedModel)
+    has_adapter = hasattr(module, "disable_adapters") and not isinstance(module, PreTrainedModel)
     return bool(foreign) or has_adapter or hasattr(module, "_hf_hook") or "forward" in vars(module)
-
-
-def contents(tensor: Tensor) -> Iterator[Any]:
-    """The bytes that a tensor holds; of a quantised one (torchao) those of its parts, and how they are to be read."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor.contiguous().cpu().flatten().view(torch.uint8).numpy()
-        return
-    names, settings = tensor.__tensor_flatten__()
-    yield repr(settings).encode()
-    for name in names:
-        yield from contents(getattr(tensor, name))

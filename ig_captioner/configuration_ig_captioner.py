@@ -14,15 +14,19 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .vision_ig_captioner import ImageLayout, layout_of, size_of, vision_part
+
 
 # Every checkpoint carries its code: these files, and `file.Class` of what stands in them, as transformers resolves it.
 REMOTE_CODE_FILES = (
     "compat_ig_captioner.py",
+    "vision_ig_captioner.py",
     "configuration_ig_captioner.py",
     "information_gain.py",
     "text_rules.py",
     "encoder_ig_captioner.py",
     "decoder_ig_captioner.py",
+    "input_rules.py",
     "processing_ig_captioner.py",
     "label_trie.py",
     "compiled_labels.py",
@@ -156,6 +160,11 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
         patch_height, patch_width = as_height_width(self.patch_size, "patch_size")
         return height // patch_height, width // patch_width
 
+    @property
+    def layout(self) -> ImageLayout:
+        """The tokens of one image at `image_size`."""
+        return ImageLayout(self.hidden_size, *self.grid_size, trailing=self.num_register_tokens)
+
     def validate_architecture(self):
         """Part of `@strict`: called when the object is built and when it is saved."""
         _check_blocks(self)
@@ -182,6 +191,9 @@ class IGCaptionerTextConfig(PreTrainedConfig):
         num_text_only_layers (`int`): this many lower layers never see the image, so that log P(T|I) and log P(T)
             share them.
         encoder_hidden_size (`int`, *optional*): width of the image tokens; taken from the vision config.
+        embedding_size (`int`, *optional*): width of the token embedding and of the head, with a projection between it
+            and `hidden_size` on either side (factorised, as in ALBERT, arXiv 1909.11942, and ELECTRA); by default both
+            have the width of the decoder, without projections.
         head_bias (`bool`): whether the output projection has a bias.
         norm_bias (`bool`): biases of the LayerNorms inside the blocks; the final LayerNorm always has one, unless
             `norm_scale` is off.
@@ -207,6 +219,7 @@ class IGCaptionerTextConfig(PreTrainedConfig):
     fusion: Literal["prefix", "cross_attention"] = "prefix"
     num_text_only_layers: int = 0
     encoder_hidden_size: int | None = None
+    embedding_size: int | None = None
     hidden_act: str = "gelu_pytorch_tanh"
     gated_mlp: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -239,6 +252,11 @@ class IGCaptionerTextConfig(PreTrainedConfig):
         """Rows of the token embedding: `vocab_size`, and one more where the mask token lies outside the vocabulary."""
         return self.vocab_size + (self.mask_token_id == self.vocab_size)
 
+    @property
+    def embedding_width(self) -> int:
+        """Width of the token embedding and of what the head reads."""
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
+
     def validate_architecture(self):
         """Part of `@strict`: called when the object is built and when it is saved."""
         _check_blocks(self)
@@ -247,6 +265,8 @@ class IGCaptionerTextConfig(PreTrainedConfig):
                 f"num_text_only_layers must leave at least one of the {self.num_hidden_layers} layers for the image, "
                 f"got {self.num_text_only_layers}"
             )
+        if self.embedding_size is not None and self.embedding_size < 1:
+            raise ValueError(f"embedding_size must be positive or None, got {self.embedding_size}")
         if self.position_embedding == "rotary" and (self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError(
                 f"rotary positions need an even head size, got {self.hidden_size // self.num_attention_heads}"
@@ -268,8 +288,17 @@ class IGCaptionerConfig(PreTrainedConfig):
     r"""A captioner that scores texts by information gain, `log P(T|I) - prior_weight * log P(T)`.
 
     Args:
-        vision_config, text_config (`dict` or config, *optional*): see [`IGCaptionerVisionConfig`] and
-            [`IGCaptionerTextConfig`].
+        vision_config (`dict` or config, *optional*): an [`IGCaptionerVisionConfig`], or the configuration (a dict has
+            its `model_type`) of any vision model that `AutoModel` builds; of a CLIP or SigLIP, its vision part. That
+            model is then the encoder, under its own parameter names.
+        text_config (`dict` or config, *optional*): see [`IGCaptionerTextConfig`].
+        image_token_grids (`list[int]`, *optional*): the decoder reads the means over the cells of these g x g grids in
+            place of all image tokens: `[2, 1]` gives five, the quarters and the whole. Class and register tokens are
+            left out then. By default the tokens are read as they come.
+        image_token_norm (`bool`): a LayerNorm over the encoder's width in front of the decoder, trained with it.
+        image_position_embedding (`"none"`, `"learned"` or `"sincos2d"`): added to the image tokens after that norm,
+            for encoders whose tokens do not say where they come from: one learned vector per token, or fixed
+            sine-cosine values of the place in the image (none for class and register tokens).
         conditional_weight, unconditional_weight (`float`): weights a and b of the training loss
             `a * CE(T|I) + b * CE(T)` (arXiv 2311.17072). The defaults 1.5 and 0.5 are what we remember of the paper,
             unverified.
@@ -311,6 +340,9 @@ class IGCaptionerConfig(PreTrainedConfig):
 
     vision_config: Any = None
     text_config: Any = None
+    image_token_grids: list[int] | None = None
+    image_token_norm: bool = False
+    image_position_embedding: Literal["none", "learned", "sincos2d"] = "none"
     conditional_weight: float | int = 1.5
     unconditional_weight: float | int = 0.5
     parallel_prediction_prob: float | int = 0.0
@@ -325,26 +357,72 @@ class IGCaptionerConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
-        for name, config_class in self.sub_configs.items():
-            value = getattr(self, name)
-            if value is None or isinstance(value, dict):
-                setattr(self, name, config_class(**(value or {})))
-            elif not isinstance(value, PreTrainedConfig):
-                raise TypeError(f"{name} must be a dict or a config, got {value!r}")
-            elif value.model_type != config_class.model_type:  # type: ignore[attr-defined]
-                raise TypeError(f"{name} must be a {config_class.__name__}, got a {type(value).__name__}")
+        self.vision_config = self._vision_config()
+        if self.text_config is None or isinstance(self.text_config, dict):
+            self.text_config = IGCaptionerTextConfig(**(self.text_config or {}))
+        elif getattr(self.text_config, "model_type", None) != IGCaptionerTextConfig.model_type:
+            raise TypeError(f"text_config must be a dict or an IGCaptionerTextConfig, got {self.text_config!r}")
         if self.text_config.encoder_hidden_size is None:
             self.text_config = copy.deepcopy(self.text_config)
-            self.text_config.encoder_hidden_size = self.vision_config.hidden_size
+            self.text_config.encoder_hidden_size = self.image_layout.width
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = self.text_config.num_embeddings == self.text_config.vocab_size
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         kwargs.setdefault("custom_pipelines", {task: dict(impl) for task, impl in CUSTOM_PIPELINES.items()})
         super().__post_init__(**kwargs)
 
+    def _vision_config(self) -> PreTrainedConfig:
+        """Our encoder's configuration, unless another `model_type` is given."""
+        value = self.vision_config
+        if value is not None and not isinstance(value, (dict, PreTrainedConfig)):
+            raise TypeError(f"vision_config must be a dict or a config, got {value!r}")
+        if not isinstance(value, PreTrainedConfig):
+            value = value or {}
+            if value.get("model_type", IGCaptionerVisionConfig.model_type) == IGCaptionerVisionConfig.model_type:
+                return IGCaptionerVisionConfig(**value)
+        elif value.model_type == IGCaptionerVisionConfig.model_type:
+            return value
+        return vision_part(value)
+
+    @property
+    def has_own_encoder(self) -> bool:
+        """Whether the encoder is this package's ViT."""
+        return self.vision_config.model_type == IGCaptionerVisionConfig.model_type
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """`(height, width)` of the images that the encoder was made for; 224 x 224 where it does not say."""
+        return size_of(self.vision_config)
+
+    @property
+    def image_channels(self) -> int:
+        return getattr(self.vision_config, "num_channels", 3)
+
+    @property
+    def image_layout(self) -> ImageLayout:
+        """What the encoder returns for one image of `image_size`."""
+        return self.vision_config.layout if self.has_own_encoder else layout_of(self.vision_config)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """How many tokens the decoder reads of one image of `image_size`."""
+        if self.image_token_grids is None:
+            return self.image_layout.tokens
+        return sum(grid**2 for grid in self.image_token_grids)
+
+    def validate_image_tokens(self):
+        """Part of `@strict`: called when the object is built and when it is saved."""
+        if self.image_token_grids is not None and not all(grid >= 1 for grid in self.image_token_grids or [0]):
+            raise ValueError(f"image_token_grids must be None or positive numbers, got {self.image_token_grids}")
+        width = self.text_config.encoder_hidden_size
+        if self.image_position_embedding == "sincos2d" and width % 4:
+            raise ValueError(
+                f"image_position_embedding='sincos2d' needs an encoder width of a multiple of 4, got {width}"
+            )
+
     def validate_architecture(self):
         """Part of `@strict`: called when the object is built and when it is saved."""
-        if self.text_config.encoder_hidden_size != self.vision_config.hidden_size:
+        if self.has_own_encoder and self.text_config.encoder_hidden_size != self.vision_config.hidden_size:
             raise ValueError(
                 f"text_config.encoder_hidden_size {self.text_config.encoder_hidden_size} differs from "
                 f"vision_config.hidden_size {self.vision_config.hidden_size}"

@@ -13,7 +13,7 @@ The lower `num_text_only_layers` layers never see the image: `read_text` runs th
 images, or log P(T|I) and log P(T), share what `read_text` returns.
 
 Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E encoder width, D decoder width, H heads,
-V vocabulary.
+V vocabulary, W width of the token embedding and of the head (D, unless `embedding_size` says otherwise).
 """
 
 from dataclasses import dataclass
@@ -184,12 +184,15 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
     def __init__(self, config: IGCaptionerTextConfig):
         super().__init__(config)
         size = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.num_embeddings, size)
+        width, factorised = config.embedding_width, config.embedding_size is not None
+        self.embed_tokens = nn.Embedding(config.num_embeddings, width)
+        self.embedding_projection = nn.Linear(width, size, bias=False) if factorised else nn.Identity()
         learned = config.position_embedding == "learned"
         self.embed_positions = nn.Embedding(config.max_position_embeddings, size) if learned else None
         self.image_projection = nn.Linear(config.encoder_hidden_size, size) if config.fusion == "prefix" else None
         self.layers = nn.ModuleList([IGCaptionerDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = make_norm(config, size, "text_output")
+        self.head_projection = nn.Linear(size, width, bias=False) if factorised else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -259,7 +262,9 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         return self._run_text_only_layers(TextStates(embedded, mask, rotary, is_causal=False))
 
     def _with_positions(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
-        return inputs_embeds if self.embed_positions is None else inputs_embeds + self.embed_positions(position_ids)
+        """Token embeddings [N, L, W] to the first layer's input [N, L, D]."""
+        hidden_states = self.embedding_projection(inputs_embeds)
+        return hidden_states if self.embed_positions is None else hidden_states + self.embed_positions(position_ids)
 
     def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.embed_positions is not None:
@@ -279,15 +284,16 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         cache: Cache | None = None,
         **kwargs,
     ) -> Tensor:
-        """Runs the fusion layers and the final norm: [N, L, D]. Without `image_key_values` no image is involved.
+        """Runs the fusion layers and the final norm: what the head reads, [N, L, W].
 
+        Without `image_key_values` no image is involved.
         Of B images the first N / B texts see the first, and so on.
         """
         hidden_states = text.hidden_states
         nothing = [(None, None)] * len(self.fusion_layers)
         for layer, key_value in zip(self.fusion_layers, image_key_values or nothing, strict=True):
             hidden_states = layer(hidden_states, *key_value, text=text, cache=cache, **kwargs)
-        return self.norm(hidden_states)
+        return self.head_projection(self.norm(hidden_states))
 
     @accepts_both_cache_names
     @merge_with_config_defaults
@@ -304,7 +310,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> IGCaptionerDecoderOutput:
-        """Texts [N, L] and what `read_image` made of N images to `last_hidden_state` [N, L, D]."""
+        """Texts [N, L] and what `read_image` made of N images to `last_hidden_state` [N, L, W]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():

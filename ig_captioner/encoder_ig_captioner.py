@@ -215,6 +215,8 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, IGCaptionerPatchEmbeddings):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=std)
+        elif isinstance(module, IGCaptionerImageTokens) and module.position_embedding is not None:
+            init.normal_(module.position_embedding, std=std)
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
 
@@ -241,10 +243,19 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
 
 
 def sincos_position_embedding(grid: tuple[int, int], size: int, device: torch.device) -> Tensor:
-    """Fixed 2-D positions [rows * columns, size]: sin x, cos x, sin y, cos y, as in big_vision (temperature 10,000)."""
-    rows, columns = grid
-    y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
-    omega = 10000.0 ** -(torch.arange(size // 4, device=device).float() / max(size // 4 - 1, 1))
+    """Fixed 2-D positions [rows * columns, size] of a grid whose cells are one apart."""
+    rows, columns = (torch.arange(number, device=device).float() for number in grid)
+    return sincos_of(rows, columns, size)
+
+
+def sincos_of(rows: Tensor, columns: Tensor, size: int) -> Tensor:
+    """Fixed 2-D positions [rows * columns, size]: sin x, cos x, sin y, cos y, as in big_vision (temperature 10,000).
+
+    Args:
+        rows, columns: coordinates of the rows [rows] and of the columns [columns].
+    """
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    omega = 10000.0 ** -(torch.arange(size // 4, device=rows.device).float() / max(size // 4 - 1, 1))
     y, x = y.flatten()[:, None] * omega, x.flatten()[:, None] * omega
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1)
 
@@ -306,6 +317,47 @@ class IGCaptionerPatchEmbeddings(nn.Module):
         if self.register_tokens is not None:
             tokens = torch.cat([tokens, self.register_tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)], dim=1)
         return tokens
+
+
+class IGCaptionerImageTokens(nn.Module):
+    """What the decoder reads of images: their features [B, P, E], normalised and with positions if so configured."""
+
+    def __init__(self, config: IGCaptionerConfig):
+        super().__init__()
+        self.config = config
+        self.width = config.text_config.encoder_hidden_size
+        self.norm = nn.LayerNorm(self.width, eps=1e-6) if config.image_token_norm else nn.Identity()
+        learned = config.image_position_embedding == "learned"
+        table = torch.empty(config.num_image_tokens, self.width) if learned else None
+        self.position_embedding = None if table is None else nn.Parameter(table)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """[P, E] of an image of the configured size. The means over a grid are where the middles of its cells are."""
+        if self.position_embedding is not None:
+            return self.position_embedding
+        if self.config.image_token_grids is None:
+            layout = self.config.image_layout
+            table = sincos_position_embedding((layout.rows, layout.columns), self.width, device)
+            return F.pad(table, (0, 0, layout.leading, layout.trailing))
+        finest, tables = max(self.config.image_token_grids), []
+        for grid in self.config.image_token_grids:
+            middles = (torch.arange(grid, device=device) + 0.5) * finest / grid - 0.5
+            tables.append(sincos_of(middles, middles, self.width))
+        return torch.cat(tables)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.ndim != 3 or features.shape[-1] != self.width:
+            raise ValueError(f"image features must be [B, P, {self.width}], got {tuple(features.shape)}")
+        tokens = self.norm(features)
+        if self.config.image_position_embedding == "none":
+            return tokens
+        positions = self.positions(tokens.device)
+        if len(positions) != tokens.shape[1]:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens of an image, but positions of {len(positions)}: images of another size need "
+                "image_token_grids, or image_position_embedding='none'"
+            )
+        return tokens + positions.to(tokens.dtype)
 
 
 class IGCaptionerVisionLayer(GradientCheckpointingLayer):

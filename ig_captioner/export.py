@@ -32,6 +32,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
+from . import input_rules
 from .compiled_labels import max_positions_of
 from .configuration_ig_captioner import as_height_width
 from .decoder_ig_captioner import TextStates
@@ -53,6 +55,7 @@ from .scoring_ig_captioner import IGCaptionerScorer
 
 
 WEIGHTS_FILE, SETTINGS_FILE, TOKENIZER_FILE = "weights.bin", "settings.json", "tokenizer.json"
+RULES_FILE = "input_rules.py"
 TRIE_FIELDS = tuple(field.name for field in dataclasses.fields(TextTrie))
 OUTPUTS = {
     "image_encoder": "image_key_values",
@@ -171,9 +174,9 @@ def export_programs(
     """
     if model.training:
         raise ValueError("programs are exported in evaluation mode, but the model is in training mode: call eval()")
-    vision, device = model.config.vision_config, model.device
-    height, width = as_height_width(vision.image_size if image_size is None else image_size, "image_size")
-    pixel_values = torch.zeros(2, vision.num_channels, height, width, dtype=model.dtype, device=device)
+    config, device = model.config, model.device
+    height, width = as_height_width(config.image_size if image_size is None else image_size, "image_size")
+    pixel_values = torch.zeros(2, config.image_channels, height, width, dtype=model.dtype, device=device)
     encoder = ImageEncoder(model).eval()
     key_values = encoder(pixel_values)
     # no size of an example may be 0 or 1: such sizes would be taken for constants
@@ -211,7 +214,8 @@ def export_onnx(model: IGCaptionerScorer, processor: Any, folder: str | Path) ->
 
     Weights are in `weights.bin`, once for all four. `settings.json` has the image processor's settings and,
     of the configuration, `prior_weight`, `score_temperature` and `abstain_threshold`; `tokenizer.json` is for
-    `tokenizers.Tokenizer.from_file`, with padding and truncation set.
+    `tokenizers.Tokenizer.from_file`, with padding and truncation set. `input_rules.py` is a copy of the module that
+    reads image files and cleans texts, for Pillow and numpy.
 
     Args:
         model: in evaluation mode and float32.
@@ -237,6 +241,7 @@ def export_onnx(model: IGCaptionerScorer, processor: Any, folder: str | Path) ->
         "image_processor": image_processor,
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(input_rules.__file__, folder / RULES_FILE)
 
 
 def _graph(program: ExportedProgram, output: str) -> Any:

@@ -53,6 +53,11 @@ def information_gain(caption_log_likelihood: Tensor, prior_log_likelihood: Tenso
     return caption_log_likelihood - prior_weight * prior_log_likelihood
 
 
+def mean_over_templates(values: Tensor, num_templates: int) -> Tensor:
+    """Means [*, C] over T templates of scores [*, T * C]: of all labels in the first template, then in the second."""
+    return values.unflatten(-1, (num_templates, -1)).mean(dim=-2)
+
+
 def loss_weights(labels: Tensor, reduction: str = "token", num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """What each token's -log P counts in the loss of texts, [N, L] float32; nan if nothing is labelled.
 

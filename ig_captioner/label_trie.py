@@ -15,6 +15,7 @@ Legend: C texts, L tokens of a text, N nodes, E edges, G blocks of Q positions. 
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -68,6 +69,13 @@ class TextTrie:
 
     def to(self, device: torch.device | str) -> "TextTrie":
         return TextTrie(**{item.name: getattr(self, item.name).to(device) for item in dataclasses.fields(self)})
+
+    def split(self, positions: int) -> Iterator[tuple[int, int]]:
+        """First and last block of each pass over the trie that reads about `positions` nodes, at least one block."""
+        number, size = self.tokens.shape
+        blocks = max(1, positions // size)
+        for start in range(0, number, blocks):
+            yield start, min(start + blocks, number)
 
     def sum_over_texts(self, edge_log_likelihoods: Tensor) -> Tensor:
         """log P of the edges [*, E] to log P of the texts [*, C]."""

@@ -12,7 +12,7 @@ Deliberate differences from the papers: the image may be fused with the text onl
 which both likelihoods share; a prefix carries no positions beyond those of the encoder.
 
 Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E encoder width, D decoder width, H heads,
-V vocabulary. Log-likelihoods are in nats.
+V vocabulary, W width of the head (D unless `text_config.embedding_size` says otherwise). Log-likelihoods are in nats.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,12 @@ from .compat_ig_captioner import CACHE_NAME, accepts_both_cache_names, rename_ca
 from .compiled_labels import is_intercepted
 from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig
 from .decoder_ig_captioner import IGCaptionerTextDecoder
-from .encoder_ig_captioner import IGCaptionerPreTrainedModel, IGCaptionerVisionModel, KeyValues
+from .encoder_ig_captioner import (
+    IGCaptionerImageTokens,
+    IGCaptionerPreTrainedModel,
+    IGCaptionerVisionModel,
+    KeyValues,
+)
 from .information_gain import (
     IGNORE_INDEX,
     linear_loss,
@@ -41,16 +46,26 @@ from .information_gain import (
 
 # Not used here: code is fetched entry file by entry file with what that file imports, and a model so fetched must find
 # all of its files beside this one when it is saved again.
+from .input_rules import to_rgb  # noqa: F401
 from .label_trie import TextTrie  # noqa: F401
 from .pipeline_ig_captioner import IGZeroShotImageClassificationPipeline  # noqa: F401
 from .processing_ig_captioner import IGCaptionerProcessor  # noqa: F401
 from .scoring_ig_captioner import IGCaptionerScorer
 from .text_rules import as_prompt, check_decoder_inputs, check_labels, labelled_texts, prompt_before_labels
+from .vision_ig_captioner import (
+    as_map,
+    as_tokens,
+    build_encoder,
+    find_layout,
+    keep_frozen_in_evaluation,
+    mean_over_grids,
+    run_encoder,
+)
 
 
 @dataclass
 class IGCaptionerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """last_hidden_state [N, L, D]; encoder_last_hidden_state [N, P, E] if pixels were given."""
+    """last_hidden_state [N, L, W]; encoder_last_hidden_state [N, P, E] if pixels were given."""
 
     encoder_last_hidden_state: Tensor | None = None
 
@@ -101,7 +116,9 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
 
     def __init__(self, config: IGCaptionerConfig):
         super().__init__(config)
-        self.vision_model = IGCaptionerVisionModel.from_config(config.vision_config)
+        build = IGCaptionerVisionModel.from_config if config.has_own_encoder else build_encoder
+        self.vision_model = build(config.vision_config)
+        self.image_tokens = IGCaptionerImageTokens(config)
         self.decoder = IGCaptionerTextDecoder.from_config(config.text_config)
         self.post_init()
 
@@ -111,9 +128,47 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.decoder.embed_tokens = value
 
-    def encode_image(self, pixel_values: Tensor) -> tuple[list[KeyValues], Tensor]:
-        """Images [B, channels, height, width] to what the decoder reads of them, and to image tokens [B, P, E]."""
-        image_tokens = self.vision_model(pixel_values=pixel_values).last_hidden_state
+    def train(self, mode: bool = True):
+        """As in torch, but a frozen encoder stays in evaluation mode: its batch norms and dropout are frozen, too."""
+        super().train(mode)
+        keep_frozen_in_evaluation(self.vision_model)
+        return self
+
+    def encode_features(self, pixel_values: Tensor) -> Tensor:
+        """What the encoder makes of images [B, channels, height, width], pooled to `image_token_grids`: [B, P, E].
+
+        Depends on no weight but the encoder's, so that a frozen encoder's features can be kept and passed as
+        `image_features` later.
+        """
+        features = run_encoder(self.vision_model, pixel_values)
+        grids = self.config.image_token_grids
+        if grids is None:
+            return as_tokens(features)
+        return mean_over_grids(self._patches(features, pixel_values), grids)
+
+    def pooled_features(self, pixel_values: Tensor) -> Tensor:
+        """The mean over the encoder's patches, for probes: [B, E]. Class and register tokens are left out."""
+        return self._patches(run_encoder(self.vision_model, pixel_values), pixel_values).mean(dim=(2, 3))
+
+    def _patches(self, features: Tensor, pixel_values: Tensor) -> Tensor:
+        """The map of patches [B, E, rows, columns] in what the encoder returned."""
+        vision = self.config.vision_config
+        registers = vision.num_register_tokens if self.config.has_own_encoder else 0
+        return as_map(features, find_layout(features, tuple(pixel_values.shape[-2:]), vision, registers))
+
+    def read_features(self, pixel_values: Tensor | None, image_features: Tensor | None = None) -> Tensor:
+        """The image tokens [B, P, E] that the decoder reads, from images or from `encode_features` of them."""
+        if (pixel_values is None) == (image_features is None):
+            raise ValueError("give exactly one of pixel_values and image_features")
+        features = self.encode_features(pixel_values) if image_features is None else image_features
+        return self.image_tokens(features.to(self.decoder.embed_tokens.weight.dtype))
+
+    def encode_image(
+        self, pixel_values: Tensor | None = None, image_features: Tensor | None = None
+    ) -> tuple[list[KeyValues], Tensor]:
+        """Images [B, channels, height, width], or `encode_features` of them, to what the decoder reads of them, and to
+        image tokens [B, P, E]."""
+        image_tokens = self.read_features(pixel_values, image_features)
         return self.decoder.read_image(image_tokens), image_tokens
 
     @accepts_both_cache_names
@@ -127,21 +182,23 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         image_key_values: Tensor | None = None,
+        image_features: Tensor | None = None,
         parallel_prediction: bool = False,
         use_cache: bool | None = None,
         **kwargs,
     ) -> IGCaptionerModelOutput:
-        """Decoder inputs [N, L], start token first, and N images (or none) to states [N, L, D].
+        """Decoder inputs [N, L], start token first, and N images (or none) to states [N, L, W].
 
         Args:
             image_key_values: [N, fusion layers, 2, H, P, head], instead of `pixel_values`: images read before.
+            image_features: [N, P, E], instead of `pixel_values`: what `encode_features` returned.
             parallel_prediction: CapPa's mode, mask tokens in place of the text and no causal mask.
         """
         key_values, image_tokens = None, None
         if image_key_values is not None:
             key_values = [(layer[:, 0], layer[:, 1]) for layer in image_key_values.unbind(1)]
-        elif pixel_values is not None:
-            key_values, image_tokens = self.encode_image(pixel_values)
+        elif pixel_values is not None or image_features is not None:
+            key_values, image_tokens = self.encode_image(pixel_values, image_features)
         texts = input_ids if input_ids is not None else inputs_embeds
         parallel_rows = None
         if texts is not None:
@@ -178,7 +235,7 @@ class IGCaptionerModelWithHead(IGCaptionerScorer):
         self.loss_type = "InformationGain"
         text: IGCaptionerTextConfig = config.text_config
         self.model = IGCaptionerModel(config)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=text.head_bias)
+        self.lm_head = nn.Linear(text.embedding_width, text.vocab_size, bias=text.head_bias)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -219,6 +276,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         image_key_values: Tensor | None = None,
+        image_features: Tensor | None = None,
         labels: Tensor | None = None,
         parallel_prediction: bool = False,
         use_cache: bool | None = None,
@@ -233,6 +291,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             input_ids: decoder inputs [N, L], start token first. Together with `labels`: the texts themselves, without a
                 start token, of which `labels` marks the scored part (everything else -100).
             pixel_values: [N, channels, height, width]; left out, the text alone is modelled.
+            image_features: [N, P, E], instead of `pixel_values`: what `model.encode_features` returned.
             labels: [N, L], the tokens to be predicted, end-of-sequence included, without a start token; -100 is
                 ignored, and so is padding. The decoder's input is made from them: `logits[:, i]` predicts
                 `labels[:, i]`.
@@ -257,6 +316,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 labels,
                 input_ids,
                 pixel_values,
+                image_features,
                 attention_mask,
                 parallel_prediction,
                 num_items_in_batch,
@@ -273,6 +333,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             cache=cache,
             inputs_embeds=inputs_embeds,
             image_key_values=image_key_values,
+            image_features=image_features,
             parallel_prediction=parallel_prediction,
             use_cache=use_cache,
             **kwargs,
@@ -286,6 +347,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         labels: Tensor,
         input_ids: Tensor | None,
         pixel_values: Tensor | None,
+        image_features: Tensor | None,
         attention_mask: Tensor | None,
         parallel_prediction: bool,
         num_items_in_batch: Tensor | int | None,
@@ -298,8 +360,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         input_ids, attention_mask, labels = labelled_texts(labels, input_ids, attention_mask, config.text_config)
         inputs = shift_right(input_ids, config.decoder_start_token_id, attention_mask)
         key_values, image_tokens = None, None
-        if pixel_values is not None:
-            key_values, image_tokens = self.model.encode_image(pixel_values)
+        if pixel_values is not None or image_features is not None:
+            key_values, image_tokens = self.model.encode_image(pixel_values, image_features)
         parallel_rows = self._draw_parallel_rows(labels, parallel_prediction)
         outputs = decoder(
             inputs,
@@ -309,7 +371,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             use_cache=False,
             **kwargs,
         )
-        if pixel_values is None:
+        if key_values is None:
             states = {"unconditional": outputs.last_hidden_state}
         else:
             states = {"conditional": outputs.last_hidden_state}
@@ -332,7 +394,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
     def _head_loss(
         self, states: dict[str, Tensor], labels: Tensor, num_items: Tensor | int | None, skip_logits: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """From states [N, L, D] of one or both paths: the loss, log P(token) [N, L] of each, the first path's logits.
+        """From states [N, L, W] of one or both paths: the loss, log P(token) [N, L] of each, the first path's logits.
 
         Smoothing of labels is in the loss alone. All logits are made only if they are asked for, or if the head may be
         more than its weight and bias.
@@ -389,9 +451,12 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             return None
         return torch.rand(len(labels), device=labels.device) < probability
 
-    def read_image(self, pixel_values: Tensor) -> Tensor:
-        """What the decoder reads of images, to be used as `image_key_values`: [B, fusion layers, 2, H, P, head]."""
-        key_values, _ = self.model.encode_image(pixel_values)
+    def read_image(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
+        """What the decoder reads of images, or of their `image_features`: [B, fusion layers, 2, H, P, head].
+
+        To be used as `image_key_values`.
+        """
+        key_values, _ = self.model.encode_image(pixel_values, image_features)
         return torch.stack([torch.stack(pair, dim=1) for pair in key_values], dim=1)
 
     @torch.no_grad()
@@ -400,6 +465,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
 
         Args:
             pixel_values: [N, channels, height, width]; left out, text is generated without an image.
+            image_features: [N, P, E], instead of `pixel_values`: what `model.encode_features` returned.
             input_ids (or `inputs`): prompts [N, L], start token first; left out, the start token. If every text ends
                 with the end-of-sequence token, as the tokenizer makes them, they are turned into that form.
             attention_mask: [N, L], for prompts padded on the left (on either side if they end with end-of-sequence).
@@ -415,10 +481,11 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             prompt, kwargs["attention_mask"] = prompt_before_labels(labels, prompt, mask, text)
         elif prompt is not None and prompt.numel():
             prompt, kwargs["attention_mask"] = as_prompt(prompt, mask, text)
-        if (pixel_values := kwargs.pop("pixel_values", None)) is not None:
-            kwargs["image_key_values"] = self.read_image(pixel_values)
+        images = kwargs.pop("pixel_values", None), kwargs.pop("image_features", None)
+        if images != (None, None):
+            read = kwargs["image_key_values"] = self.read_image(*images)
             if prompt is None and kwargs.get("inputs_embeds") is None:
-                prompt = torch.full((len(pixel_values), 1), text.decoder_start_token_id, device=pixel_values.device)
+                prompt = torch.full((len(read), 1), text.decoder_start_token_id, device=read.device)
                 if kwargs.get(CACHE_NAME) is None:  # the start token may have the id of padding
                     kwargs["attention_mask"] = torch.ones_like(prompt)
         return super().generate(prompt, *args, **kwargs)
@@ -437,9 +504,10 @@ class IGCaptionerForZeroShotImageClassification(IGCaptionerModelWithHead):
     def forward(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        image_features: Tensor | None = None,
         prior_weight: float | None = None,
         prior_source: str | None = None,
         reference_pixel_values: Tensor | None = None,
@@ -460,6 +528,7 @@ class IGCaptionerForZeroShotImageClassification(IGCaptionerModelWithHead):
             pixel_values,
             input_ids,
             attention_mask,
+            image_features=image_features,
             prior_weight=prior_weight,
             prior_source=prior_source,
             reference_pixel_values=reference_pixel_values,

@@ -2,14 +2,15 @@
 
 Shapes: B images, C candidate labels, T templates, N = T x C texts, L text tokens.
 
-Deliberate differences from the stock pipeline: the texts are tokenised once per call and scored once per
-batch (not once per image); `tokenizer_kwargs` reach the tokenizer; every argument is checked, and a wrong one
+Deliberate differences from the stock pipeline: the texts are tokenised and compiled once per call (not once per
+image); `tokenizer_kwargs` reach the tokenizer; every argument is checked, and a wrong one
 is a ValueError that names it; transparent images are put on white; tuples of images and empty lists are
 accepted (a list in, a list out).
 """
 
 import math
 from collections.abc import Sized
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.utils import logging
 
 from .compiled_labels import encode_for, is_compiled
 from .configuration_ig_captioner import PRIOR_SOURCES
+from .information_gain import mean_over_templates
 from .processing_ig_captioner import (
     default_templates,
     format_labels,
@@ -81,6 +83,27 @@ def _check_parameters(parameters: dict[str, Any]) -> None:
     for name in ("multi_label", "return_log_likelihoods"):
         if not isinstance(parameters.get(name, False), bool):
             raise ValueError(f"{name} must be a bool, got {parameters[name]!r}")
+
+
+def _texts_of(settings: dict[str, Any], config: Any) -> tuple[list[str], list[str], list[str]]:
+    """Labels, templates, and all labels in the first template, then in the second, and so on; checked."""
+    labels, asked = settings["candidate_labels"], settings.get("hypothesis_template")
+    templates = default_templates(config) if asked is None else [asked] if isinstance(asked, str) else asked
+    if is_compiled(labels):
+        if asked is not None and list(templates) != list(labels.templates):
+            raise ValueError(f"hypothesis_template {asked!r}, but the labels were compiled with {labels.templates!r}")
+        labels, templates = list(labels.labels), list(labels.templates)
+    texts = format_labels(labels, templates, "hypothesis_template")
+    return list(labels), list(templates), texts
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Candidate labels of a call; `texts` are `CompiledTexts` of all labels in each of T templates."""
+
+    labels: list[str]
+    num_templates: int
+    texts: Any
 
 
 class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
@@ -154,12 +177,13 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
             )
 
     def check_model_type(self, supported_models):
-        """Asks for `model.score`, not for a name in transformers' own list, where this model cannot be."""
-        if not callable(getattr(self.model, "score", None)):
-            raise ValueError(
-                f"{type(self).__name__} needs a model with a method `score`, such as "
-                f"IGCaptionerForZeroShotImageClassification; {type(self.model).__name__} has none"
-            )
+        """Asks for what the pipeline calls, not for a name in transformers' own list, where this model cannot be."""
+        for method in ("score", "compile_texts"):
+            if not callable(getattr(self.model, method, None)):
+                raise ValueError(
+                    f"{type(self).__name__} needs a model with a method `{method}`, such as "
+                    f"IGCaptionerForZeroShotImageClassification; {type(self.model).__name__} has none"
+                )
 
     def __call__(self, image=None, candidate_labels: list[str] | None = None, **kwargs: Any):
         r"""Classifies one image or many.
@@ -187,73 +211,72 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         if candidate_labels is not None:
             kwargs["candidate_labels"] = candidate_labels
         parameters = {"candidate_labels": None, **self._given_at_init, **kwargs}
+        settings = {name: value for name, value in parameters.items() if name not in ("batch_size", "num_workers")}
+        _check_parameters(settings)
         image = list(image) if isinstance(image, tuple) else image
         if isinstance(image, (list, Dataset)) and isinstance(image, Sized) and len(image) == 0:
-            image = (entry for entry in "")  # the base class looks at the first entry of all but generators
+            _texts_of(settings, self.model.config)  # wrong labels are wrong for no image, too
+            return []  # the base class looks at the first image
+        candidates = self._compile(settings)
         # Past the parent, whose `__call__` wants candidate_labels by position.
-        return super(ZeroShotImageClassificationPipeline, self).__call__(image, **parameters)
+        return super(ZeroShotImageClassificationPipeline, self).__call__(image, candidates=candidates, **parameters)
 
-    def _sanitize_parameters(self, **parameters):
-        """Checked arguments of the three steps. A call passes all settings, the constructor's included."""
+    def _sanitize_parameters(self, candidates: "_Candidates | None" = None, **parameters):
+        """Checks arguments and sorts them by step. A call passes all settings, the constructor's included."""
         _check_parameters(parameters)
+        if candidates is None:  # the constructor: its labels and templates are compiled by calls, and checked here
+            _texts_of({"candidate_labels": ["no label yet"], **parameters}, self.model.config)
         scores = ("temperature", "abstain_threshold", "multi_label", "top_k", "return_log_likelihoods")
-        steps = (("timeout",), ("prior_weight", "prior_source"), scores)
+        steps = (("timeout",), ("prior_weight",), scores)
         preprocess, forward, postprocess = (
             {name: parameters[name] for name in names if name in parameters} for names in steps
         )
         if forward.get("prior_weight") is not None:
             forward["prior_weight"] = float(forward["prior_weight"])  # tensors know no fractions
-        # Without labels this is the constructor; its template is checked all the same.
-        given = parameters.get("candidate_labels", ["no label yet"])
-        asked = parameters.get("hypothesis_template")
-        labels, templates = given, default_templates(self.model.config) if asked is None else asked
-        if is_compiled(given):
-            labels, templates = list(given.labels), list(given.templates)
-            if asked is not None and templates != ([asked] if isinstance(asked, str) else list(asked)):
-                raise ValueError(f"hypothesis_template {asked!r}, but the labels were compiled with {templates!r}")
-        texts = format_labels(labels, templates, "hypothesis_template")
-        if "candidate_labels" in parameters:
-            postprocess["candidate_labels"] = list(labels)
-            if self.tokenizer is not None:  # a pipeline built from a processor gets it after its first check
-                forward["text_inputs"] = self._encode(given, texts, parameters.get("tokenizer_kwargs") or {})
-                forward["num_templates"] = len(texts) // len(labels)
-        if parameters.get("reference_images") is not None and self.image_processor is not None:
-            forward["reference_pixel_values"] = self._reference_pixels(parameters["reference_images"], **preprocess)
+        if candidates is not None:
+            forward["candidates"] = candidates
+            postprocess["candidate_labels"] = candidates.labels
         return preprocess, forward, postprocess
 
-    def _reference_pixels(self, images: list, timeout: float | None = None) -> torch.Tensor:
-        photos = [load_rgb_image(image, timeout=timeout) for image in images]
-        pixels = self.image_processor(images=photos, return_tensors="pt")["pixel_values"]
-        return pixels.to(self.device, self.dtype)
-
-    def _encode(self, labels: Any, texts: list[str], tokenizer_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What `model.score` takes for N texts: their tokens, on the model's device, or what was compiled before."""
-        if is_compiled(labels):
-            labels.check_tokenizer(self.model, self.tokenizer, **tokenizer_kwargs)
-            return {"input_ids": labels}
+    def _compile(self, settings: dict[str, Any]) -> "_Candidates":
+        """Compiles the texts of the candidate labels, once for all images of a call."""
+        given, tokenizer_kwargs = settings["candidate_labels"], settings.get("tokenizer_kwargs") or {}
+        prior_source, references = settings.get("prior_source"), settings.get("reference_images")
+        labels, templates, texts = _texts_of(settings, self.model.config)
+        if is_compiled(given):
+            if prior_source is not None or references is not None:
+                asked = "reference_images" if prior_source is None else f"prior_source {prior_source!r}"
+                raise ValueError(f"compiled labels have their prior already, but {asked} came with them")
+            given.check_tokenizer(self.model, self.tokenizer, **tokenizer_kwargs)
+            return _Candidates(labels, len(templates), given.texts.verified_for(self.model).to(self.model.device))
         try:
-            return encode_for(self.model, self.tokenizer, texts, **tokenizer_kwargs)
+            encoded = encode_for(self.model, self.tokenizer, texts, **tokenizer_kwargs)
         except (TypeError, OverflowError) as error:
             raise ValueError(f"the tokenizer refuses tokenizer_kwargs {tokenizer_kwargs!r}: {error}") from error
+        compiled = self.model.compile_texts(
+            **encoded,
+            prior_source=prior_source,
+            reference_pixel_values=None if references is None else self._read_references(references, settings),
+            with_fingerprint=False,
+        )
+        return _Candidates(labels, len(templates), compiled)
+
+    def _read_references(self, images: list, settings: dict[str, Any]) -> torch.Tensor:
+        photos = [load_rgb_image(image, timeout=settings.get("timeout")) for image in images]
+        pixels = self.image_processor(images=photos, return_tensors="pt")["pixel_values"]
+        return pixels.to(self.device, self.dtype)
 
     def preprocess(self, image, timeout: float | None = None) -> dict[str, torch.Tensor]:
         """`pixel_values` [1, 3, H, W] of one image, in the model's dtype."""
         inputs = self.image_processor(images=[load_rgb_image(image, timeout=timeout)], return_tensors="pt")
         return {"pixel_values": inputs.to(self.dtype)["pixel_values"]}
 
-    def _forward(self, model_inputs, text_inputs, num_templates: int, **prior):
+    def _forward(self, model_inputs, candidates: "_Candidates", prior_weight: float | None = None):
         """Scores [B, C], means over T templates; the prior [C] is repeated for each image."""
-
-        def mean_over_templates(values):  # [..., T * C] -> [..., C]
-            return values.float().unflatten(-1, (num_templates, -1)).mean(dim=-2)
-
-        scores = self.model.score(model_inputs["pixel_values"], **text_inputs, **prior)
-        caption = mean_over_templates(scores.caption_log_likelihood)
-        return {
-            "caption_log_likelihood": caption,
-            "prior_log_likelihood": mean_over_templates(scores.prior_log_likelihood).expand_as(caption),
-            "information_gain": mean_over_templates(scores.information_gain),
-        }
+        scores = self.model.score(model_inputs["pixel_values"], candidates.texts, prior_weight=prior_weight)
+        means = {name: mean_over_templates(values, candidates.num_templates) for name, values in scores.items()}
+        prior = means["prior_log_likelihood"].expand_as(means["caption_log_likelihood"])
+        return {**means, "prior_log_likelihood": prior}
 
     def postprocess(
         self,

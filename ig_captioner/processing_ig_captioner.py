@@ -1,7 +1,7 @@
 """Images and texts as IG Captioner reads them: resizing and normalising, templates, padding and truncation.
 
-Image rules. Upright (EXIF), RGB, transparency composited onto white, resized straight to `size` (no crop, the
-aspect ratio is not kept), then to [-1, 1]. The interpolation is bicubic: both backends antialias it when they
+Image rules. RGB by the rules of `input_rules`, resized straight to `size` (no crop, the aspect ratio is not
+kept, unless `crop_pct` is set), then to [-1, 1]. The interpolation is bicubic: both backends antialias it when they
 shrink, and where they enlarge (32-pixel CIFAR photos) it keeps the edges that bilinear blurs. The class
 attributes are only defaults; each checkpoint's processor file says what it was trained with.
 
@@ -25,9 +25,11 @@ import torch
 from transformers import PilBackend, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import PILImageResampling
+from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available
 
 from .configuration_ig_captioner import AUTO_MAP
+from .input_rules import centre_box, check_unicode, read_image_file, shorten, to_rgb
 
 
 if is_torchvision_available():
@@ -38,18 +40,6 @@ else:
 DEFAULT_TEMPLATE = "a photo of a {}."
 TEXT_RULES = {"padding": True, "padding_side": "right", "truncation": True}
 IMAGE_CHANNELS = (1, 3, 4)
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image upright and as RGB; transparent parts become white."""
-    image = PIL.ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # Pillow clips 16-bit grey at 255, which turns nearly every such image white.
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it once more
 
 
 def array_to_pil(array: np.ndarray | torch.Tensor) -> PIL.Image.Image:
@@ -75,7 +65,7 @@ def array_to_pil(array: np.ndarray | torch.Tensor) -> PIL.Image.Image:
 
 
 def load_rgb_image(image: Any, timeout: float | None = None) -> PIL.Image.Image:
-    """One RGB image from a path, URL, base64 string, PIL image, array or tensor.
+    """Reads one RGB image from a path, URL, base64 string, PIL image, array or tensor.
 
     Args:
         image: see [`array_to_pil`] for arrays and tensors.
@@ -90,7 +80,7 @@ def load_rgb_image(image: Any, timeout: float | None = None) -> PIL.Image.Image:
     if not isinstance(source, (str, PIL.Image.Image, np.ndarray, torch.Tensor)):
         raise ValueError(
             "an image must be a path, URL, base64 string, PIL image, numpy array or torch tensor "
-            f"(for a column of a data set use KeyDataset), got {type(image).__name__}: {_short(image)}"
+            f"(for a column of a data set use KeyDataset), got {type(image).__name__}: {shorten(image)}"
         )
     try:
         rgb = _open(source, timeout)
@@ -99,7 +89,7 @@ def load_rgb_image(image: Any, timeout: float | None = None) -> PIL.Image.Image:
         return rgb
     except Exception as error:
         # Broad on purpose: Pillow raises OSError, SyntaxError, struct.error and more, an HTTP client its own.
-        name = _short(getattr(image, "filename", None) or image)
+        name = shorten(getattr(image, "filename", None) or image)
         raise ValueError(f"cannot read the image {name}: {error}") from error
 
 
@@ -112,25 +102,23 @@ def _open(source: Any, timeout: float | None) -> PIL.Image.Image:
     if source.startswith(("http://", "https://")):
         request = urllib.request.Request(source, headers={"User-Agent": "ig_captioner"})
         with urllib.request.urlopen(request, timeout=timeout) as answer:
-            return to_rgb(PIL.Image.open(io.BytesIO(answer.read())))
+            return read_image_file(io.BytesIO(answer.read()))
     if os.path.isfile(source):
-        with PIL.Image.open(source) as image:
-            return to_rgb(image)
+        return read_image_file(source)
     is_data_uri = source.startswith("data:image/")
     try:
         data = base64.decodebytes((source.split(",", 1)[-1] if is_data_uri else source).encode())
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            return to_rgb(image)
+        return read_image_file(io.BytesIO(data))
     except Exception as error:
         if is_data_uri:
             raise
         raise FileNotFoundError("no such file, and neither a URL nor a base64 image") from error
 
 
-def _short(value: Any, length: int = 120) -> str:
-    """`repr` of a value for a message: base64 images are long."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
+class IGCaptionerImagesKwargs(ImagesKwargs, total=False):
+    """Arguments of [`IGCaptionerImageProcessor`]."""
+
+    crop_pct: float | None
 
 
 class IGCaptionerImageProcessor(_Backend):
@@ -143,8 +131,14 @@ class IGCaptionerImageProcessor(_Backend):
 
     Args:
         size (`{"height": int, "width": int}`): pixels, 224 x 224 by default; an int is a square.
+        crop_pct (`float`, *optional*): photos keep their proportions: not all of them is resized, but the part in the
+            centre with the proportions of `size` (1.0), or this share of it (0.875, say, where others resize to 256
+            pixels and cut out 224). By default they are squashed, so that nothing at their sides is lost; encoders that
+            were trained otherwise know objects in their proportions.
         resample, image_mean, image_std, do_*: as in transformers; bicubic, 0.5, 0.5, all on but cropping.
     """
+
+    valid_kwargs = IGCaptionerImagesKwargs
 
     model_input_names = ["pixel_values"]
     do_convert_rgb = True
@@ -156,6 +150,7 @@ class IGCaptionerImageProcessor(_Backend):
     do_normalize = True
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
+    crop_pct = None
 
     def __init__(self, **kwargs):
         # AutoProcessor looks here too, in folders written by `pipeline.save_pretrained`.
@@ -178,7 +173,31 @@ class IGCaptionerImageProcessor(_Backend):
             image = to_rgb(image) if do_convert_rgb else PIL.ImageOps.exif_transpose(image)
         elif isinstance(image, torch.Tensor) and self.backend == "pil":
             image = image.detach().cpu()
+        if isinstance(image, (np.ndarray, torch.Tensor)) and kwargs.get("do_rescale", self.do_rescale):
+            _check_span(image)
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+
+    def _preprocess(self, images, do_resize, size, crop_pct=None, **kwargs):
+        """As in transformers, on images [C, H, W]; what is to be resized is cut to its centre first."""
+        if do_resize and crop_pct is not None:
+            images = [self._centre(image, size, crop_pct) for image in images]
+        return super()._preprocess(images, do_resize=do_resize, size=size, **kwargs)
+
+    @staticmethod
+    def _centre(image, size, crop_pct):
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
+        if not (size.height and size.width):
+            raise ValueError(f"crop_pct needs a size of height and width, got {size}")
+        left, top, right, bottom = centre_box(*image.shape[-2:], (size.height, size.width), crop_pct)
+        return image[..., top:bottom, left:right]
+
+
+def _check_span(pixels: np.ndarray | torch.Tensor) -> None:
+    """Raises ValueError for arrays that `do_rescale` would take out of [0, 1], such as those of 16 bits."""
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (low >= 0 and high <= 255):
+        raise ValueError(f"pixels of an array must be from 0 to 255, got {low:g} to {high:g} ({pixels.dtype})")
 
 
 def default_templates(config: Any) -> list[str]:
@@ -200,28 +219,21 @@ def format_labels(
             that are no text, with half of a surrogate pair in them.
     """
     if not isinstance(labels, (list, tuple)) or not labels:
-        raise ValueError(f"candidate_labels must be a non-empty list of strings, got {_short(labels)}")
+        raise ValueError(f"candidate_labels must be a non-empty list of strings, got {shorten(labels)}")
     for label in labels:
         if not isinstance(label, str):
-            raise ValueError(f"every entry of candidate_labels must be a string, got {_short(label)}")
-        _check_unicode(label, "every entry of candidate_labels")
+            raise ValueError(f"every entry of candidate_labels must be a string, got {shorten(label)}")
+        check_unicode(label, "every entry of candidate_labels")
     listed = [templates] if isinstance(templates, str) else templates
     if not isinstance(listed, (list, tuple)) or not listed:
-        raise ValueError(f"{template_name} must be one string or more, got {_short(templates)}")
+        raise ValueError(f"{template_name} must be one string or more, got {shorten(templates)}")
     for template in listed:
         if not isinstance(template, str) or "{}" not in template:
             raise ValueError(
-                f"{template_name} must be a string with {{}} in it, where the label goes, got {_short(template)}"
+                f"{template_name} must be a string with {{}} in it, where the label goes, got {shorten(template)}"
             )
-        _check_unicode(template, template_name)
+        check_unicode(template, template_name)
     return [template.replace("{}", label) for template in listed for label in labels]
-
-
-def _check_unicode(text: str, name: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} must be Unicode text, got {_short(text)}: {error}") from error
 
 
 def encode_texts(

@@ -23,6 +23,7 @@ from test_evaluation_cli import (
 from ig_captioner import IGCaptionerForConditionalGeneration
 from ig_captioner.evaluation import captioning
 from ig_captioner.evaluation.captioning import captioning_row, cider_d, words
+from tiny import assert_clear_order
 
 
 GENERATED = ["A dog runs on the grass.", "a cat on a mat", "dogs", "two men on a boat in the sea at night", "a cat"]
@@ -152,8 +153,11 @@ def test_captioning_on_the_command_line(run, room, processor, tmp_path):  # noqa
     lines = [(tmp_path / size / "captions.jsonl").read_text().splitlines() for size in ("1", "7")]
     assert lines[0] == lines[1] and len(lines[0]) == PHOTOS
     writer = IGCaptionerForConditionalGeneration.from_pretrained(room / "model").eval()
-    pixels = processor(images=make_images(PHOTOS)[3], return_tensors="pt")["pixel_values"]
-    text = processor.batch_decode(writer.generate(pixel_values=pixels, max_new_tokens=6), skip_special_tokens=True)[0]
+    pixels = processor(images=make_images(PHOTOS), return_tensors="pt")["pixel_values"]
+    options = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+    written = writer.generate(pixel_values=pixels, **options)
+    assert_clear_order(torch.stack(written.logits).topk(2).values)
+    text = processor.batch_decode(written.sequences, skip_special_tokens=True)[3]
     assert json.loads(lines[0][3]) == {"key": KEYS[3], "caption": text.strip(), "references": CAPTIONS[3]}
     results = json.loads((tmp_path / "7" / "results.json").read_text())
     captions = [json.loads(line)["caption"] for line in lines[0]]

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+import time
 import weakref
 
 import numpy as np
@@ -20,7 +21,6 @@ from ig_captioner import (
     IGZeroShotImageClassificationPipeline,
     cli,
     compiled_labels,
-    label_cache,
 )
 from ig_captioner.checkpoint import choose_device, load_model, load_processor
 from ig_captioner.cli import arguments as cli_arguments
@@ -53,7 +53,6 @@ def here(tmp_path, monkeypatch, checkpoint):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys.modules["ig_captioner.cli.main"], "TINY_CHECKPOINT", checkpoint)
     monkeypatch.setattr(cli_release, "TINY_CHECKPOINT", checkpoint)
-    monkeypatch.setattr(label_cache, "HF_HOME", str(tmp_path / "cache"))
     for seed in range(3):
         write_photo(tmp_path / f"{seed}.png", seed)
     (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
@@ -235,17 +234,24 @@ def test_a_batch_does_not_hold_its_photos(run, monkeypatch, command):
 # compiled labels
 
 
-def test_labels_of_a_file_are_compiled_once_and_tokenised_once_more(run, here, monkeypatch):
+def test_labels_of_a_file_are_tokenised_once(run, here, monkeypatch):
     (here / "labels.txt").write_text("\n".join(LABELS))
-    arguments = ["classify", "0.png", "1.png", "2.png", "--labels-file", "labels.txt", "--batch-size", "1"]
-    first = run(*arguments)
-    assert first[0] == 0 and len(list((here / "cache").rglob("labels.json"))) == 1
     encode, calls = compiled_labels.encode_texts, []
     monkeypatch.setattr(
         compiled_labels, "encode_texts", lambda *args, **kwargs: calls.append(args[1]) or encode(*args, **kwargs)
     )
-    assert run(*arguments) == first and calls == [[f"a photo of a {label}." for label in LABELS]]
-    assert len(list((here / "cache").rglob("labels.json"))) == 1
+    arguments = ["0.png", "1.png", "2.png", "--labels-file", "labels.txt", "--batch-size", "1"]
+    assert run("classify", *arguments)[0] == 0
+    assert calls == [[f"a photo of a {label}." for label in LABELS]]
+
+
+def test_slow_work_is_announced_with_what_saves_it(run, monkeypatch, capsys):
+    monkeypatch.setattr(cli_output, "SLOW", 0.0)
+    with cli_output.note_if_slow("compiling; use this command"):
+        said, until = "", time.monotonic() + 60
+        while not said and time.monotonic() < until:
+            said = capsys.readouterr().err
+    assert said == "ig-captioner: compiling; use this command\n"
 
 
 def test_labels_and_templates_of_a_data_set(run):
@@ -393,6 +399,7 @@ WRONG_INPUT = [
     (["--labels-file", "empty.txt"], "no lines in empty.txt"),
     (["--labels", "\udc80"], r"not UTF-8: '\\udc80'"),
     (["--compiled-labels", "folder"], "cannot read compiled labels from 'folder'"),
+    (["--labels-file", "folder"], "cannot read compiled labels from 'folder'"),
     (["--labels", "cat", "--model", "./missing"], "no such model folder: './missing'"),
     (["--labels", "cat", "--model", "folder"], "no model in the folder 'folder'"),
     (["--labels", "cat", "--model", "0.png"], "not a file: '0.png'"),

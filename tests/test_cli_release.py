@@ -75,7 +75,9 @@ def test_compiled_labels_classify_like_labels(run, here):
     assert CompiledLabels.load("out/labels").labels == ("cat", "dog")
     photos = ["0.png", "1.png", "--prior-weight", "0.5"]
     expected = run("classify", *photos, *given)
-    assert expected[0] == 0 and run("classify", *photos, "--compiled-labels", "out/labels") == expected
+    assert expected[0] == 0
+    for option in ("--compiled-labels", "--labels-file"):
+        assert run("classify", *photos, option, "out/labels") == expected
 
 
 def test_compiled_labels_replace_nothing_else(run, here):

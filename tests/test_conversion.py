@@ -28,6 +28,7 @@ from conversion.key_map_big_vision import find_sizes, find_structure, placements
 from conversion.reading import ConversionError, Leaf, open_checkpoint
 from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
 from ig_captioner.checkpoint import load_model
+from tiny import assert_clear_order
 
 
 @pytest.fixture
@@ -148,6 +149,7 @@ def test_generation_and_both_heads(tmp_path, leaves, checkpoint):
     generated = model.generate(pixel_values=images, do_sample=False)
     assert generated.shape[1] <= 9 and bool((generated[:, 0] == 0).all())
     logits = model(input_ids=generated, pixel_values=images).logits
+    assert_clear_order(logits.topk(2).values)
     for row, predicted in zip(generated, logits.argmax(-1), strict=True):
         tokens = row.tolist()
         length = tokens.index(1) if 1 in tokens else len(tokens) - 1

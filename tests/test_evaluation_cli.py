@@ -14,16 +14,17 @@ import yaml
 from PIL import Image
 from test_cli import run  # noqa: F401 (a fixture)
 from test_evaluation import make_images, pair_by_pair, png, real_data, slow_accuracy, slow_rank, write_shard
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
 from ig_captioner import IGCaptionerForZeroShotImageClassification, IGCaptionerImageProcessor, IGCaptionerProcessor
 from ig_captioner.data.samples import Samples, read_source, split_by_hash
-from ig_captioner.data.shards import is_held_out, read_captions, read_image
+from ig_captioner.data.shards import image_of, is_held_out, read_captions
 from ig_captioner.evaluation.contrastive import ContrastiveModel
 from ig_captioner.evaluation.report import git_commit, table_lines
 from ig_captioner.evaluation.rows import bootstrap, text_to_image_rows
 from ig_captioner.evaluation.scores import PRIOR_WEIGHTS, ScoreMatrix
-from tiny import VARIANTS, tiny_config
+from tiny import VARIANTS, assert_clear_order, tiny_config
 from training.train_tokenizer import train_tokenizer
 
 
@@ -60,7 +61,7 @@ def room(model, processor, tmp_path_factory):
     root, images = tmp_path_factory.mktemp("room"), make_images(PHOTOS)
     model.save_pretrained(root / "model")
     processor.save_pretrained(root / "model")
-    make_clip(processor.tokenizer, root / "clip")
+    make_clip(root / "clip")
 
     def metadata(index):
         return json.dumps({"class_name": NAMES[LABELS[index]], "captions": CAPTIONS[index]}).encode()
@@ -78,12 +79,24 @@ def room(model, processor, tmp_path_factory):
     return root
 
 
-def make_clip(tokenizer, folder):
+def make_clip(folder):
+    """A random CLIP with a tokenizer of whole words, whose end-of-text token has the largest id, as CLIP's has.
+
+    CLIP takes a text's features there. (With `eos_token_id` 2, transformers takes them at the largest id of the text.)
+    """
+    words = sorted({word for text in [*NAMES, *TEMPLATES] for word in text.replace(".", " .").split()} - {"{}"})
+    vocabulary = {word: index for index, word in enumerate(["[pad]", "[unknown]", *words, "[end]"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[unknown]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    end = vocabulary["[end]"]
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A [end]", special_tokens=[("[end]", end)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[pad]", eos_token="[end]")
+
     torch.manual_seed(1)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": 0, "pad_token_id": tokenizer.pad_token_id}
-    text = {**size, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
-    config = CLIPConfig(text_config=text, vision_config={**size, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    text = {**size, "vocab_size": len(tokenizer), "max_position_embeddings": 24, "pad_token_id": 0, "eos_token_id": end}
+    vision = {**size, "image_size": 16, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, initializer_factor=5.0)
     CLIPModel(config).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
@@ -135,7 +148,7 @@ def by_name(rows):
 
 def test_all_forms_of_data_give_the_same_samples(room):
     def decode(key, files):
-        return read_image(files).tobytes(), json.loads(files["json"])["class_name"]
+        return image_of(files).tobytes(), json.loads(files["json"])["class_name"]
 
     expected = [(image.tobytes(), NAMES[label]) for image, label in zip(make_images(PHOTOS), LABELS, strict=True)]
     shards = Samples(str(room / "shards"), decode)
@@ -171,7 +184,7 @@ def test_a_data_set_on_disk(tmp_path):
     data.remove_columns("image").save_to_disk(tmp_path / "blind")
     items = list(read_source(str(tmp_path / "one")))
     assert [key for key, _ in items] == ["p", "q", "r", "s"]
-    assert [read_image(files).tobytes() for _, files in items] == [image.tobytes() for image in images]
+    assert [image_of(files).tobytes() for _, files in items] == [image.tobytes() for image in images]
     labels = [json.loads(files["json"]) for _, files in items]
     assert [(entry["label"], entry.get("class_name")) for entry in labels] == [
         (1, "cat"),
@@ -246,7 +259,10 @@ def test_text_to_image_draws_images_with_all_their_texts():
 def class_scores(model, processor):
     """log P(T|I) [B, C] and log P(T) [C], means over templates."""
     parts = [pair_by_pair(model, processor, make_images(PHOTOS), [t.format(n) for n in NAMES]) for t in TEMPLATES]
-    return [sum(values) / len(TEMPLATES) for values in zip(*parts, strict=True)]
+    caption, prior = (sum(values) / len(TEMPLATES) for values in zip(*parts, strict=True))
+    assert_clear_order(torch.stack([caption - weight * prior for weight in PRIOR_WEIGHTS]))
+    assert_clear_order(prior)
+    return caption, prior
 
 
 def test_zero_shot_equals_a_slow_loop(evaluate, room, class_scores, processor):
@@ -330,6 +346,7 @@ def test_clip_goes_through_the_same_harness(evaluate, room):
                 texts.append(output.text_embeds[0])
             mean = torch.stack(texts).mean(dim=0)
             scores[row, column] = output.image_embeds[0] @ mean / mean.norm()
+    assert_clear_order(scores)
     test = [index for index, key in enumerate(KEYS) if not is_held_out(key, HELD_OUT)]
     assert values(rows[-1]) == slow_accuracy(scores[test], torch.tensor(LABELS)[test], NAMES)
 
@@ -381,12 +398,15 @@ def test_retrieval_equals_a_slow_loop(evaluate, room, model, processor):
     scores = {
         name: caption - rows[name]["prior_weight"] * prior for name in ("likelihood", "information gain", "tuned")
     }
+    different = [texts.index(text) for text in dict.fromkeys(texts)]
     for name, matrix in {**scores, "blind": prior.expand_as(caption)}.items():
+        assert_clear_order(matrix[:, different])
         check_recall(values(rows[name]), [slow_rank(*row) for row in zip(matrix, is_true, strict=True)])
         first_texts = {texts[max(range(len(texts)), key=row.__getitem__)] for row in matrix.tolist()}
         assert values(rows[name])["distinct_top1"] == len(first_texts)
     first, clip = results["tables"]["Text to image"]
     assert first["name"] == "any prior weight" and clip["name"] == str(room / "clip")
+    assert_clear_order(caption[:, different].T)
     check_recall(values(first), [slow_rank(*row) for row in zip(caption.T, is_true.T, strict=True)])
     (gain,) = results["tables"]["True pairs"]
     tokens = [len(processor.tokenizer(text)["input_ids"]) for text in texts]

@@ -24,6 +24,7 @@ from ig_captioner.data.shards import is_held_out
 from ig_captioner.evaluation import compositional, linear_probe
 from ig_captioner.evaluation.compositional import Item, ItemScores, find_name, read_items
 from ig_captioner.evaluation.scores import PRIOR_WEIGHTS
+from tiny import assert_clear_order
 
 
 PAIRS = {  # by category: (file name, right caption, wrong caption); one photo is missing, one is asked about twice
@@ -162,6 +163,7 @@ def test_sugarcrepe_equals_a_slow_loop(evaluate, sets, room, model, processor): 
         for name, *texts in pairs:
             index, stem = int(name[:-4]), name[:-4]
             caption, prior = pair_by_pair(model, processor, make_images(12)[index % 12 : index % 12 + 1], texts)
+            assert_clear_order(torch.stack([caption[0], caption[0] - prior, prior]))
             blind[category].append(bool(prior[0] > prior[1]))
             if index == 99 or is_held_out(stem, HELD_OUT):
                 continue
@@ -193,6 +195,7 @@ def test_boxes_are_cut_out(evaluate, sets, model, processor):  # noqa: F811
         caption, prior = pair_by_pair(model, processor, [image], [f"a cat {index}", f"{index} a cat"])
         for weight, found in right.items():
             scores = caption[0] - weight * prior
+            assert_clear_order(scores)
             found.append(bool(scores[0] > scores[1]))
     for row, weight in ((likelihood, 0.0), (gain, 1.0)):
         assert values(row) == {"visual_genome_relation": pytest.approx(sum(right[weight]) / len(right[weight]))}
@@ -210,7 +213,9 @@ def test_winoground_has_text_image_and_group_scores(evaluate, sets, model, proce
         for index in test:
             images, texts = make_images(12)[2 * index : 2 * index + 2], [f"a cat {index}", f"cat a {index}"]
             caption, prior = pair_by_pair(model, processor, images, texts)
-            right.append(slow_right((caption - weight * prior).tolist()))
+            scores = caption - weight * prior
+            assert_clear_order(torch.cat([scores, scores.T]))
+            right.append(slow_right(scores.tolist()))
         shares = {
             "text": sum(text for text, _ in right) / len(test),
             "image": sum(image for _, image in right) / len(test),
@@ -289,5 +294,7 @@ def test_probe_on_the_command_line(evaluate, room, model, processor):  # noqa: F
     features, labels = torch.stack(features), torch.tensor(LABELS)
     test = [index for index, key in enumerate(KEYS) if not is_held_out(key, HELD_OUT)]
     probe = linear_probe.fit(features[shots], labels[shots], 3, ours["penalty"])
-    right = probe(features[test]).argmax(dim=1) == labels[test]
+    scores = probe(features[test])
+    assert_clear_order(scores)
+    right = scores.argmax(dim=1) == labels[test]
     assert values(ours)["top1"] == pytest.approx(right.double().mean().item())

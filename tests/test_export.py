@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import AutoProcessor, TorchAoConfig
 
 from ig_captioner import TINY_CHECKPOINT
 from ig_captioner import IGCaptionerForZeroShotImageClassification as ZeroShot
 from ig_captioner.export import TRIE_FIELDS, TextPrior, export_onnx, export_programs, main
 from ig_captioner.label_trie import build_trie
-from tiny import BOS, VARIANTS, naive_scores, padded, random_images, random_texts, tiny_model
+from tiny import BOS, VARIANTS, assert_clear_order, naive_scores, padded, random_images, random_texts, tiny_model
 
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "onnx_classify.py"
@@ -168,42 +169,75 @@ def test_the_example_gives_the_models_scores_without_torch(tmp_path):
     model, processor = ZeroShot.from_pretrained(TINY_CHECKPOINT).eval(), AutoProcessor.from_pretrained(TINY_CHECKPOINT)
     export_onnx(model, processor, tmp_path / "onnx")
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    photo.save(tmp_path / "photo.png")
+    levels = np.asarray(photo)[..., 0]
+    alpha = Image.fromarray(np.where(levels > 100, 255, 0).astype(np.uint8))
+    photos = {
+        "photo.png": photo,
+        "16-bits.png": Image.fromarray(levels.astype(np.uint16) << 8),
+        "transparent.png": Image.merge("RGBA", (*photo.split(), alpha)),
+    }
+    for name, image in photos.items():
+        image.save(tmp_path / name)
     labels = ["cat", "a long label of many words", "ship"]
     code = (
         f"import runpy, sys; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__'); assert 'torch' not in sys.modules"
     )
-    command = [sys.executable, "-c", code, "onnx", "photo.png", "--labels", *labels]
-    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    inputs = processor(images=photo, text=[f"a photo of a {label}." for label in labels], return_tensors="pt")
-    with torch.no_grad():
-        gains = model.score(**inputs).information_gain[0]
-    for i in gains.argsort(descending=True).tolist():
-        line, _, printed = printed.partition("\n")
-        assert line.startswith(f"photo.png  {labels[i]}: {gains.softmax(dim=-1)[i]:.3f}, ")
-        assert float(line.split()[-2]) == pytest.approx(gains[i].item(), abs=0.0051)
+    command = [sys.executable, "-c", code, "onnx", *photos, "--labels", "cat", f" {labels[1]}\n", labels[2]]
+    lines = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.splitlines()
+    texts = processor(text=[f"a photo of a {label}." for label in labels], return_tensors="pt")
+    for name in photos:
+        with torch.no_grad():
+            gains = model.score(**processor(images=str(tmp_path / name), return_tensors="pt"), **texts)
+        assert_clear_order(gains.information_gain)
+        for i in gains.information_gain[0].argsort(descending=True).tolist():
+            line, gain = " ".join(lines.pop(0).split()), gains.information_gain[0]
+            assert line.startswith(f"{name} {labels[i]}: {gain.softmax(dim=-1)[i]:.3f}, ")
+            assert float(line.split()[-2]) == pytest.approx(gain[i].item(), abs=0.0051)
 
 
 # Quantised
 
 
-@torch.no_grad()
-def test_int8_models_load_score_compile_and_save(tmp_path):
+INT8 = {"Int8WeightOnlyConfig": False, "Int8DynamicActivationInt8WeightConfig": True}  # and whether inputs are int8
+
+
+@pytest.fixture(scope="module", params=INT8)
+def int8(request):
+    """The shipped checkpoint with weights in int8, and whether its layers round their inputs to int8, too."""
     quantization = pytest.importorskip("torchao.quantization")
-    configs = [quantization.Int8WeightOnlyConfig(), quantization.Int8DynamicActivationInt8WeightConfig()]
+    config = TorchAoConfig(getattr(quantization, request.param)())
+    return ZeroShot.from_pretrained(TINY_CHECKPOINT, quantization_config=config), INT8[request.param]
+
+
+@torch.no_grad()
+def test_int8_layers_are_off_by_their_rounding_and_no_more(int8):
+    """Rounding to steps of `maximum / 127` moves a weight of a row, or an input of a token, by half a step at most."""
+    model, rounds_inputs = int8
+    original = dict(ZeroShot.from_pretrained(TINY_CHECKPOINT).named_modules())
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and name != "lm_head"}
+    assert len(layers) > 50
+    for name, layer in layers.items():
+        rounded, exact = layer.weight.dequantize(), original[name].weight
+        step = exact.abs().amax(dim=1, keepdim=True) / 127
+        assert 0 < ((rounded - exact).abs() / step).max() <= 0.501, name
+
+        inputs = torch.randn(4, exact.shape[1], generator=torch.Generator().manual_seed(0))
+        rounding = inputs.abs().amax(dim=1, keepdim=True) / 127 * 0.501 if rounds_inputs else torch.zeros(4, 1)
+        bound = rounding * rounded.abs().sum(dim=1) + 1e-5 * (inputs.abs() @ rounded.abs().T)
+        error = (layer(inputs) - nn.functional.linear(inputs, rounded, layer.bias)).abs()
+        assert (error <= bound).all(), name
+
+
+@torch.no_grad()
+def test_int8_models_load_score_compile_and_save(int8, tmp_path):
+    model, _ = int8
     _, _, tokens, _ = inputs_for(1, (5, 2, 7))
     images = random_images(2, 64, 64)
-    reference = ZeroShot.from_pretrained(TINY_CHECKPOINT)
-    expected = reference.score(images, **tokens).information_gain
-    fingerprints = {reference.fingerprint()}
-    for number, config in enumerate(configs):
-        model = ZeroShot.from_pretrained(TINY_CHECKPOINT, quantization_config=TorchAoConfig(config))
-        scores = model.score(images, **tokens).information_gain
-        assert 1e-4 < (scores - expected).abs().max() < 0.5  # quantised, and not broken
-        compiled = model.compile_texts(**tokens)
-        torch.testing.assert_close(model.score(images, compiled).information_gain, scores)
-        fingerprints.add(compiled.fingerprint)
-        model.save_pretrained(tmp_path / str(number))
-        again = ZeroShot.from_pretrained(tmp_path / str(number))
-        torch.testing.assert_close(again.score(images, compiled).information_gain, scores)
-    assert len(fingerprints) == 1 + len(configs)
+    scores = model.score(images, **tokens).information_gain
+    assert scores.isfinite().all()
+    compiled = model.compile_texts(**tokens)
+    torch.testing.assert_close(model.score(images, compiled).information_gain, scores)
+    assert compiled.fingerprint != ZeroShot.from_pretrained(TINY_CHECKPOINT).fingerprint()
+    model.save_pretrained(tmp_path)
+    again = ZeroShot.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.score(images, compiled).information_gain, scores)

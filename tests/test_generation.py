@@ -5,7 +5,18 @@ import torch
 from transformers import StaticCache
 
 from ig_captioner import IGCaptionerForConditionalGeneration
-from tiny import BOS, EOS, PAD, VARIANTS, naive_log_likelihoods, padded, random_images, tiny_config, tiny_model
+from tiny import (
+    BOS,
+    EOS,
+    PAD,
+    VARIANTS,
+    assert_clear_order,
+    naive_log_likelihoods,
+    padded,
+    random_images,
+    tiny_config,
+    tiny_model,
+)
 
 
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6}
@@ -23,6 +34,7 @@ def greedy(model, images: torch.Tensor | None, prompt: list[int], number: int = 
         with torch.no_grad():
             logits = model(input_ids=ids, pixel_values=images, use_cache=False).logits[0, -1]
         logits[EOS] = -torch.inf
+        assert_clear_order(logits.topk(2).values)
         ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
     return ids[0].tolist()
 
@@ -70,7 +82,7 @@ def test_static_cache_equals_full_logits(model):
 def test_the_image_is_encoded_once(monkeypatch):
     model, calls = tiny_model(), []
     encode = model.model.encode_image
-    monkeypatch.setattr(model.model, "encode_image", lambda pixels: (calls.append(len(pixels)), encode(pixels))[1])
+    monkeypatch.setattr(model.model, "encode_image", lambda pixels, _: (calls.append(len(pixels)), encode(pixels))[1])
     model.generate(pixel_values=random_images(2), num_beams=3, **NEW)
     assert calls == [2]
 
@@ -84,6 +96,7 @@ def test_wide_beams_find_the_best_caption_of_an_exhaustive_search():
             (a, b): sum(naive_log_likelihoods(model, image[0], [a, b])) for a in (0, 1, 3, 4) for b in (0, 1, 3, 4)
         }
     best = max(totals, key=totals.get)
+    assert_clear_order(torch.tensor([*totals.values()]).topk(2).values)
     beams = model.generate(
         pixel_values=image, num_beams=4, max_new_tokens=2, min_new_tokens=2, do_sample=False, pad_token_id=EOS
     )

@@ -18,12 +18,10 @@ from ig_captioner import (
     IGCaptionerForZeroShotImageClassification,
     IGCaptionerProcessor,
     compile_labels,
-    label_cache,
     scoring_ig_captioner,
 )
 from ig_captioner.evaluation.scores import score_pairs
 from ig_captioner.evaluation.zero_shot import classify_images
-from ig_captioner.label_cache import compile_labels_once
 from ig_captioner.label_trie import build_trie
 from tiny import BOS, EOS, VARIANTS, naive_scores, padded, random_images, random_texts, tiny_model
 
@@ -248,35 +246,3 @@ def test_damaged_folders_are_named(compiled, tmp_path):
     tensors.write_bytes(tensors.read_bytes()[:-10])
     with pytest.raises(ValueError, match="cannot read compiled labels"):
         CompiledLabels.load(tmp_path)
-
-
-def test_labels_are_compiled_once_per_model_labels_and_templates(classifier, tmp_path, monkeypatch, caplog):
-    calls = []
-    compile_ = label_cache.compile_labels
-    monkeypatch.setattr(label_cache, "compile_labels", lambda *args: calls.append(args[2:]) or compile_(*args))
-
-    def once(labels, templates=None):
-        return compile_labels_once(classifier.model, classifier.tokenizer, labels, templates, cache_dir=tmp_path)
-
-    first = once(LABELS)
-    assert compiled_equal(once(LABELS), first) and len(calls) == 1
-    once(LABELS[:2])
-    once(LABELS, ["{}"])
-    classifier.model.config.num_reference_images += 1
-    once(LABELS)
-    classifier.model.config.num_reference_images -= 1
-    assert len(calls) == 4 and len(list(tmp_path.iterdir())) == 4
-    with torch.no_grad():
-        classifier.model.lm_head.weight.add_(0.1)
-    once(LABELS)
-    assert len(calls) == 5
-    for path in tmp_path.glob("*/labels.json"):
-        path.write_text("damaged")
-    assert compiled_equal(once(LABELS), first) and len(calls) == 6
-    assert "compiled again" in caplog.text
-
-
-def test_a_cache_that_cannot_be_written_costs_nothing_but_time(classifier, tmp_path, caplog):
-    (tmp_path / "file").touch()
-    compiled = compile_labels_once(classifier.model, classifier.tokenizer, LABELS, cache_dir=tmp_path / "file")
-    assert compiled.labels == tuple(LABELS) and "were not kept" in caplog.text

@@ -25,12 +25,13 @@ from ig_captioner import (
     IGCaptionerProcessor,
     IGCaptionerVisionModel,
     IGZeroShotImageClassificationPipeline,
-    label_trie,
+    compiled_labels,
     pipeline_ig_captioner,
     processing_ig_captioner,
 )
 from ig_captioner.compiled_labels import encode_for
 from ig_captioner.processing_ig_captioner import encode_texts
+from tiny import assert_clear_order
 
 
 TASK = "zero-shot-image-classification"
@@ -149,10 +150,11 @@ def test_batches_change_nothing_but_the_number_of_passes(classifier, photos, tem
         return encode(tokenizer, texts, *args, **kwargs)
 
     monkeypatch.setattr(classifier.model, "score", counted_score)
-    monkeypatch.setattr(label_trie, "encode_texts", counted_encode)
+    monkeypatch.setattr(compiled_labels, "encode_texts", counted_encode)
     arguments = {"candidate_labels": LABELS, "hypothesis_template": template, "return_log_likelihoods": True}
     singly = classifier(photos, batch_size=1, **arguments)
     assert passes == [1] * len(photos) and len(texts_read) == 1
+    assert_clear_order(torch.tensor([[entry["information_gain"] for entry in entries] for entries in singly]))
     for images in (photos, Photos(photos), (photo for photo in photos)):
         passes.clear(), texts_read.clear()
         batched = list(classifier(images, batch_size=8, **arguments))
@@ -315,7 +317,7 @@ def test_braces_in_labels_survive(classifier, photos, monkeypatch):
     texts_read = []
     encode = encode_texts
     monkeypatch.setattr(
-        label_trie,
+        compiled_labels,
         "encode_texts",
         lambda tok, texts, *args, **kw: texts_read.extend(texts) or encode(tok, texts, *args),
     )
@@ -584,6 +586,14 @@ def test_a_saved_pipeline_loads_in_a_clean_process_as_remote_code(classifier, ph
 
 def test_the_file_can_be_remote_code():
     path = pipeline_ig_captioner.__file__
-    own = ["configuration_ig_captioner", "label_trie", "processing_ig_captioner"]
+    own = ["compiled_labels", "configuration_ig_captioner", "information_gain", "processing_ig_captioner"]
     assert sorted(get_relative_imports(path)) == own
-    assert set(get_imports(path)) <= {"collections", "math", "numbers", "typing", "torch", "transformers"}
+    assert set(get_imports(path)) <= {
+        "collections",
+        "dataclasses",
+        "math",
+        "numbers",
+        "typing",
+        "torch",
+        "transformers",
+    }

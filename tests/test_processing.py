@@ -20,6 +20,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from ig_captioner import processing_ig_captioner
+from ig_captioner.input_rules import centre_box
 from ig_captioner.processing_ig_captioner import (
     IGCaptionerImageProcessor,
     IGCaptionerProcessor,
@@ -379,7 +380,7 @@ def test_auto_classes_load_a_saved_folder(processor, photo, tmp_path):
 
 def test_the_file_can_be_remote_code():
     path = processing_ig_captioner.__file__
-    assert get_relative_imports(path) == ["configuration_ig_captioner"]
+    assert sorted(get_relative_imports(path)) == ["configuration_ig_captioner", "input_rules"]
     assert set(get_imports(path)) <= {
         "base64",
         "collections",
@@ -392,3 +393,42 @@ def test_the_file_can_be_remote_code():
         "torch",
         "transformers",
     }
+
+
+# The part of a photo that is seen
+
+
+@pytest.mark.parametrize(
+    "height, width, size, crop_pct, box",
+    [
+        (20, 40, (10, 10), None, (0, 0, 40, 20)),
+        (20, 40, (10, 10), 1.0, (10, 0, 30, 20)),
+        (40, 20, (10, 10), 1.0, (0, 10, 20, 30)),
+        (40, 40, (10, 10), 0.5, (10, 10, 30, 30)),
+        (40, 40, (10, 20), 1.0, (0, 10, 40, 30)),
+        (1, 300, (10, 10), 0.875, (149, 0, 150, 1)),
+    ],
+)
+def test_centre_box(height, width, size, crop_pct, box):
+    assert centre_box(height, width, size, crop_pct) == box
+
+
+def test_crop_pct_keeps_proportions(tmp_path):
+    """A photo whose sides are red and blue: only its green centre is seen."""
+    photo = PIL.Image.new("RGB", (40, 20), "red")
+    photo.paste((0, 255, 0), (10, 0, 30, 20))
+    photo.paste((0, 0, 255), (30, 0, 40, 20))
+    for processor, is_green in ((IGCaptionerImageProcessor(), False), (IGCaptionerImageProcessor(crop_pct=1.0), True)):
+        processor.save_pretrained(tmp_path)
+        reloaded = IGCaptionerImageProcessor.from_pretrained(tmp_path)
+        assert reloaded.crop_pct == processor.crop_pct
+        pixels = reloaded(photo, return_tensors="pt")["pixel_values"][0]
+        assert bool((pixels[0] == -1).all() and (pixels[1] == 1).all()) is is_green
+    arrays = reloaded([np.asarray(photo)], crop_pct=None, return_tensors="pt")["pixel_values"][0]
+    assert bool((arrays[0] > 0).any())
+
+
+@pytest.mark.parametrize("crop_pct", (0.0, 1.5))
+def test_crop_pct_is_a_share(crop_pct):
+    with pytest.raises(ValueError, match=rf"crop_pct must lie in \(0, 1\], got {crop_pct}"):
+        IGCaptionerImageProcessor(crop_pct=crop_pct)(PIL.Image.new("RGB", (4, 4)))

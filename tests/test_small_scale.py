@@ -19,8 +19,11 @@ from benchmarks.small_scale.contrastive import clip_config
 from benchmarks.small_scale.evaluate import CLASS_NAMES, per_token
 from benchmarks.small_scale.long_tail import class_counts, write_long_tail
 from benchmarks.small_scale.plan import (
+    DESIGNS,
+    PRESENT_DESIGN,
     ablation_runs,
     comparison_runs,
+    design_runs,
     load_recipe,
     long_tail_runs,
     search_runs,
@@ -86,6 +89,18 @@ def test_the_best_held_out_rate_is_chosen():
         )
     ]
     assert command.choose_rates(searched) == {"a": 1.0, "b": 0.5}
+
+
+def test_designs_run_with_equal_samples_and_with_equal_cpu_time(tmp_path):
+    recipe = load_recipe(RECIPES / "cpu.yaml")
+    costs = {name: 1.0 if name == PRESENT_DESIGN else 0.5 for name in DESIGNS}
+    runs = design_runs(recipe, costs)
+    assert len({run.name for run in runs}) == len(runs) == len(recipe.seeds) * (2 * len(DESIGNS) - 1)
+    samples = recipe.train["max_samples"]
+    for run in runs:
+        config = training_config(run, recipe, tmp_path / run.name, tmp_path / "tok", tmp_path / "tail.tar", "data")
+        assert config.max_samples == (2 * samples if "equal CPU time" in run.arm else samples)
+        assert config.model["text_config"]["num_hidden_layers"] == 6
 
 
 # Data

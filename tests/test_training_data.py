@@ -22,10 +22,12 @@ from ig_captioner.data.shards import (
     make_encoder,
     read_samples,
     read_shard,
+    shrink,
 )
 from training.augmentation import ImageSettings, augment, normalise, random_box, reflect_border
+from training.build import image_settings
 from training.config import AugmentationConfig, DataConfig, SourceConfig
-from training.data import DrawSampler, load_training_data, pad_labels, split_by_length
+from training.data import DrawSampler, Share, load_training_data, pad_labels, split_by_length
 from training.mixtures import CachedMixture, CachedSource, mixture_order
 from training.train_tokenizer import train_tokenizer
 
@@ -61,9 +63,9 @@ def tokenizer():
     return train_tokenizer(CAPTIONS, vocab_size=300)
 
 
-def load(config, tokenizer, root, **arguments):
-    arguments = {"batch_size": 4, "seed": 0, **arguments}
-    return load_training_data(config, tokenizer, SETTINGS, data_root=str(root), **arguments)
+def load(config, tokenizer, root, batch_size=4, process=0, processes=1, position=None):
+    share = Share(batch_size, process, processes)
+    return load_training_data(config, tokenizer, SETTINGS, share, data_root=str(root), seed=0, position=position)
 
 
 def take(loader, count):
@@ -319,6 +321,13 @@ def test_streams_of_two_processes_share_out_the_shards(tmp_path, tokenizer):
     assert seen[0] | seen[1] == set(range(20)) and not seen[0] & seen[1]
 
 
+def test_shrunk_images_may_keep_their_proportions():
+    image = Image.new("RGB", (300, 100))
+    assert shrink(image, 50).size == (50, 50)
+    assert shrink(image, 50, keep_proportions=True).size == (150, 50)
+    assert shrink(image, 100, keep_proportions=True) is image
+
+
 # Augmentation
 
 
@@ -328,10 +337,26 @@ def test_no_augmentation_is_the_plain_resize():
     assert (result == np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC))).all()
 
 
+def test_no_augmentation_is_the_image_processor():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    processor = IGCaptionerImageProcessor(size={"height": 16, "width": 12}, crop_pct=0.8, image_mean=[0.4, 0.5, 0.6])
+    settings = image_settings(processor)
+    view = augment(image, AugmentationConfig(), settings, np.random.default_rng(0))
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(normalise(np.stack([view]), settings), expected, atol=2 / 255 / 0.5, rtol=0)
+
+
+def test_a_crop_of_the_centre_is_what_is_augmented():
+    settings = ImageSettings((16, 16), crop_pct=1.0)
+    assert settings.box(40, 20) == (10, 0, 30, 20)
+    left, _, right, _ = random_box(settings.box(40, 20), AugmentationConfig(), np.random.default_rng(0))
+    assert (left, right) == (10, 30)
+
+
 def test_crops_stay_inside_and_have_the_size_asked_for():
-    rng = np.random.default_rng(0)
+    rng, config = np.random.default_rng(0), AugmentationConfig(scale=(0.3, 0.6), ratio=(0.8, 1.25))
     for _ in range(200):
-        left, top, right, bottom = random_box(40, 20, AugmentationConfig(scale=(0.3, 0.6), ratio=(0.8, 1.25)), rng)
+        left, top, right, bottom = random_box((0, 0, 40, 20), config, rng)
         assert left >= 0 and top >= 0 and right <= 40 + 1e-9 and bottom <= 20 + 1e-9
         assert 0.29 <= (right - left) * (bottom - top) / 800 <= 0.61
 

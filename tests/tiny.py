@@ -14,6 +14,7 @@ VARIANTS = {
     "prefix_rotary": {"num_text_only_layers": 0, "position_embedding": "rotary", "norm": "rmsnorm", "gated_mlp": True},
     "cross": {"fusion": "cross_attention", "num_text_only_layers": 0, "head_bias": True, "attention_bias": False},
     "cross_rotary": {"fusion": "cross_attention", "num_text_only_layers": 2, "position_embedding": "rotary"},
+    "factorised": {"num_text_only_layers": 2, "embedding_size": 10},
 }
 
 
@@ -80,3 +81,9 @@ def naive_scores(model, images: torch.Tensor | None, texts: list[list[int]]) -> 
         return torch.tensor([sum(naive_log_likelihoods(model, None, text)) for text in texts])
     pairs = itertools.product(images, texts)
     return torch.tensor([sum(naive_log_likelihoods(model, *pair)) for pair in pairs]).view(len(images), len(texts))
+
+
+def assert_clear_order(scores: torch.Tensor, tolerance: float = 1e-4) -> None:
+    """Fails if two scores of a row are closer than `tolerance`: rounding, which differs by machine, would rank them."""
+    closest = scores.sort(dim=-1).values.diff(dim=-1).min().item()
+    assert closest > tolerance, f"two scores differ by {closest:.1e} only"

@@ -10,28 +10,39 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ig_captioner.input_rules import centre_box
+
 from .config import AugmentationConfig
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What the model's image processor does: size (height, width) in pixels, PIL's resampling filter, and the mean and
-    standard deviation of each channel, of values in [0, 1]."""
+    """What the model's image processor does: size (height, width) in pixels, PIL's resampling filter, the mean and
+    standard deviation of each channel, of values in [0, 1], and `crop_pct`."""
 
     size: tuple[int, int]
     resample: int = Image.Resampling.BICUBIC
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    crop_pct: float | None = None
+
+    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """The part (left, top, right, bottom) of an image that is resized, in pixels."""
+        return centre_box(height, width, self.size, self.crop_pct)
 
 
-def random_box(width: int, height: int, config: AugmentationConfig, rng: np.random.Generator) -> tuple[float, ...]:
-    """A crop (left, top, right, bottom) in pixels; with `shift` it may reach over the border."""
+def random_box(
+    box: tuple[float, float, float, float], config: AugmentationConfig, rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """A crop (left, top, right, bottom) of `box`, in pixels; with `shift` it may reach over the border of `box`."""
+    left, top, right, bottom = box
+    width, height = right - left, bottom - top
     scale = rng.uniform(*config.scale)
     ratio = math.exp(rng.uniform(math.log(config.ratio[0]), math.log(config.ratio[1])))
     box_width = min(1.0, math.sqrt(scale * ratio)) * width
     box_height = min(1.0, math.sqrt(scale / ratio)) * height
-    left = rng.uniform(0, width - box_width) + rng.uniform(-config.shift, config.shift) * width
-    top = rng.uniform(0, height - box_height) + rng.uniform(-config.shift, config.shift) * height
+    left += rng.uniform(0, width - box_width) + rng.uniform(-config.shift, config.shift) * width
+    top += rng.uniform(0, height - box_height) + rng.uniform(-config.shift, config.shift) * height
     return left, top, left + box_width, top + box_height
 
 
@@ -51,7 +62,7 @@ def augment(
 ) -> np.ndarray:
     """Random view of an image, or of uint8 [H, W, 3], resized to `settings.size`."""
     width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-    box = random_box(width, height, config, rng)
+    box = random_box(settings.box(width, height), config, rng)
     if config.shift:
         image, box = reflect_border(np.asarray(image), box)
     view = resize(image, settings, box)
@@ -68,10 +79,10 @@ def augment(
 def resize(
     image: np.ndarray | Image.Image, settings: ImageSettings, box: tuple[float, ...] | None = None
 ) -> Image.Image:
-    """Resizes (a box of) an image straight to the model's size, as its image processor does."""
-    height, width = settings.size
+    """Resizes an image, or a box of it, to the model's size, as its image processor does."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    return image.resize((width, height), settings.resample, box=box)
+    height, width = settings.size
+    return image.resize((width, height), settings.resample, box=box or settings.box(*image.size))
 
 
 def normalise(images: np.ndarray, settings: ImageSettings) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import fnmatch
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ig_captioner.configuration_ig_captioner import (
     IGCaptionerConfig,
@@ -18,7 +19,7 @@ from ig_captioner.modeling_ig_captioner import IGCaptionerForConditionalGenerati
 from ig_captioner.processing_ig_captioner import IGCaptionerImageProcessor, IGCaptionerProcessor
 
 from .augmentation import ImageSettings
-from .config import TrainConfig
+from .config import TrainConfig, UsageError, flatten, set_nested
 
 
 # What a run may change of a model that it starts from.
@@ -32,19 +33,47 @@ OBJECTIVE_FIELDS = (
 )
 
 
+def load_tokenizer(config: TrainConfig, checkpoint: Path | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a run.
+
+    Raises:
+        UsageError: there is none, or it has other tokens than the one that the checkpoint was trained with.
+    """
+    if not config.tokenizer:
+        raise UsageError("tokenizer is not set: name a folder that `python -m training.train_tokenizer` has written")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"tokenizer {config.tokenizer!r} cannot be loaded: {reason}") from error
+    if checkpoint and AutoTokenizer.from_pretrained(checkpoint / "model").get_vocab() != tokenizer.get_vocab():
+        raise UsageError(f"tokenizer {config.tokenizer!r} has other tokens than the one of {checkpoint}")
+    return tokenizer
+
+
 def build_model(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None = None
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path | None = None,
+    changed: Sequence[str] = (),
 ) -> IGCaptionerForConditionalGeneration:
     """From a run's checkpoint, from `init_from`, or with random weights; parameters in float32.
 
+    Args:
+        changed: dotted keys of settings that are other than when the checkpoint was written.
+
     Raises:
-        ValueError: for a `model` section that does not fit the tokenizer, the captions, or what `init_from` has fixed.
+        UsageError: for a `model` section that does not fit the tokenizer, the captions, or what `init_from` has fixed.
     """
     source: Path | str | None = checkpoint / "model" if checkpoint else config.init_from
     if source:
-        changes = {} if checkpoint else objective_of(config.model, IGCaptionerConfig.from_pretrained(source))
+        model_config = IGCaptionerConfig.from_pretrained(source)
+        if checkpoint:
+            model_config = apply_changes(model_config, config, changed)
+        else:
+            model_config = checked_config(model_config.to_dict() | objective_of(config.model, model_config))
         model = IGCaptionerForConditionalGeneration.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=config.attn_implementation, **changes
+            source, config=model_config, dtype=torch.float32, attn_implementation=config.attn_implementation
         )
     else:
         model_config = build_model_config(config.model, tokenizer)
@@ -53,9 +82,9 @@ def build_model(
         )
     longest = model.config.text_config.max_position_embeddings
     if config.data.max_length > longest:
-        raise ValueError(f"data.max_length {config.data.max_length} is more than the model's {longest} positions")
+        raise UsageError(f"data.max_length {config.data.max_length} is more than the model's {longest} positions")
     if len(tokenizer) > model.config.text_config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.text_config.vocab_size}")
+        raise UsageError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.text_config.vocab_size}")
     freeze(model, config.freeze)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -63,7 +92,7 @@ def build_model(
 
 
 def objective_of(values: dict[str, Any], config: IGCaptionerConfig) -> dict[str, Any]:
-    """The part of a `model` section that may change what `init_from` says; raises ValueError if another part would."""
+    """The part of a `model` section that may change what `init_from` says; raises UsageError if another part would."""
     for name, value in values.items():
         if name not in OBJECTIVE_FIELDS:
             has = getattr(config, name, None)
@@ -71,25 +100,48 @@ def objective_of(values: dict[str, Any], config: IGCaptionerConfig) -> dict[str,
             for field, wanted in fields.items():
                 found = getattr(has, field, None) if isinstance(value, dict) else has
                 if found != wanted:
-                    raise ValueError(f"model.{name}: {field} is {wanted!r}, but the model of init_from has {found!r}")
+                    raise UsageError(f"model.{name}: {field} is {wanted!r}, but the model of init_from has {found!r}")
     return {name: value for name, value in values.items() if name in OBJECTIVE_FIELDS}
+
+
+def apply_changes(saved: IGCaptionerConfig, config: TrainConfig, changed: Sequence[str]) -> IGCaptionerConfig:
+    """The configuration of a checkpoint's model with the `model.*` settings that have changed.
+
+    One that is no longer given gets the value that a new run would start with.
+    """
+    keys = [key.removeprefix("model.") for key in changed if key.startswith("model.")]
+    if not keys:
+        return saved
+    fresh = IGCaptionerConfig.from_pretrained(config.init_from) if config.init_from else IGCaptionerConfig()
+    given, defaults, values = flatten(config.model), flatten(fresh.to_dict()), saved.to_dict()
+    for key in keys:
+        set_nested(values, key, given.get(key, defaults.get(key)))
+    return checked_config(values)
+
+
+def checked_config(values: dict[str, Any]) -> IGCaptionerConfig:
+    """The model's configuration. Raises UsageError with the reason where it refuses a value."""
+    try:
+        return IGCaptionerConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model: {' '.join(str(error).split())}") from error
 
 
 def freeze(model: torch.nn.Module, patterns: list[str]) -> None:
     """Takes the parameters whose names match a pattern out of training.
 
     Raises:
-        ValueError: a pattern matches no parameter, or nothing is left to train.
+        UsageError: a pattern matches no parameter, or nothing is left to train.
     """
     parameters = dict(model.named_parameters())
     for pattern in patterns:
         names = fnmatch.filter(parameters, pattern)
         if not names:
-            raise ValueError(f"freeze: no parameter matches {pattern!r}; names are like {', '.join([*parameters][:3])}")
+            raise UsageError(f"freeze: no parameter matches {pattern!r}; names are like {', '.join([*parameters][:3])}")
         for name in names:
             parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ValueError(f"freeze: {patterns} leave nothing to train")
+        raise UsageError(f"freeze: {patterns} leave nothing to train")
 
 
 def build_model_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> IGCaptionerConfig:
@@ -101,7 +153,7 @@ def build_model_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBas
         known = {item.name for item in dataclasses.fields(config_class)}
         for key in keys:
             if key not in known:
-                raise ValueError(f"unknown key {prefix}.{key}; {config_class.__name__} has {', '.join(sorted(known))}")
+                raise UsageError(f"unknown key {prefix}.{key}; {config_class.__name__} has {', '.join(sorted(known))}")
     text = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -110,17 +162,22 @@ def build_model_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBas
         "mask_token_id": tokenizer.mask_token_id,
         **(values.get("text_config") or {}),
     }
-    return IGCaptionerConfig(**{**values, "text_config": text})
+    return checked_config({**values, "text_config": text})
 
 
 def build_processor(
-    config: TrainConfig, model_config: IGCaptionerConfig, tokenizer: PreTrainedTokenizerBase
+    config: TrainConfig,
+    model_config: IGCaptionerConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path | None = None,
 ) -> IGCaptionerProcessor:
-    """The image processor of `init_from`, whose encoder expects its pixel statistics, or the default one."""
+    """The image processor of the checkpoint or of `init_from`, whose encoder expects its pixel statistics, or the
+    default one."""
     height, width = as_height_width(model_config.vision_config.image_size, "image_size")
     size = {"height": height, "width": width}
-    if config.init_from:
-        return IGCaptionerProcessor(IGCaptionerImageProcessor.from_pretrained(config.init_from, size=size), tokenizer)
+    source = checkpoint / "model" if checkpoint else config.init_from
+    if source:
+        return IGCaptionerProcessor(IGCaptionerImageProcessor.from_pretrained(source, size=size), tokenizer)
     return IGCaptionerProcessor(IGCaptionerImageProcessor(size=size), tokenizer)
 
 
@@ -128,4 +185,4 @@ def image_settings(image_processor: IGCaptionerImageProcessor) -> ImageSettings:
     """What an image processor does, for images that are not to go through it one by one."""
     size = (image_processor.size["height"], image_processor.size["width"])
     statistics = tuple(image_processor.image_mean), tuple(image_processor.image_std)
-    return ImageSettings(size, image_processor.resample, *statistics)
+    return ImageSettings(size, image_processor.resample, *statistics, image_processor.crop_pct)

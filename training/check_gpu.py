@@ -10,10 +10,12 @@ checkpointing: the losses must agree. Then the model of configs/b16.yaml takes a
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ SHARDED = (
 )
 EXACT: dict[str, Any] = {"mixed_precision": "no", "log_every_steps": 1, "checkpoint_steps": 100}
 EXACT |= {"model__text_config__dropout": 0, "model__parallel_prediction_prob": 0, "optimizer__warmup_fraction": 0}
+CONSTANT = {"optimizer__schedule": "constant"}  # does not depend on the number of steps, which a resumed run changes
 TOLERANCE = 1e-3  # relative; kernels add in other orders
 TRAINED = ("step", "loss", "information_gain", "images_per_second", "tokens_per_second", "mfu", "peak_memory_gib")
 
@@ -51,25 +54,29 @@ def run(launcher: tuple[str, ...], config: Path, output_dir: Path, **options: An
 
 
 def check_tiny(folder: Path) -> list[dict[str, Any]]:
-    """Runs that must have the losses of the plain one, step by step."""
+    """Runs that must have the losses of the plain one, step by step; several at a time, as far as cores allow."""
     config = make_workspace(folder, "cached", 8, 0, "adamw")
-    expected = run(PLAIN, config, folder / "plain", **EXACT)
     variants: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "fsdp2": (SHARDED, {}),
-        "fsdp2_resumed": (SHARDED, {"optimizer__schedule": "constant"}),
+        "fsdp2_resumed": (SHARDED, CONSTANT),
         "gradient_checkpointing": (PLAIN, {"gradient_checkpointing": True}),
         "fsdp2_gradient_checkpointing": (SHARDED, {"gradient_checkpointing": True}),
         "compile": (PLAIN, {"compile": True}),
     }
-    results = []
-    for name, (launcher, options) in variants.items():
-        if name == "fsdp2_resumed":  # the schedule must not depend on the number of steps
+
+    def train(name: str) -> list[dict[str, Any]]:
+        launcher, options = variants.get(name, (PLAIN, CONSTANT if name == "plain_constant" else {}))
+        if name == "fsdp2_resumed":
             run(launcher, config, folder / name, **EXACT, **options, max_steps=4)
-            reference = run(PLAIN, config, folder / "constant", **EXACT, **options)
-        else:
-            reference = expected
-        agree = same_losses(run(launcher, config, folder / name, **EXACT, **options), reference)
-        results.append({"name": name, "same_losses": agree})
+        return run(launcher, config, folder / name, **EXACT, **options)
+
+    names = ["plain", "plain_constant", *variants]
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        logs = dict(zip(names, pool.map(train, names), strict=True))
+    results = []
+    for name in variants:
+        reference = logs["plain_constant" if name == "fsdp2_resumed" else "plain"]
+        results.append({"name": name, "same_losses": same_losses(logs[name], reference)})
         print(json.dumps(results[-1]), flush=True)
     return results
 
@@ -94,7 +101,7 @@ def check_b16(folder: Path) -> list[dict[str, Any]]:
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
     options = {"data_root": folder, "tokenizer": folder / "tokenizer", "batch_size": 256, "micro_batches": 1}
-    options |= {"max_steps": 60, "log_every_steps": 20, "checkpoint_minutes": 0, "data__cache_in_memory": True}
+    options |= {"max_steps": 30, "log_every_steps": 10, "checkpoint_minutes": 0, "data__cache_in_memory": True}
     options |= {"data__cache_size": 224, "data__sources__laion__shards": "noise.tar", "data__pad_to_multiple_of": 64}
     options |= {"data__num_workers": 8}
     results = []

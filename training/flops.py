@@ -61,17 +61,20 @@ def decoder_flops(config: IGCaptionerConfig, length: int) -> int:
         reading = fusion_layers * 4 * tokens * text.encoder_hidden_size * size
         cross_attention = 4 * length * size**2 + 4 * length * tokens * size
         conditional = fusion_layers * (block_flops(text, length) + cross_attention)
-    total = reading + text_only + conditional
+    embedding = head = 0
+    if text.embedding_size is not None:
+        embedding = head = 2 * length * text.embedding_size * size
+    total = reading + embedding + text_only + conditional + head
     if config.unconditional_weight > 0:
-        total += fusion_layers * block_flops(text, length)
-        total += text_only if config.parallel_prediction_prob > 0 else 0
+        total += fusion_layers * block_flops(text, length) + head
+        total += embedding + text_only if config.parallel_prediction_prob > 0 else 0
     return total
 
 
 def head_flops(config: IGCaptionerConfig, tokens: int) -> int:
     """The forward pass of the head over so many tokens, with and without the image."""
     paths = 2 if config.unconditional_weight > 0 else 1
-    return paths * 2 * tokens * config.text_config.hidden_size * config.text_config.vocab_size
+    return paths * 2 * tokens * config.text_config.embedding_width * config.text_config.vocab_size
 
 
 def training_flops(

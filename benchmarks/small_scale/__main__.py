@@ -18,12 +18,22 @@ from training.train_tokenizer import read_all_captions, train_tokenizer
 from .evaluate import CLASS_NAMES, TRAIN_SHARDS
 from .long_tail import write_long_tail
 from .pictures import draw_comparison, draw_long_tail
-from .plan import LONG_TAIL_SHARD, Recipe, Run, ablation_runs, comparison_runs, load_recipe, long_tail_runs, search_runs
-from .report import ablations, comparison, long_tail, write_report
+from .plan import (
+    LONG_TAIL_SHARD,
+    Recipe,
+    Run,
+    ablation_runs,
+    comparison_runs,
+    design_runs,
+    load_recipe,
+    long_tail_runs,
+    search_runs,
+)
+from .report import ablations, comparison, designs, long_tail, write_report
 
 
 HERE = Path(__file__).parent
-EXPERIMENTS = ("comparison", "long_tail", "ablations")
+EXPERIMENTS = ("comparison", "long_tail", "ablations", "designs")
 
 
 class Workshop:
@@ -51,6 +61,15 @@ class Workshop:
         if not self.long_tail.is_file():
             cifar10 = find_shards([TRAIN_SHARDS["cifar10"]], self.options.data_root)
             write_long_tail(cifar10, self.long_tail, CLASS_NAMES, self.recipe.long_tail_ratio, self.holdout)
+
+    def design_costs(self) -> dict[str, float]:
+        """CPU seconds of a training step of each design; measured once."""
+        path = self.folder / "design_costs.json"
+        if not path.is_file():
+            command = [sys.executable, "-m", "benchmarks.small_scale.design_costs", str(self.options.recipe), str(path)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            subprocess.run(command, env=environment, check=True)
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def run_all(self, runs: list[Run]) -> list[dict[str, Any]]:
         """The metrics of each. Raises RuntimeError, once all have ended, naming the log of one that failed."""
@@ -114,6 +133,10 @@ def main(arguments: list[str] | None = None) -> None:
         unchanged = [each for each in compared if each["run"]["seed"] in seeds and each["run"]["arm"] != "CLIP"]
         all_runs = unchanged + workshop.run_all(ablation_runs(recipe, rates, seeds))
         write_report(folder, "ablations", ablations(all_runs), all_runs, command)
+    if "designs" in options.experiments:
+        costs = workshop.design_costs()
+        designed = workshop.run_all(design_runs(recipe, costs))
+        write_report(folder, "designs", designs(designed, costs), designed, command)
 
 
 def describe_command(options: argparse.Namespace) -> str:

@@ -20,10 +20,10 @@ from ig_captioner.data.shards import (
     Skipped,
     find_shards,
     first_by_hash,
+    image_of,
     is_held_out,
     read_captions,
     read_decoded,
-    read_image,
     read_shard,
 )
 from ig_captioner.evaluation.contrastive import ContrastiveModel
@@ -66,7 +66,7 @@ def load_test_data(data_root: str, holdout: float, test_captions: int, reference
     decode_class = labelled_decoder(label_from_field(CLASS_NAMES))
 
     def decode_caption(key: str, files: dict[str, bytes]) -> tuple[Image.Image, str]:
-        return read_image(files), read_captions(files)[0]
+        return image_of(files), read_captions(files)[0]
 
     def read(shards: str, decode: Any, keep: Callable[[str], bool]) -> TestSet:
         items = read_decoded(find_shards([shards], data_root), decode, keep=keep)

@@ -5,16 +5,19 @@
   searched before with the same budget; the other captioners take that of the IG captioner.
 - `long_tail`: captioner and IG captioner on CIFAR-10 with classes as uneven as 100:1, tested on even ones.
 - `ablations`: the IG captioner with one thing changed.
+- `designs`: decoders whose trie nodes cost less: fewer layers that see the image, a narrower embedding and head; at
+  equal samples, and at equal CPU time of training.
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
+from pydantic.dataclasses import dataclass
 
-from training.config import TrainConfig, from_dict, set_nested, validate
+from training.config import STRICT, TrainConfig, from_dict, set_nested, validate
 
 
 CAPTIONER = {"model.conditional_weight": 1.0, "model.unconditional_weight": 0.0}
@@ -33,10 +36,30 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "cross-attention": {**IG_CAPTIONER, "model.text_config.fusion": "cross_attention"},
     "loss per text": {**IG_CAPTIONER, "model.loss_reduction": "sequence"},
 }
+# Six layers of width 256, of which so many see the image; "full" is an embedding of the decoder's width.
+DECODER = {
+    **IG_CAPTIONER,
+    "model.text_config.hidden_size": 256,
+    "model.text_config.intermediate_size": 1024,
+    "model.text_config.num_hidden_layers": 6,
+}
+
+
+def decoder_changes(fusion_layers: int, embedding_size: int | None) -> dict[str, Any]:
+    changes = {**DECODER, "model.text_config.num_text_only_layers": 6 - fusion_layers}
+    return changes if embedding_size is None else changes | {"model.text_config.embedding_size": embedding_size}
+
+
+PRESENT_DESIGN = "3 fusion layers, full"
+DESIGNS: dict[str, dict[str, Any]] = {
+    f"{layers} fusion layer{'s' if layers > 1 else ''}, {size or 'full'}": decoder_changes(layers, size)
+    for layers, size in ((3, None), (2, None), (1, None), (3, 128), (3, 64), (1, 128), (1, 64))
+}
+SAME_TIME = ", equal CPU time"
 LONG_TAIL_SHARD = "cifar10-long-tail.tar"
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Recipe:
     """What all runs share."""
 
@@ -69,7 +92,7 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         words = [self.data, self.arm, f"lr{self.rate_factor:g}", f"seed{self.seed}"]
-        return "-".join(word.replace(" ", "_").replace(":", "_") for word in words)
+        return "-".join(word.replace(",", "").replace(" ", "_").replace(":", "_") for word in words)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -100,6 +123,23 @@ def long_tail_runs(recipe: Recipe) -> list[Run]:
     """With the recipe's own learning rate: it is searched on other data."""
     arms = ("IG captioner", "captioner")
     return [Run(arm, "captioner", "long_tail", ARMS[arm], seed) for arm in arms for seed in recipe.seeds]
+
+
+def design_runs(recipe: Recipe, cpu_seconds: dict[str, float]) -> list[Run]:
+    """Every design with the recipe's samples, and the cheaper ones with as many as take the present design's CPU time.
+
+    Args:
+        cpu_seconds: of a training step of each design.
+    """
+    runs = []
+    for seed in recipe.seeds:
+        for name, changes in DESIGNS.items():
+            runs.append(Run(name, "captioner", "mixture", changes, seed))
+            if cpu_seconds[name] < 0.95 * cpu_seconds[PRESENT_DESIGN]:
+                samples = round(recipe.train["max_samples"] * cpu_seconds[PRESENT_DESIGN] / cpu_seconds[name])
+                same_time = {**changes, "max_samples": samples}
+                runs.append(Run(f"{name}{SAME_TIME}", "captioner", "mixture", same_time, seed))
+    return runs
 
 
 def make_run(arm: str, seed: int, rate_factor: float) -> Run:

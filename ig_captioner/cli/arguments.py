@@ -105,7 +105,8 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
     quoting = "quote a label of several words"
     parser.add_argument("--labels", nargs="+", action="extend", default=[], metavar="LABEL", help=quoting)
     known = "a text file with a line each, or the name of a data set whose names are in the package, such as imagenet"
-    parser.add_argument("--labels-file", metavar="FILE_OR_NAME", help=f"more labels: {known}")
+    compiled = "; classify also takes a folder of ig-captioner compile-labels, in place of labels and templates"
+    parser.add_argument("--labels-file", metavar="FILE_OR_NAME", help=f"more labels: {known}{compiled}")
     template = "text with {} for the label (default: the checkpoint's own); several are averaged"
     parser.add_argument("--template", nargs="+", action="extend", default=[], metavar="TEMPLATE", help=template)
     parser.add_argument("--templates-file", metavar="FILE_OR_NAME", help="more templates, as for --labels-file")

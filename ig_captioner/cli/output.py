@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import sys
+import threading
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ HEADS = {
     "information_gain": "IG",
 }
 NONE_OF_THESE = "(none of these)"
+SLOW = 3.0  # seconds
 LONGEST_MESSAGE = 1000  # characters
 
 Row = dict[str, Any]
@@ -176,6 +178,18 @@ def progress(items: Sequence[T], unit: str, streams: bool) -> Iterable[T]:
 
     hidden = not sys.stderr.isatty() or (streams and sys.stdout.isatty())
     return tqdm(items, unit=unit, delay=1, leave=False, dynamic_ncols=True, disable=hidden)
+
+
+@contextmanager
+def note_if_slow(message: str) -> Iterator[None]:
+    """Prints a line on stderr if what is inside takes more than `SLOW` seconds."""
+    timer = threading.Timer(SLOW, lambda: print(f"ig-captioner: {message}", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

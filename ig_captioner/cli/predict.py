@@ -28,12 +28,15 @@ from .arguments import (
     read_texts,
     threshold,
 )
-from .output import Results, Row, check_finite, table, terminal_columns
+from .output import Results, Row, check_finite, note_if_slow, table, terminal_columns
 
 
 TASK = "zero-shot-image-classification"
 MOST_BEAMS = 64
 WIDEST_NAME = 30  # columns that a matrix leaves to names of photos, at most
+LABELS_ARE_COMPILED = (
+    "compiling the labels; `ig-captioner compile-labels DIR ...` does it once, and --labels-file DIR takes the result"
+)
 SCORE_FIELDS = ("caption_log_likelihood", "prior_log_likelihood", "information_gain")
 PREDICTION_FIELDS = ("label", "score", *SCORE_FIELDS)
 
@@ -45,7 +48,7 @@ examples:
   ig-captioner classify cat.jpg --labels cat dog --template "a photo of a {}." "a drawing of a {}."
   ig-captioner classify cat.jpg --labels cat dog --prior-weight 0    # by likelihood alone
   ig-captioner classify *.jpg --labels cat dog --abstain-below 0     # "none of these" where no text gains
-  ig-captioner classify photos/ --compiled-labels my-labels          # from ig-captioner compile-labels
+  ig-captioner classify photos/ --labels-file my-labels/             # from ig-captioner compile-labels
   ig-captioner classify *.jpg --labels cat dog --format jsonl | jq -r '.predictions[0].label'
 
 Photos come first: everything behind --labels, up to the next option, is a label.
@@ -85,7 +88,7 @@ def add_classify(commands) -> None:
     parser = add_command(commands, classify, f"PHOTO... {labels}", summary, CLASSIFY_EXAMPLES, MODEL_HELP)
     add_photos(parser, labels)
     add_labels(parser)
-    compiled = "folder of ig-captioner compile-labels, in place of labels and templates"
+    compiled = "folder of ig-captioner compile-labels, as --labels-file takes it, too"
     parser.add_argument("--compiled-labels", type=Path, metavar="DIR", help=compiled)
     add_prior_weight(parser)
     parser.add_argument("--top-k", type=positive_integer, metavar="K", help="show the best K labels (default: all)")
@@ -154,22 +157,19 @@ def classify(arguments: argparse.Namespace) -> int:
     labels, templates = _read_candidates(arguments)
     photos = Photos(arguments.photos, streams=True)
     classifier = _load_classifier(arguments)
-    if arguments.labels_file is not None:  # many, as a rule, and the same in the next run
-        from ..label_cache import compile_labels_once
-
-        labels = compile_labels_once(classifier.model, classifier.tokenizer, labels, templates)
     weight = _prior_weight(arguments, classifier.model)
-    predictions = classifier(
-        (photo for photo in photos),
-        candidate_labels=labels,
-        hypothesis_template=templates,
-        prior_weight=weight,
-        top_k=arguments.top_k,
-        multi_label=arguments.multi_label,
-        abstain_threshold=arguments.abstain_below,
-        batch_size=arguments.batch_size,
-        return_log_likelihoods=True,
-    )
+    with note_if_slow(LABELS_ARE_COMPILED):
+        predictions = classifier(
+            (photo for photo in photos),
+            candidate_labels=labels,
+            hypothesis_template=templates,
+            prior_weight=weight,
+            top_k=arguments.top_k,
+            multi_label=arguments.multi_label,
+            abstain_threshold=arguments.abstain_below,
+            batch_size=arguments.batch_size,
+            return_log_likelihoods=True,
+        )
     note = f"{_formula(weight)}; score: {_score_note(arguments, classifier.model.config)}"
     results = Results(arguments.format, "image", "predictions", note)
     for index, entries in enumerate(predictions):
@@ -262,14 +262,19 @@ def _read_candidates(arguments: argparse.Namespace):
     """Labels, which may be compiled, and templates, or None for those of the checkpoint or the compiled labels."""
     from ..compiled_labels import CompiledLabels
 
-    if arguments.compiled_labels is None:
+    folder, source = arguments.compiled_labels, "compiled_labels"
+    if folder is None and arguments.labels_file is not None and Path(arguments.labels_file).is_dir():
+        folder, source = arguments.labels_file, "labels_file"
+    if folder is None:
         return read_labels(arguments)
     for name in ("labels", "labels_file", "template", "templates_file"):
-        if getattr(arguments, name):
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(f"--compiled-labels brings its labels and templates, but {option} is given, too")
-    compiled = CompiledLabels.load(arguments.compiled_labels)
-    return compiled, None
+        if name != source and getattr(arguments, name):
+            raise UsageError(f"{_option(source)} brings its labels and templates, but {_option(name)} is given, too")
+    return CompiledLabels.load(folder), None
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _load(model_class, arguments: argparse.Namespace):
@@ -341,7 +346,7 @@ def _figures(arguments: argparse.Namespace, model, processor, photos: Photos, te
 
     from ..compiled_labels import encode_for
 
-    compiled = model.compile_texts(**encode_for(model, processor.tokenizer, texts))
+    compiled = model.compile_texts(**encode_for(model, processor.tokenizer, texts), with_fingerprint=False)
     weight = _prior_weight(arguments, model)
     for pixel_values in _batches_of_pixels(model, processor, photos, arguments.batch_size):
         with torch.no_grad():

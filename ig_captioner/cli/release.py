@@ -19,7 +19,7 @@ COMPILE_LABELS_EXAMPLES = """\
 examples:
   ig-captioner compile-labels my-labels --labels-file names.txt --template "a photo of a {}." "a drawing of a {}."
   ig-captioner compile-labels imagenet-labels --labels-file imagenet --templates-file imagenet
-  ig-captioner classify photos/ --compiled-labels imagenet-labels --top-k 5
+  ig-captioner classify photos/ --labels-file imagenet-labels --top-k 5
 """
 RELEASE_EXAMPLES = """\
 examples:
@@ -98,7 +98,7 @@ def info(arguments: argparse.Namespace) -> int:
 
 
 def compile_labels(arguments: argparse.Namespace) -> int:
-    """Writes compiled labels, for `classify --compiled-labels` and `CompiledLabels.load`."""
+    """Writes compiled labels, for `classify --labels-file` and `CompiledLabels.load`."""
     from .. import IGCaptionerForZeroShotImageClassification
     from ..checkpoint import load_on_device, load_processor
     from ..compiled_labels import compile_labels

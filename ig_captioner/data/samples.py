@@ -28,9 +28,9 @@ from .shards import (
     decode_item,
     find_shards,
     first_by_hash,
+    image_of,
     is_held_out,
     read_captions,
-    read_image,
     read_metadata,
     read_shard,
 )
@@ -192,11 +192,11 @@ def labelled_decoder(find_label: FindLabel) -> Callable[[str, dict[str, bytes]],
             label = find_label(files)
         except ValueError as error:
             raise ValueError(f"sample {key!r}: {error}") from error
-        return read_image(files), label
+        return image_of(files), label
 
     return decode
 
 
 def captioned(key: str, files: dict[str, bytes]):
     """The image and the captions of a sample, for `Samples`."""
-    return read_image(files), read_captions(files)
+    return image_of(files), read_captions(files)

@@ -1,7 +1,7 @@
 """WebDataset shards to decoded samples, for training and evaluation.
 
-A shard is a `.tar` or `.tar.gz`, a local file or a URL (see `remote`), whose consecutive members
-`key.jpg|jpeg|png|webp`, `key.txt` and `key.json` form a sample. Its captions are the `captions` of the JSON where there
+A shard is a `.tar` or `.tar.gz`, a local file or a URL (see `remote`), whose consecutive members `key.jpg` (or another
+of `IMAGE_EXTENSIONS`), `key.txt` and `key.json` form a sample. Its captions are the `captions` of the JSON where there
 are any, else the text file.
 
 A broken sample is skipped, never fatal: it comes out as `Skipped(key, reason)`, and is logged, and so is the rest of a
@@ -26,18 +26,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ..processing_ig_captioner import gives_scored_form, to_rgb
+from ..input_rules import IMAGE_EXTENSIONS, MAX_PIXELS, ImageError, read_image_file
+from ..processing_ig_captioner import gives_scored_form
 from .remote import UnreachableError, check_url, is_url, open_url
 
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 BROKEN_SHARD, UNREACHABLE_SHARD = "broken shard", "unreachable shard"
 SHARD_REASONS = (BROKEN_SHARD, UNREACHABLE_SHARD)  # of a Skipped that stands for the rest of a shard
-MAX_PIXELS = 50_000_000  # of an image; above it, a decompression bomb is likelier than a photo
 
 T = TypeVar("T")
 Encode = Callable[[list[str]], list[list[int]]]
@@ -178,26 +177,17 @@ def first_by_hash(keys: Iterable[str], count: int | None) -> set[str]:
     return set(sorted(keys, key=lambda key: hashlib.sha1(key.encode()).digest())[:count])
 
 
-def read_image(files: dict[str, bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The upright RGB image of a sample."""
+def image_of(files: dict[str, bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The RGB image of a sample."""
     content = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
     if content is None:
         raise BrokenSampleError("missing image")
     if not content:
         raise BrokenSampleError("empty image file")
     try:
-        image = Image.open(io.BytesIO(content))
-        if image.width * image.height > max_pixels:
-            raise BrokenSampleError("too many pixels")
-        return to_rgb(image)
-    except BrokenSampleError:
-        raise
-    except Image.DecompressionBombError as error:  # Pillow's own limit, for what is larger still
-        raise BrokenSampleError("too many pixels") from error
-    except UnidentifiedImageError as error:
-        raise BrokenSampleError("not an image") from error
-    except Exception as error:  # PIL raises many kinds for a broken file: OSError, SyntaxError, struct.error, ...
-        raise BrokenSampleError("undecodable image") from error
+        return read_image_file(io.BytesIO(content), max_pixels)
+    except ImageError as error:
+        raise BrokenSampleError(error.reason) from error
 
 
 def read_metadata(files: dict[str, bytes]) -> dict[str, Any]:
@@ -256,29 +246,36 @@ def decode_item(item: RawSample | Skipped, decode: Callable[[str, dict[str, byte
 # Training's samples
 
 
-def shrink(image: Image.Image, size: int) -> Image.Image:
-    """Squashes to size x size when a side is longer than `size`; smaller images keep their pixels."""
-    if max(image.size) <= size:
-        return image
-    return image.resize((size, size), Image.Resampling.BICUBIC)
+def shrink(image: Image.Image, size: int, keep_proportions: bool = False) -> Image.Image:
+    """Squashes to size x size when a side is longer than `size`; smaller images keep their pixels.
+
+    Args:
+        keep_proportions: the shorter side becomes `size` instead, when it is longer.
+    """
+    if keep_proportions:
+        factor = min(1.0, size / min(image.size))
+        width, height = (round(factor * side) for side in image.size)
+    else:
+        width, height = (size, size) if max(image.size) > size else image.size
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def sample_decoder(
-    encode: Encode, max_pixels: int, size: int | None = None
+    encode: Encode, max_pixels: int, size: int | None = None, keep_proportions: bool = False
 ) -> Callable[[str, dict[str, bytes]], Sample]:
     """The `decode` of `read_decoded` that gives pixels and caption tokens.
 
     Args:
-        size: see `shrink`; for samples that are kept: the pixels are then uint8 [H, W, 3], which takes less memory than
-            the image as decoded, and all captions are encoded at once.
+        size, keep_proportions: see `shrink`; for samples that are kept: the pixels are then uint8 [H, W, 3], which
+            takes less memory than the image as decoded, and all captions are encoded at once.
     """
 
     def decode(key: str, files: dict[str, bytes]) -> Sample:
-        image = read_image(files, max_pixels)
+        image = image_of(files, max_pixels)
         captions = read_captions(files)
         if size is None:
             return Sample(key, image, EncodedCaptions(captions, encode))
-        return Sample(key, np.asarray(shrink(image, size)), encode(captions))
+        return Sample(key, np.asarray(shrink(image, size, keep_proportions)), encode(captions))
 
     return decode
 
@@ -289,10 +286,15 @@ def read_samples(
     *,
     max_pixels: int,
     size: int | None = None,
+    keep_proportions: bool = False,
     keep: Callable[[str], bool] = lambda key: True,
 ) -> Iterator[Sample | Skipped]:
-    """Pixels and caption tokens of the samples of shards whose key `keep` accepts. `size`: see `shrink`."""
-    return read_decoded(paths, sample_decoder(encode, max_pixels, size), keep=keep)
+    """Pixels and caption tokens of the samples of shards whose key `keep` accepts.
+
+    Args:
+        size, keep_proportions: see `shrink`.
+    """
+    return read_decoded(paths, sample_decoder(encode, max_pixels, size, keep_proportions), keep=keep)
 
 
 def make_encoder(tokenizer: Any, max_length: int) -> Encode:

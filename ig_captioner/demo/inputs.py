@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import PIL.Image
 
-from ..processing_ig_captioner import load_rgb_image
+from ..input_rules import NOT_AN_IMAGE, TOO_MANY_PIXELS, ImageError, read_image_file
 
 
 MAX_BYTES = 10 * 2**20  # of a photo's file
@@ -24,7 +24,7 @@ MAX_CHARACTERS = 500  # of a label, and of the sentence around it
 MAX_URL_CHARACTERS = 2_000
 MAX_REDIRECTS = 3
 FETCH_SECONDS = 15.0  # for all of a photo behind a URL, redirects included
-# Of what Pillow reads: formats that browsers show, too. Some of the others start programs or have no limits.
+# Those of `input_rules.FORMATS` that browsers show, too.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
@@ -120,18 +120,13 @@ def open_photo(content: bytes) -> PIL.Image.Image:
     if len(content) > MAX_BYTES:
         raise InputError(f"The photo has more than {MAX_BYTES // 2**20} MiB, which is the limit.")
     try:
-        image = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
-        pixels = image.width * image.height
-    except PIL.Image.DecompressionBombError:
-        pixels = MAX_PIXELS + 1
-    except Exception as error:  # broad on purpose: a damaged header raises whatever its reader raises
-        raise InputError(f"This file is no photo that can be read: {', '.join(FORMATS)} are.") from error
-    if pixels > MAX_PIXELS:
-        raise InputError(f"The photo has more than {MAX_PIXELS // 10**6} megapixels, which is the limit.")
-    try:
-        return load_rgb_image(image)
-    except ValueError as error:
-        raise InputError(f"The photo is damaged: {error.__cause__ or error}") from error
+        return read_image_file(io.BytesIO(content), MAX_PIXELS, FORMATS)
+    except ImageError as error:
+        messages = {
+            NOT_AN_IMAGE: f"This file is no photo that can be read: {', '.join(FORMATS)} are.",
+            TOO_MANY_PIXELS: f"The photo has more than {MAX_PIXELS // 10**6} megapixels, which is the limit.",
+        }
+        raise InputError(messages.get(error.reason, f"The photo is damaged: {error.__cause__ or error}")) from error
 
 
 # URLs

@@ -169,7 +169,7 @@ class Captioner:
         limit = caption_tokens(None, self.model.config.text_config)
         written = self.model.generate(pixel_values=pixel_values, max_new_tokens=limit)
         text = self.processor.batch_decode(written, skip_special_tokens=True)[0].strip()
-        compiled = compile_labels(self.model, self.processor.tokenizer, [text], "{}")
+        compiled = compile_labels(self.model, self.processor.tokenizer, [text], "{}", with_fingerprint=False)
         return Caption(text, self._tokens(compiled, pixel_values)[0])
 
     def _tokens(self, compiled: CompiledLabels, pixel_values: Tensor) -> list[TextTokens]:

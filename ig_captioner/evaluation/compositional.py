@@ -190,7 +190,7 @@ def prior_of_texts(model: Any, tokenizer: Any, items: Sequence[Item]) -> list[Te
     """log P(T) [K] of each item."""
     with torch.no_grad():
         encoded = encode_for(model, tokenizer, [text for item in items for text in item.texts])
-        priors = model.compile_texts(**encoded).prior_log_likelihood.cpu()
+        priors = model.compile_texts(**encoded, with_fingerprint=False).prior_log_likelihood.cpu()
     return list(priors.split([len(item.texts) for item in items]))
 
 

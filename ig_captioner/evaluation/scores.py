@@ -72,10 +72,10 @@ def text_scorer(
         if prior:
             raise ValueError(f"compiled labels have their prior already, got {prior!r} with them")
         given.check_tokenizer(model, processor.tokenizer)
-        compiled = given.texts
+        compiled = given.texts.verified_for(model).to(model.device)
     else:
         encoded = encode_for(model, processor.tokenizer, list(given))
-        compiled = model.compile_texts(**encoded, chunk_size=chunk_size, **prior)
+        compiled = model.compile_texts(**encoded, chunk_size=chunk_size, with_fingerprint=False, **prior)
 
     def score(images: list[Image.Image]) -> ScoreMatrix:
         with torch.no_grad():

@@ -17,7 +17,7 @@ from .. import IGCaptionerForConditionalGeneration
 from ..checkpoint import caption_tokens, load_on_device, load_processor
 from ..data.prompts import read_class_names
 from ..data.samples import Samples, captioned, describe_skipped, label_from_field, labelled_decoder, split_by_hash
-from ..data.shards import first_by_hash, read_image
+from ..data.shards import first_by_hash, image_of
 from .calibration import (
     BINS,
     Calibration,
@@ -181,7 +181,7 @@ def _score_items(arguments: argparse.Namespace, items, priors, model, processor,
 
     def decode(key: str, files: dict[str, bytes]):
         name = find_name(key, names)
-        return name, None if name is None else read_image(files)
+        return name, None if name is None else image_of(files)
 
     samples, size = Samples(arguments.data, decode), arguments.batch_size
     all_scores = score_images(items, samples, lambda asked: score_own_texts(model, processor, asked, size))

@@ -1,0 +1,44 @@
+#!/bin/sh
+# All that wants a GPU, in one command of at most ten minutes on one H100 or H200:
+#
+#     sh benchmarks/gpu.sh FOLDER [--dry-run]
+#
+# Writes reports to FOLDER. Each part has a time limit of its own, and a part that fails does not stop the others; the
+# exit status is 1 if any did. --dry-run is the same with the smallest sizes, for a machine without a GPU.
+#
+#   check.json            training: FSDP2 (start, step, save, resume), compilation, gradient checkpointing; MFU of B/16
+#   device_scores.json    scores: float32 and bfloat16, eager and sdpa, compiled, against float32 on the CPU
+#   scoring.json, .md     images/s at K = 10, 100, 1,000 labels beside CLIP's image tower alone
+#   training.json, .md    the training step beside the captioning step and transformers' VisionEncoderDecoder
+set -u
+cd "$(dirname "$0")/.."
+folder=$1
+quick=${2:+--quick}
+patience=${2:+5}
+patience=${patience:-1}
+python=${PYTHON:-python}
+mkdir -p "$folder"
+failed=0
+
+part() {  # part NAME SECONDS COMMAND... (five times the seconds in a dry run)
+    name=$1 limit=$(($2 * patience))
+    shift 2
+    echo "== $name"
+    if timeout "$limit" "$python" -m "$@" >"$folder/$name.log" 2>&1; then
+        tail -n 40 "$folder/$name.log"
+    else
+        echo "FAILED: $name (exit status $?)"
+        tail -n 40 "$folder/$name.log"
+        failed=1
+    fi
+}
+
+part device_scores 120 benchmarks.device_scores $quick --output "$folder/device_scores.json"
+part check 240 training.check_gpu ${quick:+--skip_b16} --output "$folder/check.json"
+if [ -n "$quick" ]; then
+    part training 240 benchmarks.training --quick --only loss --output "$folder/training.json"
+else
+    part training 120 benchmarks.training --quick --only step --only peer --output "$folder/training.json"
+    part scoring 150 benchmarks.scoring --quick --output "$folder/scoring.json"
+fi
+exit $failed

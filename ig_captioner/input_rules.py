@@ -1,0 +1,224 @@
+"""What an image and a text are: one set of rules for the pipeline, the commands, evaluation, training and the demo.
+
+Images. `FORMATS` says which files are images: by their names in a folder or a shard, by their content when they are
+opened. Pillow knows more formats; some of them start programs (PostScript starts ghostscript) and are never tried.
+Every image becomes RGB with 8 bits, upright (EXIF), and with white behind what is transparent:
+
+| Pillow's mode | what becomes of it |
+|---|---|
+| 1, L, P, RGB, CMYK, YCbCr, HSV, LAB | converted by Pillow |
+| LA, La, PA, RGBA, RGBa; colours that a PNG or GIF calls transparent | put on white |
+| I;16 and 16-bit files of mode I | the upper 8 bits |
+| I and F otherwise | from 0 to 255 as they are, I up to 65535 by the upper 8 bits, F up to 1 times 255; else refused |
+
+The last row is a guess, since such images do not say what white is. Of an animation, or of a TIFF with several pages,
+the first frame is taken. Both are said as an `InputWarning`.
+
+Texts. Words with one space between them: no line breaks, no-break spaces or byte-order marks, in Unicode's normal form
+C. A text without a word is refused.
+
+Needs Pillow, numpy and the standard library only: a folder of ONNX graphs holds a copy of this file.
+"""
+
+import os
+import unicodedata
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+
+FORMATS = {  # Pillow's name of each format, and what names of its files end with
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "MPO": ("mpo",),  # JPEG with more pictures behind the first, as many phones write it
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "BMP": ("bmp", "dib"),
+    "TIFF": ("tif", "tiff"),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    "GIF": ("gif",),
+    "AVIF": ("avif",),
+    "HEIF": ("heic", "heif"),  # Pillow needs the plugin pillow_heif; without it they are reported, not passed over
+}
+IMAGE_EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
+# Twice the size from which Pillow warns of decompression bombs; photos of phones have up to 200 million pixels.
+MAX_PIXELS = 2 * 89_478_485
+
+NOT_AN_IMAGE = "not an image"
+TOO_MANY_PIXELS = "too many pixels"
+UNDECODABLE = "undecodable image"
+
+BYTE_ORDER_MARK = "\ufeff"
+
+
+class InputWarning(UserWarning):
+    """Something of an input was left out, changed or guessed. `warnings.simplefilter` makes it an error."""
+
+
+# Images
+
+
+class ImageError(ValueError):
+    """A file that gives no image. `reason` is one of a few words, for counting."""
+
+    def __init__(self, reason: str, message: str = "") -> None:
+        super().__init__(message or reason)
+        self.reason = reason
+
+
+def read_image_file(file: Any, max_pixels: int = MAX_PIXELS, formats: Collection[str] = FORMATS) -> PIL.Image.Image:
+    """Opens and decodes an image file: RGB.
+
+    Args:
+        file: a path, or an open binary file.
+        max_pixels: of the image; its size is known before it is decoded.
+        formats: those of `FORMATS` that are accepted.
+
+    Raises:
+        ImageError: for what is no image of these formats, has too many pixels, or cannot be decoded.
+        OSError: for a path that cannot be opened.
+    """
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "rb") as opened:
+            return read_image_file(opened, max_pixels, formats)
+    PIL.Image.init()
+    try:
+        image = PIL.Image.open(file, formats=[name for name in formats if name in PIL.Image.OPEN])
+        if image.width * image.height > max_pixels:
+            raise ImageError(TOO_MANY_PIXELS, f"{image.width} x {image.height} pixels are more than {max_pixels:,}")
+        if _has_more_frames(image):
+            _warn("only the first frame of an animation, or the first page of a TIFF, is read")
+        return to_rgb(image)
+    except (ImageError, InputWarning):  # the second where warnings are errors
+        raise
+    except PIL.Image.DecompressionBombError as error:  # Pillow's own limit, which a program may have lowered
+        raise ImageError(TOO_MANY_PIXELS, str(error)) from error
+    except PIL.UnidentifiedImageError as error:
+        raise ImageError(NOT_AN_IMAGE, f"it is no image of the formats {', '.join(formats)}") from error
+    except Exception as error:  # Pillow raises many kinds for a broken file: OSError, SyntaxError, struct.error
+        raise ImageError(UNDECODABLE, f"it cannot be decoded: {error}") from error
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Converts an image to RGB by the rules in the module's docstring.
+
+    Raises:
+        ValueError: for PostScript, and for values of the modes I and F that say nothing about what white is.
+    """
+    if image.format == "EPS":
+        raise ValueError("PostScript is a program, not an image: convert it to PNG first")
+    raw_mode, file_format = _raw_mode(image), image.format
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_eight_bits(image, raw_mode, file_format)
+    elif image.mode == "La":
+        image = image.convert("LA")
+    elif "transparency" in image.info and image.mode in ("L", "RGB"):
+        image.info["transparency"] = _eight_bit_key(image.info["transparency"], raw_mode)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it once more
+
+
+def _to_eight_bits(image: PIL.Image.Image, raw_mode: str, file_format: str | None) -> PIL.Image.Image:
+    """An image of mode I;16, I or F as L, or LA where a value is called transparent."""
+    values = np.asarray(image)
+    if not np.isfinite(values).all():
+        raise ValueError(f"an image of mode {image.mode} has pixels that are not finite")
+    grey = _scale_to_eight_bits(values, image.mode, raw_mode, file_format).astype(np.uint8)
+    key = image.info.get("transparency")
+    if key is None:
+        return PIL.Image.fromarray(grey)
+    return PIL.Image.fromarray(np.stack([grey, np.where(values == key, 0, 255).astype(np.uint8)], axis=-1))
+
+
+def _scale_to_eight_bits(values: np.ndarray, mode: str, raw_mode: str, file_format: str | None) -> np.ndarray:
+    """Values [H, W] of one of the modes to 0 ... 255."""
+    if mode.startswith("I;16"):
+        return values >> (4 if raw_mode.startswith("I;12") else 8)
+    if mode == "I" and file_format in ("PNG", "PPM"):  # where Pillow gives 16 bits as mode I, scaled to 65535
+        return values >> 8
+    low, high = values.min(), values.max()
+    if low >= 0 and mode == "F" and high <= 1:
+        _warn("an image of mode F is read with 1 as white, since none of its values is larger")
+        return (values * 255).round()
+    if low >= 0 and high <= 255:
+        _warn(f"an image of mode {mode} is read with 255 as white, since none of its values is larger")
+        return values.round()
+    if low >= 0 and mode == "I" and high <= 65535:
+        _warn("an image of mode I is read with 65535 as white, since some of its values are larger than 255")
+        return values >> 8
+    raise ValueError(f"mode {mode} with values from {low} to {high} does not say what white is: convert it to 8 bits")
+
+
+def _eight_bit_key(key: Any, raw_mode: str) -> Any:
+    """The colour that a PNG calls transparent, on the scale of the decoded pixels: the file has it on its own scale."""
+    if isinstance(key, tuple) and (raw_mode == "RGB;16B" or max(key) > 255):
+        return tuple(value >> 8 for value in key)
+    if raw_mode in ("L;2", "L;4"):
+        return key * {"L;2": 85, "L;4": 17}[raw_mode]
+    return key
+
+
+def _raw_mode(image: PIL.Image.Image) -> str:
+    """How pixels lie in the file, such as "L;4"; "" once they are decoded."""
+    tiles = getattr(image, "tile", None) or [(None, None, None, "")]
+    arguments = tiles[0][3]
+    return arguments if isinstance(arguments, str) else str(next(iter(arguments or ()), ""))
+
+
+def _has_more_frames(image: PIL.Image.Image) -> bool:
+    """Whether other frames follow; those of MPO are the same photo again, or its depth."""
+    if image.format in ("JPEG", "MPO"):
+        return False
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # of a damaged frame that is not read
+        return True
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, InputWarning, stacklevel=3)
+
+
+def centre_box(
+    height: int, width: int, size: tuple[int, int], crop_pct: float | None = None
+) -> tuple[int, int, int, int]:
+    """The part `(left, top, right, bottom)` of an image, in pixels, that is resized to `size` (height, width).
+
+    Args:
+        crop_pct: None for all of the image; or else the part in its centre that has the proportions of `size`, of this
+            share of the largest such part.
+    """
+    if crop_pct is None:
+        return 0, 0, width, height
+    scale = crop_pct * min(height / size[0], width / size[1])
+    box_height, box_width = max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height
+
+
+# Texts
+
+
+def clean_text(text: str) -> str:
+    """The words of a text with one space between them, in normal form C; "" if there are none."""
+    return unicodedata.normalize("NFC", " ".join(text.replace(BYTE_ORDER_MARK, " ").split()))
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raises ValueError for a text with half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be Unicode text, got {shorten(text)}: {error}") from error
+
+
+def shorten(value: Any, length: int = 120) -> str:
+    """`repr` of a value for a message: base64 images are long."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
