@@ -59,8 +59,19 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 
+
+def __getattr__(name: str):
+    """Loads what scores with captioners of the Hub when it is first asked for: it imports much of transformers."""
+    if name == "CaptionScorer":
+        from .captioners import CaptionScorer
+
+        return CaptionScorer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "TINY_CHECKPOINT",
+    "CaptionScorer",
     "CompiledLabels",
     "IGCaptionerConfig",
     "IGCaptionerForConditionalGeneration",

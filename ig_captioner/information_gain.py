@@ -12,6 +12,9 @@ A text is always given as exactly the tokens that are scored: its end-of-sequenc
 `shift_right` puts the start token in front, so that `logits[:, i]` predicts `labels[:, i]` everywhere.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,6 +54,55 @@ def information_gain(caption_log_likelihood: Tensor, prior_log_likelihood: Tenso
         prior_weight: alpha of arXiv 2306.01879; 0 ranks by likelihood, 1 is equation (IG) of arXiv 2311.17072.
     """
     return caption_log_likelihood - prior_weight * prior_log_likelihood
+
+
+REFERENCE_MEANS = ("arithmetic", "geometric")
+
+
+def mean_over_references(log_likelihoods: Tensor, mean: str = "arithmetic") -> Tensor:
+    """log P(T) in nats, [C], from log P(T|I) under R reference images, [R, C].
+
+    Args:
+        mean: "arithmetic", the log of the mean of P(T|I), which few images decide, namely those that fit a text best;
+            "geometric", the mean of log P(T|I).
+    """
+    if mean not in REFERENCE_MEANS:
+        raise ValueError(f"reference_mean must be one of {REFERENCE_MEANS}, got {mean!r}")
+    if mean == "geometric":
+        return log_likelihoods.mean(dim=0)
+    return log_likelihoods.logsumexp(dim=0) - math.log(len(log_likelihoods))
+
+
+def token_means_over_references(log_likelihoods: Tensor, mean: str = "arithmetic") -> Tensor:
+    """log P(token | before) in nats, [L], from those under R reference images, [R, L]; sums to the text's log P(T)."""
+    beginnings = mean_over_references(log_likelihoods.cumsum(dim=-1), mean)
+    return beginnings.diff(prepend=beginnings.new_zeros(1))
+
+
+def label_log_prior(label_prior: Sequence[float] | Tensor, num_labels: int) -> Tensor:
+    """Log-probabilities of labels, [C] float32, to be added to their scores.
+
+    Args:
+        label_prior: C weights, all above zero, which are divided by their sum, or C log-probabilities in nats, none
+            above zero.
+
+    Raises:
+        ValueError: naming the value, for another number of them, or numbers of both kinds.
+    """
+    values = torch.as_tensor(label_prior, dtype=torch.float32)
+    if values.shape != (num_labels,):
+        raise ValueError(f"label_prior must have one number for each of {num_labels} labels, got {tuple(values.shape)}")
+    if not values.isfinite().all():
+        raise ValueError(f"label_prior must hold finite numbers, got {float(values[~values.isfinite()][0])}")
+    if (values <= 0).all():
+        return values
+    if (values > 0).all():
+        return (values / values.sum()).log()
+    zero_or_less = float(values[values <= 0][0])
+    raise ValueError(
+        "label_prior must hold weights, all above 0, or log-probabilities, all at most 0; got "
+        f"{float(values.max())} and {zero_or_less}"
+    )
 
 
 def mean_over_templates(values: Tensor, num_templates: int) -> Tensor:

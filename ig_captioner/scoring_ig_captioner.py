@@ -8,8 +8,7 @@ Legend: B images, C candidate texts, E edges of a trie, L text tokens, D decoder
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from .compiled_labels import CompiledLabels, CompiledTexts, fingerprint_of, is_c
 from .configuration_ig_captioner import PRIOR_SOURCES, IGCaptionerConfig
 from .decoder_ig_captioner import TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, KeyValues
-from .information_gain import information_gain
+from .information_gain import information_gain, label_log_prior, mean_over_references
 from .label_trie import TextTrie, build_trie
 from .text_rules import scored_form
 
@@ -57,6 +56,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         prior_weight: float | None = None,
         prior_source: str | None = None,
         reference_pixel_values: Tensor | None = None,
+        reference_mean: str = "arithmetic",
+        label_prior: Sequence[float] | Tensor | None = None,
         reduction: str = "sum",
         chunk_size: int | None = None,
     ) -> IGCaptionerScoreOutput:
@@ -77,6 +78,9 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             prior_source: "unconditional" or "reference_images"; `config.prior_source` if not given.
             reference_pixel_values: [R, channels, height, width], the images over which P(T|I) is averaged to P(T);
                 implies "reference_images". Noise if not given.
+            reference_mean: "arithmetic", the mean of P(T|I), or "geometric", the mean of log P(T|I).
+            label_prior: a weight or a log-probability of each text, or of each label that was compiled, which is added
+                to information gain; see `label_log_prior`.
             reduction: "sum" for nats per text, "mean" for nats per token.
             chunk_size: how many nodes of the trie, times images, the decoder reads at once, but at least one block of
                 about `label_trie.BLOCK_SIZE`; by default what `MAX_NUMBERS_PER_CHUNK` allows. It changes memory and
@@ -98,7 +102,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         image_tokens = self.model.read_features(pixel_values, image_features)
         if isinstance(input_ids, Tensor):
             references = self._references(prior_source, reference_pixel_values, input_ids.device)
-            texts = self._compile(input_ids, attention_mask, references, positions)
+            texts = self._compile(input_ids, attention_mask, references, reference_mean, positions)
         else:
             if prior_source is not None or reference_pixel_values is not None:
                 given = "reference_pixel_values" if prior_source is None else f"prior_source {prior_source!r}"
@@ -112,11 +116,12 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             caption_log_likelihood = caption_log_likelihood / texts.trie.lengths
             prior_log_likelihood = prior_log_likelihood / texts.trie.lengths
         prior_weight = self.config.prior_weight if prior_weight is None else prior_weight
-        return IGCaptionerScoreOutput(
-            caption_log_likelihood=caption_log_likelihood,
-            prior_log_likelihood=prior_log_likelihood,
-            information_gain=information_gain(caption_log_likelihood, prior_log_likelihood, prior_weight),
-        )
+        gain = information_gain(caption_log_likelihood, prior_log_likelihood, prior_weight)
+        if label_prior is not None:
+            num_templates = len(getattr(input_ids, "templates", (None,)))
+            added = label_log_prior(label_prior, len(prior_log_likelihood) // num_templates)
+            gain = gain + added.to(gain.device).repeat(num_templates)
+        return IGCaptionerScoreOutput(caption_log_likelihood, prior_log_likelihood, gain)
 
     def compile_texts(
         self,
@@ -125,6 +130,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         *,
         prior_source: str | None = None,
         reference_pixel_values: Tensor | None = None,
+        reference_mean: str = "arithmetic",
         chunk_size: int | None = None,
         with_fingerprint: bool = True,
     ) -> CompiledTexts:
@@ -142,7 +148,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         positions = self._positions_per_pass(chunk_size)
         with torch.inference_mode(False), torch.no_grad():
             references = self._references(prior_source, reference_pixel_values, input_ids.device)
-            compiled = self._compile(input_ids, attention_mask, references, positions)
+            compiled = self._compile(input_ids, attention_mask, references, reference_mean, positions)
         return dataclasses.replace(compiled, fingerprint=self.fingerprint() if with_fingerprint else "")
 
     def edge_log_likelihoods(
@@ -186,7 +192,12 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
 
     @torch.compiler.disable
     def _compile(
-        self, input_ids: Tensor, attention_mask: Tensor | None, references: Tensor | None, positions: int
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        references: Tensor | None,
+        reference_mean: str,
+        positions: int,
     ) -> CompiledTexts:
         input_ids, attention_mask = scored_form(input_ids, attention_mask, self.config.text_config)
         self.model.decoder.check_length(input_ids.shape[1])
@@ -200,7 +211,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             prior = trie.sum_over_texts(self._edges(texts, None, positions))[0]
         else:
             image_tokens = self.model.read_features(references)
-            prior = self._log_likelihoods(texts, image_tokens, positions).logsumexp(dim=0) - math.log(len(references))
+            prior = mean_over_references(self._log_likelihoods(texts, image_tokens, positions), reference_mean)
         return dataclasses.replace(texts, prior_log_likelihood=prior)
 
     def _log_likelihoods(self, texts: CompiledTexts, image_tokens: Tensor, positions: int) -> Tensor:
