@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from training.augmentation import ImageSettings, random_box
 from training.config import AugmentationConfig, DataConfig, EvaluationConfig, SourceConfig, load_config
-from training.data import load_training_data, pad_labels
+from training.data import Share, load_training_data, pad_labels
 from training.metrics import read_rows
 from training.train import train
 from training.train_tokenizer import train_tokenizer
@@ -84,7 +84,7 @@ def our_batches(paths: list[str], tokenizer_folder: Path) -> Iterator[dict[str, 
     )
     settings = ImageSettings((IMAGE_SIZE, IMAGE_SIZE))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    return iter(load_training_data(config, tokenizer, settings, data_root="", batch_size=BATCH, seed=0).loader)
+    return iter(load_training_data(config, tokenizer, settings, Share(BATCH), data_root="", seed=0).loader)
 
 
 def webdataset_batches(paths: list[str], tokenizer_folder: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

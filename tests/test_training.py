@@ -20,6 +20,7 @@ from training.config import OptimizerConfig, TrainConfig, load_config, parse_ove
 from training.curves import draw_curves
 from training.evaluation import evaluate_held_out
 from training.metrics import read_rows, sums_by_source, weight_in_mean
+from training.muon import Muon
 from training.optim import (
     MovingAverage,
     group_parameters,
@@ -27,6 +28,7 @@ from training.optim import (
     make_optimizers,
     set_learning_rate,
 )
+from training.state import RunProgress
 from training.train import NonFiniteError, run_fraction, train
 from training.train_tokenizer import train_tokenizer
 
@@ -123,15 +125,18 @@ def test_shipped_recipes_are_valid():
         ({"optimizer.learning_rate": 1}, "unknown key optimizer.learning_rate"),
         ({"max_step": 1}, "unknown key max_step"),
         ({"data.sources.x.weigth": 1}, "unknown key data.sources.x.weigth"),
-        ({"optimizer.lr": "fast"}, "optimizer.lr must be float, got 'fast'"),
-        ({"max_steps": 1.5}, "max_steps must be int, got 1.5"),
-        ({"max_steps": 0}, "max_steps must be positive"),
-        ({"resume": "maybe"}, "resume must be bool"),
-        ({"optimizer.name": "sgd"}, "optimizer.name must be one of 'adamw', 'adafactor', 'muon', got 'sgd'"),
-        ({"optimizer.betas": [0.9]}, "optimizer.betas must have 2 values"),
-        ({"data.sources.x.weight": 0}, "data.sources.x.weight must be positive, got 0"),
+        ({"optimizer.lr": "fast"}, "optimizer.lr: must be a valid number.*got 'fast'"),
+        ({"max_steps": 1.5}, "max_steps: must be a valid integer.*got 1.5"),
+        ({"max_steps": 0}, "max_steps: must be greater than 0, got 0"),
+        ({"resume": "maybe"}, "resume: must be a valid boolean.*got 'maybe'"),
+        ({"optimizer.name": "sgd"}, "optimizer.name: must be 'adamw', 'adafactor' or 'muon', got 'sgd'"),
+        ({"optimizer.betas": [0.9]}, r"optimizer.betas.1: .*required, got \[0.9\]"),
+        ({"optimizer.betas": [0.9, 1]}, "optimizer.betas.1: must be less than 1, got 1"),
+        ({"data.sources.x.weight": 0}, "data.sources.x.weight: must be greater than 0, got 0"),
         ({"data.sources.x.augmentation.scale": [0.9, 0.5]}, "augmentation.scale must be"),
-        ({"data.sources": 3}, "data.sources must be a section"),
+        ({"data.sources": 3}, "data.sources: must be a valid dictionary, got 3"),
+        ({"batch_size": True}, "batch_size: must be a number, got True"),
+        ({"optimizer": 3}, "optimizer: must be .*got 3"),
         ({"max_steps": None}, "at least one of max_steps"),
         ({"batch_size": 4, "micro_batches": 8}, "micro_batches must be at most batch_size"),
     ],
@@ -194,7 +199,7 @@ def test_untied_head_is_decayed_but_not_given_to_muon():
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     model = tiny_model()
     muon, adamw = make_optimizers(model, OptimizerConfig(name="muon", lr=0.02, adamw_lr=0.003, weight_decay=0.1))
-    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    assert isinstance(muon, Muon) and isinstance(adamw, torch.optim.AdamW)
     total = sum(len(group["params"]) for optimizer in (muon, adamw) for group in optimizer.param_groups)
     assert total == len(list(model.parameters()))
     assert sorted(group["weight_decay"] for group in adamw.param_groups) == [0.0, 0.1]
@@ -237,10 +242,11 @@ def test_schedule_values(fields, expected):
 
 
 def test_run_fraction_follows_the_nearer_limit():
-    assert run_fraction(TrainConfig(max_steps=10), 5, 1e9) == 0.5
-    assert run_fraction(TrainConfig(max_minutes=2), 10**9, 30) == 0.25
+    assert run_fraction(TrainConfig(max_steps=10), RunProgress(step=5, seconds=1e9)) == 0.5
+    assert run_fraction(TrainConfig(max_minutes=2), RunProgress(step=10**9, seconds=30)) == 0.25
     both = TrainConfig(max_samples=1000, batch_size=100, max_minutes=2)
-    assert run_fraction(both, 9, 30) == 0.9 and run_fraction(both, 1, 60) == 0.5
+    assert run_fraction(both, RunProgress(step=9, samples=900, seconds=30)) == 0.9
+    assert run_fraction(both, RunProgress(step=1, samples=100, seconds=60)) == 0.5
 
 
 def test_moving_average():

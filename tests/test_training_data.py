@@ -27,7 +27,7 @@ from ig_captioner.data.shards import (
 from training.augmentation import ImageSettings, augment, normalise, random_box, reflect_border
 from training.build import image_settings
 from training.config import AugmentationConfig, DataConfig, SourceConfig
-from training.data import DrawSampler, load_training_data, pad_labels, split_by_length
+from training.data import DrawSampler, Share, load_training_data, pad_labels, split_by_length
 from training.mixtures import CachedMixture, CachedSource, mixture_order
 from training.train_tokenizer import train_tokenizer
 
@@ -63,9 +63,9 @@ def tokenizer():
     return train_tokenizer(CAPTIONS, vocab_size=300)
 
 
-def load(config, tokenizer, root, **arguments):
-    arguments = {"batch_size": 4, "seed": 0, **arguments}
-    return load_training_data(config, tokenizer, SETTINGS, data_root=str(root), **arguments)
+def load(config, tokenizer, root, batch_size=4, process=0, processes=1, position=None):
+    share = Share(batch_size, process, processes)
+    return load_training_data(config, tokenizer, SETTINGS, share, data_root=str(root), seed=0, position=position)
 
 
 def take(loader, count):

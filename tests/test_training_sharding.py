@@ -58,7 +58,7 @@ def assert_same_run(first, second, largest_difference=1e-3):
     evaluations = [
         [row for row in read_rows(folder / "log.jsonl") if "evaluation" in row] for folder in (first, second)
     ]
-    assert evaluations[0] == evaluations[1] and len(evaluations[0]) == 5
+    assert evaluations[0] == evaluations[1] and len(evaluations[0]) == 4
     weights, other = (load_file(folder / "final" / "model.safetensors") for folder in (first, second))
     assert weights.keys() == other.keys()
     for name, tensor in weights.items():
@@ -81,7 +81,7 @@ def test_run_may_be_resumed_with_or_without_sharding(tmp_path, optimizer):
     runs = [f"{name}:{parts}" for name, parts in begun.items()]
     run_python("-c", SCRIPT, str(tmp_path), optimizer, "plain:2", *runs)
     for name in begun:
-        # Muon iterates in bfloat16: one and two plain processes already differ by more than 1e-3
+        # Muon makes rounding large: one and two plain processes already differ by more than 1e-3
         assert_same_run(tmp_path / "plain", tmp_path / name, 1e-2 if optimizer == "muon" else 1e-3)
 
 

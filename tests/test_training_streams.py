@@ -13,6 +13,7 @@ from ig_captioner.data.shards import EmptySourceError
 from tests.test_training import run_config, workspace  # noqa: F401
 from tests.test_training_data import CAPTIONS, good_members, image_bytes, load, tokenizer, write_shard  # noqa: F401
 from training.config import AugmentationConfig, DataConfig, SourceConfig
+from training.data import DataPosition
 from training.metrics import read_rows
 from training.train import train
 
@@ -119,7 +120,7 @@ def test_stream_goes_on_exactly_where_it_stopped(tmp_path, tokenizer, workers): 
         from training.mixtures import StreamState
 
         restored = {number: StreamState(*state) for number, state in states.items()}
-        data = load(config, tokenizer, tmp_path, first_draw=taken * 4, streams=4, states=restored)
+        data = load(config, tokenizer, tmp_path, position=DataPosition(taken * 4, 4, restored))
         for expected, batch_again in zip(whole[taken:], data.loader, strict=False):
             assert expected["keys"] == batch_again["keys"] and expected["skipped"] == batch_again["skipped"]
             assert torch.equal(expected["pixel_values"], batch_again["pixel_values"])

@@ -1,168 +1,220 @@
 """The configuration of a training run: dataclasses, read from YAML, overridden from the command line.
 
-`load_config("tiny.yaml", ["--max_minutes", "90", "--optimizer.lr=2e-3"])` returns a validated `TrainConfig`.
-Unknown keys and values of the wrong type raise a `ValueError` that names the key and the value.
+`load_config("tiny.yaml", ["--max_minutes", "90", "--optimizer.lr=2e-3"])` returns a validated `TrainConfig`. pydantic
+checks names, types and ranges from the annotations and reads the meaning of each field from the docstring below it;
+`python -m training.train --help` prints them. What cannot be used raises a `UsageError` that names key and value.
 """
 
-import dataclasses
+import math
 import os
-import types
-import typing
-from dataclasses import dataclass, field
+import re
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 
 DATA_ROOT_VARIABLE = "IG_CAPTIONER_DATA"
+CHANGES_KEY = "changes"  # of config.yaml: what `resume_with_changes` has changed; no setting itself
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, use_attribute_docstrings=True)
 
 T = TypeVar("T")
 
 
-@dataclass
+class UsageError(ValueError):
+    """A run that cannot be what was asked for; the message is for whoever started it."""
+
+
+def refuse_flag(value: Any) -> Any:
+    """Python takes True for 1, and `--batch_size --resume` gives True."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+NUMBER = BeforeValidator(refuse_flag)
+PositiveInt = Annotated[int, Field(gt=0), NUMBER]
+NonNegativeInt = Annotated[int, Field(ge=0), NUMBER]
+PositiveFloat = Annotated[float, Field(gt=0), NUMBER]
+NonNegativeFloat = Annotated[float, Field(ge=0), NUMBER]
+Fraction = Annotated[float, Field(ge=0, le=1), NUMBER]
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1), NUMBER]
+Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+# YAML 1.1 reads a bare `no` as false.
+Precision = Annotated[Literal["auto", "no", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)]
+
+
+@dataclass(config=STRICT)
 class AugmentationConfig:
     """Random crop, shift and flip of one image; the defaults change nothing."""
 
-    flip_probability: float = 0.0
+    flip_probability: Fraction = 0.0
     """Probability of a horizontal flip."""
-    scale: tuple[float, float] = (1.0, 1.0)
+    scale: tuple[PositiveFloat, Fraction] = (1.0, 1.0)
     """Range of the crop's area, as a fraction of the image's area."""
-    ratio: tuple[float, float] = (1.0, 1.0)
+    ratio: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
     """Range of the crop's aspect ratio (width / height, relative to the image's own), drawn log-uniformly."""
-    shift: float = 0.0
+    shift: Annotated[float, Field(ge=0, lt=0.5), NUMBER] = 0.0
     """Largest shift in either direction, as a fraction of the side; the border is filled by reflection."""
-    color_jitter: float = 0.0
+    color_jitter: NonNegativeFloat = 0.0
     """Largest relative change of contrast, and largest change of each channel's brightness (of 1.0)."""
 
 
-@dataclass
+@dataclass(config=STRICT)
 class SourceConfig:
     """One set of WebDataset shards."""
 
-    shards: list[str] = field(default_factory=list)
+    shards: Texts = field(default_factory=list)
     """Paths or globs of `.tar` / `.tar.gz` files, `{0000..0004}` and `{a,b}` expanded, relative to `data_root`; or URLs
     (http, https, and with what fsspec asks for hf, s3, gs), with braces but without globs."""
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     """Share of the samples drawn from this source, relative to the other weights."""
-    holdout_fraction: float = 0.0
-    """Share of the keys that is never trained on; the evaluation hook uses it (rule: `shards.is_held_out`)."""
+    holdout_fraction: FractionBelowOne = 0.0
+    """Share of the keys that is never trained on; the evaluation during training uses it."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class DataConfig:
-    """What is read and how a batch is made of it."""
+    """What is read, and how a batch is made of it."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    max_length: int = 32
-    """Longest caption in tokens, EOS included; longer ones are cut and keep their EOS."""
-    pad_to_multiple_of: int = 1
+    """Sets of shards by name."""
+    max_length: Annotated[int, Field(ge=2), NUMBER] = 32
+    """Longest caption in tokens, end-of-sequence included; longer ones are cut and keep their end-of-sequence."""
+    pad_to_multiple_of: PositiveInt = 1
+    """Captions of a batch are padded to a multiple of this number of tokens."""
     cache_in_memory: bool = True
-    """Decode every image once, keep it as uint8 (perfect shuffling, exact resume). False: stream the shards."""
-    cache_size: int = 96
+    """Decode every image once and keep it as uint8 (perfect shuffling, exact resume). False: stream the shards."""
+    cache_size: PositiveInt = 96
     """Images with a longer side than this (pixels) are squashed to a square of it in the cache; where the image
     processor cuts out the centre (`crop_pct`), those with a longer shorter side are shrunk to it."""
-    shuffle_buffer: int = 2000
+    shuffle_buffer: PositiveInt = 2000
     """Samples that are shuffled together, when streaming; each stream holds one such block, undecoded, per source."""
-    streams: int = 0
+    streams: NonNegativeInt = 0
     """Parts that the shards are dealt out to, when streaming; 0: one per loader process. A run keeps the number it
     started with, so that it can be resumed with any number of processes and workers up to it."""
-    max_image_pixels: int = 50_000_000
+    max_image_pixels: PositiveInt = 50_000_000
     """Images with more pixels are skipped before they are decoded (decompression bombs)."""
-    num_workers: int = 0
+    num_workers: NonNegativeInt = 0
     """Loader processes per training process; 0 loads in the training process."""
 
 
-@dataclass
+@dataclass(config=STRICT)
 class OptimizerConfig:
     """Optimiser, learning-rate schedule and weight averaging."""
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
     """`adafactor`: big_vision's (see `adafactor.py`); `muon`: Muon for the hidden matrices, AdamW for the rest."""
-    lr: float = 1e-3
+    lr: PositiveFloat = 1e-3
     """Peak learning rate (of Muon, when it is used)."""
-    adamw_lr: float | None = None
+    adamw_lr: PositiveFloat | None = None
     """Peak learning rate of AdamW's share under `muon`; null: the same as `lr`."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegativeFloat = 0.05
     """Decoupled weight decay of matrices; norms, biases, embeddings and positions have none. A step takes it times the
-    learning rate, but under `adafactor` times the schedule alone, without `lr` (big_vision's 1e-4 is such a value)."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
-    eps: float = 1e-8
-    adafactor_momentum: float = 0.9
-    adafactor_beta2_cap: float = 0.999
-    muon_momentum: float = 0.95
-    muon_ns_steps: int = 5
+    learning rate, but under `adafactor` times the schedule only, without `lr` (big_vision's 1e-4 is such a value)."""
+    betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95)
+    """Decay rates of AdamW's running means of the gradient and of its square."""
+    eps: NonNegativeFloat = 1e-8
+    """AdamW adds it to the root of the mean squared gradient."""
+    adafactor_momentum: FractionBelowOne = 0.9
+    """Decay rate of Adafactor's running mean of the update."""
+    adafactor_beta2_cap: Fraction = 0.999
+    """Upper bound of Adafactor's decay rate of squared gradients."""
+    muon_momentum: FractionBelowOne = 0.95
+    """Decay rate of Muon's running mean of the gradient."""
+    muon_ns_steps: Annotated[int, Field(ge=1, lt=100), NUMBER] = 5
     """Newton-Schulz iterations."""
     muon_adjust_lr: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
+    """How Muon scales the learning rate with a matrix's shape; `match_rms_adamw`: updates as large as AdamW's."""
     schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "cosine"
-    warmup_fraction: float = 0.03
+    """How the learning rate falls after the warm-up."""
+    warmup_fraction: Fraction = 0.03
     """Share of the run over which the learning rate rises linearly from 0."""
-    cooldown_fraction: float = 0.0
+    cooldown_fraction: Fraction = 0.0
     """Share of the run, at its end, over which it falls linearly to 0 (for constant and rsqrt)."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Fraction = 0.0
     """Lowest learning rate of linear and cosine, as a fraction of the peak."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this global norm; 0 disables."""
-    ema_decay: float = 0.0
+    ema_decay: FractionBelowOne = 0.0
     """Decay of the exponential moving average of the weights, per step; 0 disables."""
 
 
-@dataclass
+@dataclass(config=STRICT)
 class EvaluationConfig:
     """Zero-shot ranking on held-out samples (`holdout_fraction`) during training."""
 
-    every_steps: int = 0
-    """0 disables it; otherwise it also runs once at the end."""
-    max_images: int = 200
+    every_steps: NonNegativeInt = 0
+    """Steps between evaluations, which also run once at the end; 0 disables them."""
+    max_images: PositiveInt = 200
     """Held-out images per source."""
 
 
-@dataclass
+@dataclass(config=STRICT)
 class TrainConfig:
     """A run. At least one of `max_steps`, `max_samples`, `max_minutes` must be set; the first reached ends it."""
 
     output_dir: str = "runs/tiny"
+    """Folder of checkpoints, log, curves and the final model."""
     tokenizer: str = ""
-    """Folder or Hub name of a tokenizer whose plain call gives the text's tokens and EOS."""
+    """Folder or Hub name of a tokenizer whose plain call gives the text's tokens and end-of-sequence."""
     data_root: str = ""
     """Folder of relative shard paths; empty: the environment variable IG_CAPTIONER_DATA, else `data`."""
     init_from: str | None = None
     """Folder or Hub name of a checkpoint whose weights the run starts from; null: random weights."""
+    encoder_from: str | None = None
+    """Folder or Hub name of a vision model of transformers whose weights a new model's encoder starts from; its
+    configuration becomes `model.vision_config`, its image processor's statistics, size and crop the model's."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `IGCaptionerConfig` (`vision_config`, `text_config`, loss weights, ...)."""
-    freeze: list[str] = field(default_factory=list)
+    """Arguments of `IGCaptionerConfig`: `vision_config`, `text_config`, loss weights, ...; as in
+    `--model.text_config.dropout 0.1`."""
+    freeze: Texts = field(default_factory=list)
     """Patterns (`*` for anything) of names of parameters that are not trained, as `model.vision_model.*` (LiT)."""
     attn_implementation: str = "eager"
     """Attention in training: `eager` (fastest for 64 tokens on CPU), `sdpa`, `flash_attention_2`."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     """Samples per optimiser step, over all processes."""
-    micro_batches: int = 1
+    micro_batches: PositiveInt = 1
     """Parts a batch is computed in, one after the other: less memory. Parts are formed by caption length, so that
     two or more also save the padding of short captions. The gradient is that of the whole batch."""
-    max_steps: int | None = None
-    max_samples: int | None = None
-    max_minutes: float | None = None
-    """Wall-clock budget; the schedule follows it, so that the learning rate has decayed when it ends."""
-    trackers: list[str] = field(default_factory=list)
+    max_steps: PositiveInt | None = None
+    """Optimiser steps; null: no limit."""
+    max_samples: PositiveInt | None = None
+    """Samples drawn, rounded up to whole steps; null: no limit."""
+    max_minutes: PositiveFloat | None = None
+    """Wall-clock budget in minutes; the schedule follows it, so that the learning rate has decayed when it ends."""
+    trackers: Texts = field(default_factory=list)
     """Where Accelerate sends the rows of the log besides, as `tensorboard` (in `output_dir/tracked`), `wandb`."""
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Precision = "auto"
+    """`bf16`: matrix products in bfloat16; `no`: all in float32; `auto`: `bf16` where that is faster on this device.
+    The weights are float32 in any case. Muon's Newton-Schulz iterations use the same format."""
     compile: bool = False
+    """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
-    seed: int = 0
-    log_every_steps: int = 20
-    checkpoint_steps: int = 0
+    """Compute activations twice instead of keeping them: less memory, more time."""
+    seed: NonNegativeInt = 0
+    """Seed of the weights, of the order of the samples, of augmentation and dropout."""
+    log_every_steps: PositiveInt = 20
+    """Steps between rows of `log.jsonl`."""
+    checkpoint_steps: NonNegativeInt = 0
     """Steps between checkpoints; 0 disables."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: NonNegativeFloat = 10.0
     """Minutes between checkpoints; 0 disables."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept."""
     resume: bool = False
-    """Continue from the newest checkpoint in `output_dir`, if there is one."""
-    max_nonfinite_steps: int = 20
+    """Continue from the newest checkpoint in `output_dir`, if there is one. Settings that differ from the run's are
+    refused."""
+    resume_with_changes: bool = False
+    """Continue like `resume`, with the settings that are given now; `config.yaml` says from which step they hold."""
+    max_nonfinite_steps: NonNegativeInt = 20
     """Skipped steps in a row (loss or gradient not finite) after which the run stops with an error."""
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number format of the final folder's weights."""
@@ -174,18 +226,48 @@ class TrainConfig:
         return min((limit for limit in limits if limit is not None), default=None)
 
 
+# Reading
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.1, in which 2e-3 is a number as well."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Returns the value of a YAML text; `name` says in errors where it comes from."""
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+
+
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> TrainConfig:
     """Reads a YAML file and applies overrides such as `["--optimizer.lr", "2e-3", "--resume"]`."""
-    text = Path(path).read_text(encoding="utf-8") if path else ""
-    values = yaml.safe_load(text) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of keys, got {type(values).__name__}")
+    values = read_file(Path(path)) if path else {}
     for key, value in parse_overrides(overrides or []):
         set_nested(values, key, value)
     config = from_dict(TrainConfig, values)
     config.data_root = config.data_root or os.environ.get(DATA_ROOT_VARIABLE, "data")
     validate(config)
     return config
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Reads the settings of a YAML file, such as a recipe or the `config.yaml` of a run."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the configuration {path}: {error}") from error
+    values = parse_yaml(text, str(path)) or {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold a mapping of keys, got {type(values).__name__}")
+    values.pop(CHANGES_KEY, None)
+    return values
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
@@ -196,13 +278,14 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
         argument = arguments[position]
         position += 1
         if not argument.startswith("--") or argument == "--":
-            raise ValueError(f"expected --key value, got {argument!r}")
+            raise UsageError(f"expected --key value, got {argument!r}")
         key, equals, text = argument[2:].partition("=")
         if not equals:
             bare = position == len(arguments) or arguments[position].startswith("--")
             text = "true" if bare else arguments[position]
             position += 0 if bare else 1
-        pairs.append((key, yaml.safe_load(text)))
+        first, *rest = key.split(".")
+        pairs.append((".".join([first.replace("-", "_"), *rest]), parse_yaml(text, f"--{key}")))
     return pairs
 
 
@@ -214,118 +297,73 @@ def set_nested(values: dict[str, Any], key: str, value: Any) -> None:
             values[parent] = {}
         values = values[parent]
         if not isinstance(values, dict):
-            raise ValueError(f"--{key}: {parent!r} is a value ({values!r}), not a section")
+            raise UsageError(f"--{key}: {parent!r} is a value ({values!r}), not a section")
     values[name] = value
 
 
-def from_dict(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
-    """Builds a configuration dataclass; `prefix` is the dotted path of `values`, for messages."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{prefix or 'configuration'} must be a section with keys, got {values!r}")
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ValueError(f"unknown key {prefix}{unknown[0]!s}; known here: {', '.join(hints)}")
-    return cls(**{key: convert(hints[key], value, prefix + key) for key, value in values.items()})
+def from_dict(cls: type[T], values: Any) -> T:
+    """Builds a configuration dataclass from nested dictionaries."""
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        raise UsageError("; ".join(describe_error(cls, details) for details in error.errors())) from None
 
 
-def convert(hint: Any, value: Any, name: str) -> Any:
-    """Checks `value` against the type annotation `hint`; numbers in text form (YAML reads 2e-3 as text) pass."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        others = [argument for argument in arguments if argument is not type(None)]
-        return None if value is None else convert(others[0], value, name)
-    if origin is Literal:
-        # YAML 1.1 reads a bare `no` as false, and "no" is a legal mixed_precision.
-        value = "no" if value is False and "no" in arguments else value
-        if value not in arguments:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
-        return value
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, name + ".")
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} must be a section with keys, got {value!r}")
-        return {key: convert(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    if origin is list:
-        items = [value] if isinstance(value, str) else value
-        return [convert(arguments[0], item, name) for item in expect_sequence(items, name)]
-    if origin is tuple:
-        items = expect_sequence(value, name)
-        if len(items) != len(arguments):
-            raise ValueError(f"{name} must have {len(arguments)} values, got {value!r}")
-        return tuple(convert(argument, item, name) for argument, item in zip(arguments, items, strict=True))
-    return convert_scalar(hint, value, name)
+def describe_error(cls: type, details: Any) -> str:
+    """Says in one line which key has which value, and what it must be."""
+    path = [str(part) for part in details["loc"] if part not in ("int", "float", "constrained-float")]
+    key = ".".join(path) or "configuration"
+    if details["type"] == "unexpected_keyword_argument":
+        known = known_keys(cls, path[:-1])
+        return f"unknown key {key}" + (f"; known here: {', '.join(known)}" if known else "")
+    rule = details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{key}: {rule}, got {details['input']!r}"
 
 
-def expect_sequence(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name} must be a list, got {value!r}")
-    return list(value)
+def known_keys(cls: Any, path: list[str]) -> list[str]:
+    """Names of the fields of the section at `path`."""
+    schema = TypeAdapter(cls).json_schema()
+    section = schema
+    for name in path:
+        section = section.get("properties", {}).get(name) or section.get("additionalProperties") or {}
+        if "$ref" in section:
+            section = schema["$defs"][section["$ref"].rpartition("/")[2]]
+    return list(section.get("properties", {}))
 
 
-def convert_scalar(kind: type, value: Any, name: str) -> Any:
-    """bool, int, float or str, without silent changes of value."""
-    if (kind is bool and isinstance(value, bool)) or (kind is str and isinstance(value, (str, int, float))):
-        return kind(value)
-    if kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = None
-        if number is not None and (kind is float or number == int(number)):
-            return kind(number)
-    raise ValueError(f"{name} must be {kind.__name__}, got {value!r}")
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Returns the settings as plain dictionaries, lists, numbers and texts."""
+    return TypeAdapter(TrainConfig).dump_python(config, mode="json")
+
+
+def flatten(values: dict[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with keys such as `a.b`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        flat |= flatten(value, separator, key + separator) if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def validate(config: TrainConfig) -> None:
-    """Raises ValueError for values that cannot work, with the key and the value in the message."""
+    """Checks what no single field shows. Raises UsageError with the keys and values in the message."""
     if config.steps is None and config.max_minutes is None:
-        raise ValueError("set at least one of max_steps, max_samples, max_minutes")
+        raise UsageError("set at least one of max_steps, max_samples, max_minutes")
     if not config.data.sources:
-        raise ValueError("data.sources is empty: name at least one set of shards")
+        raise UsageError("data.sources is empty: name at least one set of shards")
     for name, source in config.data.sources.items():
         where = f"data.sources.{name}"
-        check(bool(source.shards), f"{where}.shards", source.shards, "name at least one shard")
-        check(source.weight > 0, f"{where}.weight", source.weight, "positive")
-        check(
-            0 <= source.holdout_fraction < 1,
-            f"{where}.holdout_fraction",
-            source.holdout_fraction,
-            "in [0, 1)",
-        )
-        augmentation = source.augmentation
-        low, high = augmentation.scale
-        check(0 < low <= high <= 1, f"{where}.augmentation.scale", augmentation.scale, "0 < low <= high <= 1")
-        low, high = augmentation.ratio
-        check(0 < low <= high, f"{where}.augmentation.ratio", augmentation.ratio, "0 < low <= high")
-        check(0 <= augmentation.shift < 0.5, f"{where}.augmentation.shift", augmentation.shift, "in [0, 0.5)")
-    for name, value in {
-        "batch_size": config.batch_size,
-        "micro_batches": config.micro_batches,
-        "data.max_length": config.data.max_length - 1,
-        "data.pad_to_multiple_of": config.data.pad_to_multiple_of,
-        "data.cache_size": config.data.cache_size,
-        "data.shuffle_buffer": config.data.shuffle_buffer,
-        "optimizer.lr": config.optimizer.lr,
-        "log_every_steps": config.log_every_steps,
-        "keep_checkpoints": config.keep_checkpoints,
-        "max_steps": 1 if config.max_steps is None else config.max_steps,
-        "max_samples": 1 if config.max_samples is None else config.max_samples,
-        "max_minutes": 1 if config.max_minutes is None else config.max_minutes,
-    }.items():
-        check(value > 0, name, value, "positive (data.max_length: at least 2)")
-    check(config.data.streams >= 0, "data.streams", config.data.streams, "at least 0")
-    optimizer = config.optimizer
-    check(0 <= optimizer.ema_decay < 1, "optimizer.ema_decay", optimizer.ema_decay, "in [0, 1)")
-    fractions = optimizer.warmup_fraction + optimizer.cooldown_fraction
-    check(0 <= fractions <= 1, "optimizer.warmup_fraction + cooldown_fraction", fractions, "in [0, 1]")
-
+        check(bool(source.shards), f"{where}.shards", source.shards, "a list of at least one shard")
+        for range_name in ("scale", "ratio"):
+            low, high = limits = getattr(source.augmentation, range_name)
+            check(low <= high, f"{where}.augmentation.{range_name}", limits, "[low, high] with low <= high")
+    for key, value in flatten(config.model, prefix="model.").items():
+        check(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
+    fractions = config.optimizer.warmup_fraction + config.optimizer.cooldown_fraction
+    check(fractions <= 1, "optimizer.warmup_fraction + cooldown_fraction", fractions, "at most 1")
     check(config.micro_batches <= config.batch_size, "micro_batches", config.micro_batches, "at most batch_size")
 
 
 def check(condition: bool, name: str, value: Any, rule: str) -> None:
     if not condition:
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
+        raise UsageError(f"{name} must be {rule}, got {value!r}")

@@ -4,7 +4,6 @@ Shapes: B images, H x W pixels, L text tokens.
 """
 
 import atexit
-import hashlib
 import multiprocessing
 import signal
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
 
 from ig_captioner.data.shards import (
     SHARD_REASONS,
@@ -25,6 +25,7 @@ from ig_captioner.data.shards import (
     Skipped,
     describe_empty,
     find_shards,
+    hash_of,
     is_held_out,
     make_encoder,
     read_samples,
@@ -32,8 +33,11 @@ from ig_captioner.data.shards import (
 from ig_captioner.information_gain import IGNORE_INDEX
 
 from .augmentation import ImageSettings, normalise
-from .config import DataConfig, SourceConfig
+from .config import DataConfig, SourceConfig, UsageError
 from .mixtures import CachedMixture, CachedSource, StreamedMixture, StreamedSource, StreamState
+
+
+SILENT_SECONDS = 2.0  # what takes longer shows that it goes on
 
 
 # Batches
@@ -112,82 +116,129 @@ class TrainingData:
     """Where this process's streams stand; the training loop updates it with each batch's."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of each batch a process loads."""
+
+    batch_size: int
+    """Samples of this process."""
+    process: int = 0
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class DataPosition:
+    """How far a run that is resumed has read, over all processes."""
+
+    draws: int = 0
+    """Samples drawn so far."""
+    streams: int = 0
+    states: dict[int, StreamState] = field(default_factory=dict)
+
+
+@dataclass
+class DecodedSources:
+    """Samples in memory, by source, and what could not be used."""
+
+    training: dict[str, list[Sample]] = field(default_factory=dict)
+    held_out: dict[str, list[Sample]] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
 def load_training_data(
     config: DataConfig,
     tokenizer: Any,
     settings: ImageSettings,
+    share: Share,
     *,
     data_root: str,
-    batch_size: int,
     seed: int,
-    first_draw: int = 0,
-    streams: int = 0,
-    states: dict[int, StreamState] | None = None,
-    process: int = 0,
-    processes: int = 1,
+    position: DataPosition | None = None,
     max_held_out: int = 200,
 ) -> TrainingData:
-    """Builds the loader of one process.
+    """Opens the shards and builds the loader of one process.
 
     Args:
-        batch_size: per process.
-        first_draw: number of samples drawn before, over all processes, in a run that is resumed.
-        streams, states: of the run that is resumed, over all processes.
+        position: where a resumed run goes on; None: at the start.
+        max_held_out: images per source that are kept for evaluation; 0: none.
     """
+    position = position or DataPosition()
     encode = make_encoder(tokenizer, config.max_length)
-    weights = [source.weight for source in config.sources.values()]
     paths = {name: find_shards(source.shards, data_root) for name, source in config.sources.items()}
-    training, held_out, skipped = {}, {}, []
-    for name, source in config.sources.items():
-        if config.cache_in_memory or (source.holdout_fraction and max_held_out):
-            training[name], held_out[name], broken = read_cache(name, paths[name], source, config, encode, settings)
-            held_out[name] = choose_held_out(held_out[name], max_held_out)
-            skipped += broken
-    mixture: Dataset
-    options: dict[str, Any]
+    decoded = decode_sources(config, paths, encode, settings, max_held_out, shows_progress=share.process == 0)
+    mixture: CachedMixture | StreamedMixture
     if config.cache_in_memory:
-        streams, states = 0, {}
-        cached = [CachedSource(name, training[name], source.augmentation) for name, source in config.sources.items()]
-        mixture = CachedMixture(cached, weights, settings, seed)
-        options = {"batch_sampler": DrawSampler(first_draw, batch_size, process, processes)}
-    else:
-        readers = processes * max(1, config.num_workers)
-        streams, states = streams or config.streams or readers, states or {}
-        if streams < readers:
-            raise ValueError(
-                f"{readers} readers (processes x data.num_workers) for {streams} streams (data.streams; a resumed run "
-                "keeps the number it started with): lower data.num_workers"
-            )
-        streamed = [
-            StreamedSource(name, paths[name], source, config, encode, seed + index)
-            for index, (name, source) in enumerate(config.sources.items())
-        ]
-        mixture = StreamedMixture(
-            streamed,
-            weights,
+        mixture = cached_mixture(config, decoded.training, settings, seed)
+        loader = make_loader(
+            mixture,
+            config,
             settings,
-            seed,
-            streams=streams,
-            states=states,
-            first_batch=first_draw // (batch_size * processes),
-            process=process,
-            processes=processes,
+            batch_sampler=DrawSampler(position.draws, share.batch_size, share.process, share.processes),
         )
-        options = {"batch_size": batch_size}
+        sizes = {name: len(samples) for name, samples in decoded.training.items()}
+        return TrainingData(loader, decoded.held_out, decoded.skipped, sizes)
+    mixture = streamed_mixture(config, paths, encode, settings, seed, share, position)
+    loader = make_loader(mixture, config, settings, batch_size=share.batch_size)
+    states = dict(position.states) if share.process == 0 else {}
+    return TrainingData(loader, decoded.held_out, decoded.skipped, {}, mixture.streams, states)
+
+
+def cached_mixture(
+    config: DataConfig, training: dict[str, list[Sample]], settings: ImageSettings, seed: int
+) -> CachedMixture:
+    weights = [source.weight for source in config.sources.values()]
+    cached = [CachedSource(name, training[name], source.augmentation) for name, source in config.sources.items()]
+    return CachedMixture(cached, weights, settings, seed)
+
+
+def streamed_mixture(
+    config: DataConfig,
+    paths: dict[str, list[str]],
+    encode: Encode,
+    settings: ImageSettings,
+    seed: int,
+    share: Share,
+    position: DataPosition,
+) -> StreamedMixture:
+    """Deals the shards out to streams. Raises UsageError where there are more readers than streams."""
+    readers = share.processes * max(1, config.num_workers)
+    streams = position.streams or config.streams or readers
+    if streams < readers:
+        raise UsageError(
+            f"{readers} readers (processes x data.num_workers) for {streams} streams (data.streams; a resumed run "
+            "keeps the number it started with): lower data.num_workers"
+        )
+    sources = [
+        StreamedSource(name, paths[name], source, config, encode, seed + index)
+        for index, (name, source) in enumerate(config.sources.items())
+    ]
+    return StreamedMixture(
+        sources,
+        [source.weight for source in config.sources.values()],
+        settings,
+        seed,
+        streams=streams,
+        states=position.states,
+        first_batch=position.draws // (share.batch_size * share.processes),
+        process=share.process,
+        processes=share.processes,
+    )
+
+
+def make_loader(mixture: Dataset, config: DataConfig, settings: ImageSettings, **batches: Any) -> DataLoader:
+    """A loader of endless batches; `batches` are DataLoader's arguments that say how they are put together."""
     if config.num_workers:
         atexit.unregister(kill_workers)
         atexit.register(kill_workers)
-    loader: DataLoader = DataLoader(
+    return DataLoader(
         mixture,
         num_workers=config.num_workers,
         collate_fn=partial(collate, settings=settings, pad_to_multiple_of=config.pad_to_multiple_of),
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if config.num_workers else None,
         worker_init_fn=ignore_sigterm,
-        **options,
+        **batches,
     )
-    sizes = {name: len(samples) for name, samples in training.items()} if config.cache_in_memory else {}
-    return TrainingData(loader, held_out, skipped, sizes, streams, dict(states) if process == 0 else {})
 
 
 def ignore_sigterm(worker_id: int) -> None:
@@ -202,8 +253,35 @@ def kill_workers() -> None:
             process.kill()
 
 
+def decode_sources(
+    config: DataConfig,
+    paths: dict[str, list[str]],
+    encode: Encode,
+    settings: ImageSettings,
+    max_held_out: int,
+    shows_progress: bool,
+) -> DecodedSources:
+    """Decodes what is kept in memory: every sample, or when streaming only what is held out."""
+    decoded = DecodedSources()
+    for name, source in config.sources.items():
+        if config.cache_in_memory or (source.holdout_fraction and max_held_out):
+            training, held_out, skipped = read_cache(
+                name, paths[name], source, config, encode, settings, shows_progress
+            )
+            decoded.training[name] = training
+            decoded.held_out[name] = choose_held_out(held_out, max_held_out)
+            decoded.skipped += skipped
+    return decoded
+
+
 def read_cache(
-    name: str, paths: list[str], source: SourceConfig, config: DataConfig, encode: Encode, settings: ImageSettings
+    name: str,
+    paths: list[str],
+    source: SourceConfig,
+    config: DataConfig,
+    encode: Encode,
+    settings: ImageSettings,
+    shows_progress: bool = False,
 ) -> tuple[list[Sample], list[Sample], list[Skipped]]:
     """Decodes a source: (training samples, held-out samples, skipped).
 
@@ -217,7 +295,9 @@ def read_cache(
     held_out: list[Sample] = []
     skipped: list[Skipped] = []
     cached = {"size": config.cache_size, "keep_proportions": settings.crop_pct is not None}
-    for item in read_samples(paths, encode, max_pixels=config.max_image_pixels, keep=keep, **cached):
+    items = read_samples(paths, encode, max_pixels=config.max_image_pixels, keep=keep, **cached)
+    shown = {"unit": " samples", "delay": SILENT_SECONDS, "mininterval": 1.0, "disable": not shows_progress}
+    for item in tqdm(items, desc=f"decoding {name} ({len(paths)} shards)", **shown):
         if isinstance(item, Skipped):
             if config.cache_in_memory or item.reason not in SHARD_REASONS:
                 skipped.append(item)
@@ -230,4 +310,4 @@ def read_cache(
 
 def choose_held_out(samples: list[Sample], count: int) -> list[Sample]:
     """Up to `count` samples in the order of their keys' hashes: shards may be sorted by class."""
-    return sorted(samples, key=lambda sample: hashlib.sha1(sample.key.encode()).digest())[:count]
+    return sorted(samples, key=lambda sample: hash_of(sample.key))[:count]

@@ -4,39 +4,33 @@ Shapes: B texts, L tokens. Losses are in nats per token. `mfu`, model FLOPs util
 peak of matrix products that the model's own products take (see `flops`).
 """
 
-import dataclasses
+import itertools
 import json
+import logging
 import resource
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ig_captioner.information_gain import IGNORE_INDEX
 
-from .config import TrainConfig
+from .checkpoint import write_text_atomically
+from .config import TrainConfig, flatten
 from .flops import head_flops, measure_peak_flops, training_flops
 
 
+logger = logging.getLogger(__name__)
+
 TRACKER_FOLDER = "tracked"
 LOSSES = ("loss", "captioning_loss", "unconditional_loss", "parallel_loss")
-
-
-def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested rows to `a/b` names, as trackers want them."""
-    flat: dict[str, float] = {}
-    for name, value in row.items():
-        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -78,12 +72,29 @@ def sums_by_source(caption: Tensor, prior: Tensor, labels: Tensor, source: Tenso
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log; a line that a killed run wrote in part is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
+    """The rows of a log. Lines that are none (a killed run wrote part of one, damage) are left out with a warning."""
+    rows, others = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+            if not isinstance(row["step"], int):
+                raise TypeError("a row has its step")
+            rows.append(row)
+        except (ValueError, TypeError, KeyError):
+            others.append(str(number))
+    if others:
+        logger.warning("%s: left out what is no row: line %s", path, ", ".join(others))
     return rows
+
+
+def move_aside(path: Path) -> None:
+    """Renames a log that is of an earlier run to `log.jsonl.1`, or the next number that is free."""
+    if path.exists() and path.stat().st_size:
+        number = next(number for number in itertools.count(1) if not Path(f"{path}.{number}").exists())
+        path.rename(f"{path}.{number}")
+        logger.warning("%s is of an earlier run; moved to %s.%d", path, path, number)
 
 
 class MetricsLog:
@@ -99,14 +110,20 @@ class MetricsLog:
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.peak_flops = measure_peak_flops(accelerator.device, dtype)
         self.path, self.accelerator = output_dir / "log.jsonl", accelerator
-        if accelerator.is_main_process:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            values = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
-            (output_dir / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-            kept = [row for row in read_rows(self.path) if row["step"] <= step] if step else []
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        kept = self.keep_rows(step) if accelerator.is_main_process else []
+        self.evaluated_step = max((row["step"] for row in kept if "evaluation" in row), default=-1)
+        (self.evaluated_step,) = broadcast_object_list([self.evaluated_step])  # all processes evaluate, or none
         accelerator.init_trackers(TRACKER_FOLDER)  # for `trackers`; without any, nothing happens
         self.reset()
+
+    def keep_rows(self, step: int) -> list[dict[str, Any]]:
+        """Drops the rows after `step` and returns the others; a run that starts anew moves an older log aside."""
+        if step == 0:
+            move_aside(self.path)
+            return []
+        kept = [row for row in read_rows(self.path) if row["step"] <= step]
+        write_text_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        return kept
 
     def reset(self) -> None:
         self.means: dict[str, Tensor] = {}  # of each, the weighted sum and the sum of the weights [2]
@@ -195,7 +212,7 @@ class MetricsLog:
             "peak_memory_gib": round(peak_memory_gib(self.accelerator.device), 3),
         }
 
-    def write(self, progress: Any, seconds: float, fraction: float, factor: float) -> dict[str, Any]:
+    def write(self, progress: Any, fraction: float, factor: float) -> dict[str, Any]:
         means = {name: torch.div(*self.accelerator.reduce(sums)).item() for name, sums in self.means.items()}
         if {"captioning_loss", "unconditional_loss"} <= means.keys():  # one is missing where its weight is 0
             means["information_gain"] = means["unconditional_loss"] - means["captioning_loss"]
@@ -203,7 +220,7 @@ class MetricsLog:
         row = {
             "step": progress.step,
             "samples": progress.samples,
-            "minutes": round(seconds / 60, 3),
+            "minutes": round(progress.seconds / 60, 3),
             "progress": round(fraction, 5),
             "learning_rate_factor": round(factor, 5),
             **{name: round(value, 5) for name, value in means.items()},
@@ -218,7 +235,13 @@ class MetricsLog:
         return row
 
     def append(self, row: dict[str, Any]) -> None:
-        self.accelerator.log(flatten(row), step=row["step"])
+        self.accelerator.log(flatten(row, separator="/"), step=row["step"])
+        if "evaluation" in row:
+            self.evaluated_step = row["step"]
         if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                reason = f"could not write the row of step {row['step']}: {error.strerror}"
+                raise OSError(error.errno, reason, str(self.path)) from error

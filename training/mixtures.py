@@ -41,13 +41,22 @@ MIXTURE_PERIOD = 1000  # draws after which the order of the sources repeats; wei
 
 def mixture_order(weights: list[float], period: int = MIXTURE_PERIOD) -> np.ndarray:
     """The source of each of `period` consecutive draws, int [period], spread as evenly as the weights allow."""
-    shares = np.asarray(weights, dtype=np.float64) / sum(weights)
-    counts = np.maximum(1, np.floor(shares * period)).astype(int)
-    while counts.sum() != period:
-        error = shares * period - counts
-        counts[error.argmax() if counts.sum() < period else error.argmin()] += 1 if counts.sum() < period else -1
+    counts = draws_per_source(weights, period)
     due = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
     return np.repeat(np.arange(len(counts)), counts)[np.argsort(due, kind="stable")]
+
+
+def draws_per_source(weights: list[float], period: int) -> np.ndarray:
+    """How many of `period` draws each source gets: at least one, the others by the largest remainder, int [sources]."""
+    if len(weights) > period:
+        raise ValueError(f"at most {period} sources can be mixed, got {len(weights)}")
+    wanted = np.asarray(weights, dtype=np.float64) / sum(weights) * period
+    counts = np.maximum(1, np.floor(wanted)).astype(int)
+    while counts.sum() < period:
+        counts[(wanted - counts).argmax()] += 1
+    while counts.sum() > period:
+        counts[(wanted - counts).argmin()] -= 1
+    return counts
 
 
 class CachedSource:

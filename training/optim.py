@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .adafactor import Adafactor
 from .config import OptimizerConfig
+from .muon import Muon
 from .sharding import sharded_like
 
 
@@ -43,10 +44,15 @@ def group_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW or Adafactor alone, or Muon for the hidden matrices followed by AdamW for the rest.
+def make_optimizers(
+    model: nn.Module, config: OptimizerConfig, muon_dtype: torch.dtype = torch.bfloat16
+) -> list[torch.optim.Optimizer]:
+    """AdamW or Adafactor for all parameters, or Muon for the hidden matrices followed by AdamW for the rest.
 
     Each group keeps its peak rate as `peak_lr`, for `set_learning_rate`.
+
+    Args:
+        muon_dtype: of Muon's Newton-Schulz iterations.
     """
     groups = group_parameters(model)
     optimizers: list[torch.optim.Optimizer] = []
@@ -54,13 +60,14 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
     if config.name == "muon":
         hidden = groups.pop("hidden")
         adamw_lr = config.lr if config.adamw_lr is None else config.adamw_lr
-        muon = torch.optim.Muon(
+        muon = Muon(
             hidden,
             lr=config.lr,
             weight_decay=config.weight_decay,
             momentum=config.muon_momentum,
             ns_steps=config.muon_ns_steps,
-            adjust_lr_fn=config.muon_adjust_lr,
+            adjust_lr=config.muon_adjust_lr,
+            dtype=muon_dtype,
         )
         optimizers.append(muon)
     others = [

@@ -80,12 +80,15 @@ def collect_state(
     progress: RunProgress,
     data: TrainingData,
     log: MetricsLog,
-    sources: list[str],
+    settings: dict[str, Any],
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Everything but the weights. Called on every process; sharded tensors come out on the main one alone.
+    """Everything but the weights. Called on every process; sharded tensors come out only on the main one.
 
     Cached data have no state: `samples` says what is next.
+
+    Args:
+        settings: of the run: their `values`, and the `changes` that were made when it was resumed.
     """
     own = [
         {"random": random_states(), "log": log.state_dict(), "skipped": dict(progress.skipped), "streams": data.states}
@@ -104,7 +107,7 @@ def collect_state(
         },
         "random_states": [process["random"] for process in processes],
         "log": [process["log"] for process in processes],
-        "sources": sources,
+        "settings": settings,
         "streams": data.streams,
         "stream_states": {  # plain lists: what is read back is plain as well
             number: [state.draws, [list(position) for position in state.positions]]
@@ -119,10 +122,23 @@ def collect_state(
 class SavedRun:
     """The state of a run that is resumed; without a checkpoint, of one that begins."""
 
-    def __init__(self, checkpoint: Path | None, sources: list[str]) -> None:
+    def __init__(self, checkpoint: Path | None) -> None:
+        self.checkpoint = checkpoint
         self.state: dict[str, Any] = load_state(checkpoint) if checkpoint else {}
-        if self.state and self.state["sources"] != sources:
-            raise ValueError(f"{checkpoint} was trained on sources {self.state['sources']}, not {sources}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings when the checkpoint was written; empty without one."""
+        return self.state["settings"]["values"] if self.state else {}
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """Changes of settings that the run has gone through before."""
+        return self.state["settings"]["changes"] if self.state else []
+
+    @property
+    def step(self) -> int:
+        return self.state["progress"]["step"] if self.state else 0
 
     @property
     def samples(self) -> int:
@@ -147,22 +163,35 @@ class SavedRun:
         progress: RunProgress,
         log: MetricsLog,
         accelerator: Accelerator,
+        reseeded: bool = False,
     ) -> None:
-        """Puts back what `collect_state` collected; with more processes than before, the new ones start afresh."""
+        """Puts back what `collect_state` collected; with more processes than before, the new ones start afresh.
+
+        Learning rates, weight decay and the like stay as they are in the optimisers: they are settings, not state.
+
+        Args:
+            reseeded: whether the run has a new seed, so that the saved random states are not wanted.
+        """
         if not self.state:
             return
         for optimizer, saved in zip(optimizers, self.state["optimizers"], strict=True):
-            optimizer.load_state_dict(shard_optimizer_state(saved, optimizer))
-        if average:
-            if self.state["average"] is None:
-                raise ValueError("optimizer.ema_decay is set, but the checkpoint has no moving average")
+            load_optimizer_state(optimizer, saved)
+        if average and self.state["average"] is not None:
             average.load_state_dict(self.state["average"])
         for name, value in self.state["progress"].items():
             setattr(progress, name, value)
         progress.skipped = Counter(self.state["progress"]["skipped"] if accelerator.is_main_process else {})
         log.load_state_dict(self.state["log"])
-        if accelerator.process_index < len(self.state["random_states"]):
+        if accelerator.process_index < len(self.state["random_states"]) and not reseeded:
             states = self.state["random_states"][accelerator.process_index]
             torch.set_rng_state(states["cpu"])
             if "cuda" in states and torch.cuda.is_available():
                 torch.cuda.set_rng_state(states["cuda"])
+
+
+def load_optimizer_state(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Loads what an optimiser has accumulated, and keeps the settings of its groups."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(shard_optimizer_state(saved, optimizer))
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)

@@ -21,7 +21,7 @@ from ig_captioner.information_gain import IGNORE_INDEX
 from ig_captioner.processing_ig_captioner import IGCaptionerProcessor
 from training.build import build_model_config, build_processor, image_settings
 from training.config import TrainConfig
-from training.data import load_training_data
+from training.data import Share, load_training_data
 from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
 
 
@@ -82,8 +82,8 @@ def train_contrastive(config: TrainConfig) -> tuple[ContrastiveModel, list[float
         config.data,
         tokenizer,
         image_settings(processor.image_processor),
+        Share(config.batch_size),
         data_root=config.data_root,
-        batch_size=config.batch_size,
         seed=config.seed,
     )
     optimizers, losses = make_optimizers(model, config.optimizer), []

@@ -10,13 +10,14 @@
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
+from pydantic.dataclasses import dataclass
 
-from training.config import TrainConfig, from_dict, set_nested, validate
+from training.config import STRICT, TrainConfig, from_dict, set_nested, validate
 
 
 CAPTIONER = {"model.conditional_weight": 1.0, "model.unconditional_weight": 0.0}
@@ -58,7 +59,7 @@ SAME_TIME = ", equal CPU time"
 LONG_TAIL_SHARD = "cifar10-long-tail.tar"
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Recipe:
     """What all runs share."""
 

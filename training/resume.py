@@ -1,0 +1,103 @@
+"""What a resumed run may change of its settings, and what is refused.
+
+A checkpoint holds the settings that its run was using. `--resume` refuses every setting that differs from them, but
+for those in `HARMLESS`. `--resume_with_changes` accepts all but those in `IMPOSSIBLE`, which could not act, and
+`config.yaml` says from which step the others hold.
+"""
+
+import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from .build import OBJECTIVE_FIELDS
+from .checkpoint import write_text_atomically
+from .config import CHANGES_KEY, TrainConfig, UsageError, flatten, from_dict, to_dict
+
+
+NOT_SET = "not set"
+
+# Settings that may differ without a word, and why.
+HARMLESS = {
+    "output_dir": "the folder may have been moved",
+    "resume": "says how this start is meant, not how the run trains",
+    "resume_with_changes": "says how this start is meant, not how the run trains",
+    "tokenizer": "the folder may have been moved; its contents are compared with the checkpoint's tokenizer",
+    "trackers": "only where rows of the log are sent",
+    "log_every_steps": "only how often rows are written; each row is the mean over the steps since the last",
+    "evaluation.every_steps": "only how often; an evaluation changes neither weights nor random states",
+    "checkpoint_steps": "only how often checkpoints are written",
+    "checkpoint_minutes": "only how often checkpoints are written",
+    "keep_checkpoints": "only how many old checkpoints stay on the disk",
+    "max_nonfinite_steps": "only when the run gives up",
+    "save_dtype": "only the number format of the final folder; weights are trained in float32",
+    "data.num_workers": "who loads, not what is drawn; with streams, batches may be composed differently, as with "
+    "another number of processes, but no sample is lost or repeated",
+}
+
+# Settings whose change could not act on a run that has begun, and why. Patterns; `model.*` has exceptions below.
+IMPOSSIBLE = {
+    "optimizer.name": "the optimiser's state in the checkpoint belongs to the other one",
+    "freeze": "the optimiser's state in the checkpoint belongs to other parameters",
+    "init_from": "the weights come from the checkpoint",
+    "data.streams": "a run keeps the number of streams that it started with",
+    "model.*": "the weights in the checkpoint have this architecture",
+}
+CHANGEABLE_OF_MODEL = (*(f"model.{name}" for name in OBJECTIVE_FIELDS), "model.*.dropout")
+ADVICE = "start a new run with --init_from CHECKPOINT/model to train on from its weights"
+
+
+class Change(NamedTuple):
+    """A setting by its dotted key, before and now."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def row(self, step: int) -> dict[str, Any]:
+        """The change as `config.yaml` and checkpoints record it."""
+        return {"from_step": step, **self._asdict()}
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before!r} -> {self.now!r}"
+
+
+def find_changes(saved: dict[str, Any], config: TrainConfig) -> list[Change]:
+    """Settings that differ from those of a checkpoint and are not harmless; what a checkpoint lacks has its default."""
+    before, now = flatten(to_dict(from_dict(TrainConfig, saved))), flatten(to_dict(config))
+    keys = [key for key in {**before, **now} if key not in HARMLESS]
+    changes = [Change(key, before.get(key, NOT_SET), now.get(key, NOT_SET)) for key in keys]
+    return [change for change in changes if change.before != change.now]
+
+
+def check_changes(changes: list[Change], sources: tuple[list[str], list[str]], accepted: bool) -> None:
+    """Raises UsageError for changes that are not accepted, or that could not act.
+
+    Args:
+        sources: names of the sources before and now, in their order.
+        accepted: whether the user has asked for the changes.
+    """
+    impossible = [f"{change} ({reason})" for change in changes if (reason := why_impossible(change.key))]
+    if sources[0] != sources[1]:
+        impossible.append(f"data.sources: {sources[0]} -> {sources[1]} (positions in the data belong to the sources)")
+    if impossible:
+        raise UsageError(f"a resumed run cannot change {'; '.join(impossible)}. Restore them, or {ADVICE}")
+    if changes and not accepted:
+        raise UsageError(
+            f"--resume with other settings than the checkpoint's: {'; '.join(map(str, changes))}. Restore them, or "
+            "pass --resume_with_changes to train with the new ones from here on"
+        )
+
+
+def why_impossible(key: str) -> str:
+    """Says why a change of this setting cannot act; empty if it can."""
+    if any(fnmatch.fnmatchcase(key, pattern) for pattern in CHANGEABLE_OF_MODEL):
+        return ""
+    return next((reason for pattern, reason in IMPOSSIBLE.items() if fnmatch.fnmatchcase(key, pattern)), "")
+
+
+def write_settings(path: Path, config: TrainConfig, changes: list[dict[str, Any]]) -> None:
+    """Writes `config.yaml`: the settings in use, which `--config` reads again, and what was changed from which step."""
+    values = to_dict(config) | ({CHANGES_KEY: changes} if changes else {})
+    write_text_atomically(path, yaml.safe_dump(values, sort_keys=False))
