@@ -33,11 +33,15 @@ PLAIN = {"grey": (128,), "black": (0,), "white": (255,), "black, grey and white"
 
 def log_likelihoods(scorer: CaptionScorer, images: Sequence[Image.Image], labels: CompiledLabels) -> Tensor:
     """log P(T|I), [B, N], a few images at a time."""
-    parts = [scorer.score(list(images[at : at + 32]), labels).caption_log_likelihood for at in range(0, len(images), 32)]
+    parts = [
+        scorer.score(list(images[at : at + 32]), labels).caption_log_likelihood for at in range(0, len(images), 32)
+    ]
     return torch.cat(parts)
 
 
-def priors(scorer: CaptionScorer, labels: CompiledLabels, photos: dict[str, list[Image.Image]]) -> dict[str, list[Tensor]]:
+def priors(
+    scorer: CaptionScorer, labels: CompiledLabels, photos: dict[str, list[Image.Image]]
+) -> dict[str, list[Tensor]]:
     """log P(T), [N], of every kind of reference, as often as it was drawn."""
     found = {"weight 0, no prior": [torch.zeros(len(labels))]}
     found["without an image"] = [labels.texts.prior_log_likelihood.cpu()]
@@ -126,7 +130,9 @@ def main() -> None:
     }
     columns = {}
     if arguments.classes:
-        columns[f"{arguments.class_names}, {arguments.limit} images, top-1 %"] = classification(scorer, arguments, photos)
+        columns[f"{arguments.class_names}, {arguments.limit} images, top-1 %"] = classification(
+            scorer, arguments, photos
+        )
     if arguments.captions:
         columns[f"{arguments.limit_captions} captioned images, R@10 %"] = retrieval(scorer, arguments, photos)
     run = f"Commit {git_commit()}, {cpu_model()}, model {Path(arguments.model).name}"
