@@ -166,6 +166,7 @@ def test_resumed_run_has_the_same_weights(checkpoint, by_folder, tmp_path, monke
     assert max((whole[name] - resumed[name]).abs().max().item() for name in whole) == 0.0
 
 
+@pytest.mark.core
 def test_learns_and_generates_captions(checkpoint, by_metadata, tmp_path):
     metrics = finetune(checkpoint, by_metadata, tmp_path, max_steps=60, eval_fraction=0.3)
     assert metrics["eval_word_f1"] > 0.6
