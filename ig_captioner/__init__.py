@@ -18,7 +18,12 @@ from transformers import (
 )
 
 from .compiled_labels import CompiledLabels, compile_labels
-from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig, IGCaptionerVisionConfig
+from .configuration_ig_captioner import (
+    IGCaptionerConfig,
+    IGCaptionerTextConfig,
+    IGCaptionerVisionConfig,
+    IGCaptionerWarning,
+)
 from .information_gain import information_gain
 from .modeling_ig_captioner import (
     IGCaptionerForConditionalGeneration,
@@ -78,6 +83,7 @@ __all__ = [
     "IGCaptionerTextConfig",
     "IGCaptionerVisionConfig",
     "IGCaptionerVisionModel",
+    "IGCaptionerWarning",
     "IGZeroShotImageClassificationPipeline",
     "compile_labels",
     "information_gain",
