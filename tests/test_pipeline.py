@@ -567,6 +567,7 @@ print(json.dumps([type(classifier).__name__, results]))
 """
 
 
+@pytest.mark.core
 def test_a_saved_pipeline_loads_in_a_clean_process_as_remote_code(classifier, photos, tmp_path):
     photos[0].save(tmp_path / "photo.png")
     classifier.save_pretrained(tmp_path / "saved")
