@@ -410,7 +410,7 @@ def test_held_out_ranking(knows, top1):
             from types import SimpleNamespace
 
             red = (pixel_values[:, 0].mean(dim=(1, 2)) > 0).float() * knows
-            scores = torch.stack([red - 2, -red - 1 - (not knows)], dim=1)
+            scores = torch.stack([red - 2, -red - 1 - int(not knows)], dim=1)
             return SimpleNamespace(caption_log_likelihood=scores, prior_log_likelihood=torch.zeros(2))
 
     samples = [
