@@ -25,10 +25,11 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
-from . import IGCaptionerForConditionalGeneration, IGCaptionerPreTrainedModel
 from .checkpoint import load_model
 from .configuration_ig_captioner import REMOTE_CODE_FILES
+from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .evaluation.report import HUB_TASKS, evaluations, to_markdown, weights_digest
+from .modeling_ig_captioner import IGCaptionerForConditionalGeneration
 
 
 CARD_FILE = "README.md"
