@@ -18,7 +18,12 @@ from transformers import (
 )
 
 from .compiled_labels import CompiledLabels, compile_labels
-from .configuration_ig_captioner import IGCaptionerConfig, IGCaptionerTextConfig, IGCaptionerVisionConfig
+from .configuration_ig_captioner import (
+    IGCaptionerConfig,
+    IGCaptionerTextConfig,
+    IGCaptionerVisionConfig,
+    IGCaptionerWarning,
+)
 from .information_gain import information_gain
 from .modeling_ig_captioner import (
     IGCaptionerForConditionalGeneration,
@@ -54,8 +59,19 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 
+
+def __getattr__(name: str):
+    """Loads what scores with captioners of the Hub when it is first asked for: it imports much of transformers."""
+    if name == "CaptionScorer":
+        from .captioners import CaptionScorer
+
+        return CaptionScorer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "TINY_CHECKPOINT",
+    "CaptionScorer",
     "CompiledLabels",
     "IGCaptionerConfig",
     "IGCaptionerForConditionalGeneration",
@@ -67,6 +83,7 @@ __all__ = [
     "IGCaptionerTextConfig",
     "IGCaptionerVisionConfig",
     "IGCaptionerVisionModel",
+    "IGCaptionerWarning",
     "IGZeroShotImageClassificationPipeline",
     "compile_labels",
     "information_gain",

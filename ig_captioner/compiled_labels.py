@@ -135,7 +135,7 @@ class CompiledLabels:
         """Raises ValueError if a tokenizer makes other tokens of the texts than these were compiled from."""
         texts = format_labels(self.labels, self.templates)
         encoded = encode_texts(tokenizer, texts, max_positions_of(model), **kwargs)
-        if _digest(encoded) != self.tokens_sha256:
+        if digest_of_tokens(**encoded) != self.tokens_sha256:
             raise ValueError(
                 f"these {len(self.labels)} labels ({self.labels[0]!r}, ...) were compiled with another tokenizer, or "
                 "other settings of it: compile them again"
@@ -165,7 +165,7 @@ def compile_labels(
         templates = default_templates(model.config)
     listed = (templates,) if isinstance(templates, str) else tuple(templates)
     encoded = encode_for(model, tokenizer, format_labels(labels, listed))
-    return CompiledLabels(tuple(labels), listed, model.compile_texts(**encoded, **options), _digest(encoded))
+    return CompiledLabels(tuple(labels), listed, model.compile_texts(**encoded, **options), digest_of_tokens(**encoded))
 
 
 def is_compiled(labels: Any) -> bool:
@@ -187,11 +187,11 @@ def encode_for(model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str],
     return {name: values.to(model.device) for name, values in encoded.items()}
 
 
-def _digest(encoded: dict[str, Tensor]) -> str:
-    """SHA-256 of the tokens of each text, padding left out."""
-    mask = encoded["attention_mask"].cpu().bool()
+def digest_of_tokens(input_ids: Tensor, attention_mask: Tensor) -> str:
+    """SHA-256 of the tokens of each text, [N, L], padding left out."""
+    mask = attention_mask.cpu().bool()
     digest = hashlib.sha256(mask.sum(dim=-1).numpy().tobytes())
-    digest.update(encoded["input_ids"].cpu().long()[mask].numpy().tobytes())
+    digest.update(input_ids.cpu().long()[mask].numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -210,12 +210,12 @@ def fingerprint_of(model: Any) -> str:
         if parameter.is_meta:
             digest.update(str(id(model)).encode())
         else:
-            for part in _checksum(parameter.detach()):
+            for part in checksum(parameter.detach()):
                 digest.update(part)
     return digest.hexdigest()
 
 
-def _checksum(tensor: Tensor) -> Iterator[Any]:
+def checksum(tensor: Tensor) -> Iterator[Any]:
     """Sums of a tensor's bytes, taken as integers of 8 bytes, `WORDS_PER_SUM` at a time; the rest as it is.
 
     Of a quantised tensor (torchao): those of its parts, and how they are to be read.
@@ -224,7 +224,7 @@ def _checksum(tensor: Tensor) -> Iterator[Any]:
         names, settings = tensor.__tensor_flatten__()
         yield repr(settings).encode()
         for name in names:
-            yield from _checksum(getattr(tensor, name))
+            yield from checksum(getattr(tensor, name))
         return
     content = tensor.contiguous().flatten().view(torch.uint8)
     if content.storage_offset() % 8:

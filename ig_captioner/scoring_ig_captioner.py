@@ -8,8 +8,7 @@ Legend: B images, C candidate texts, E edges of a trie, L text tokens, D decoder
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,9 @@ from .compiled_labels import CompiledLabels, CompiledTexts, fingerprint_of, is_c
 from .configuration_ig_captioner import PRIOR_SOURCES, IGCaptionerConfig
 from .decoder_ig_captioner import TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, KeyValues
-from .information_gain import information_gain, text_mask
+from .information_gain import information_gain, label_log_prior, mean_over_references
 from .label_trie import TextTrie, build_trie
+from .text_rules import scored_form
 
 
 # How many numbers are held at once of what grows with texts and images: logits, and the inner states of an MLP.
@@ -56,6 +56,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         prior_weight: float | None = None,
         prior_source: str | None = None,
         reference_pixel_values: Tensor | None = None,
+        reference_mean: str = "arithmetic",
+        label_prior: Sequence[float] | Tensor | None = None,
         reduction: str = "sum",
         chunk_size: int | None = None,
     ) -> IGCaptionerScoreOutput:
@@ -76,6 +78,9 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             prior_source: "unconditional" or "reference_images"; `config.prior_source` if not given.
             reference_pixel_values: [R, channels, height, width], the images over which P(T|I) is averaged to P(T);
                 implies "reference_images". Noise if not given.
+            reference_mean: "arithmetic", the mean of P(T|I), or "geometric", the mean of log P(T|I).
+            label_prior: a weight or a log-probability of each text, or of each label that was compiled, which is added
+                to information gain; see `label_log_prior`.
             reduction: "sum" for nats per text, "mean" for nats per token.
             chunk_size: how many nodes of the trie, times images, the decoder reads at once, but at least one block of
                 about `label_trie.BLOCK_SIZE`; by default what `MAX_NUMBERS_PER_CHUNK` allows. It changes memory and
@@ -97,7 +102,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         image_tokens = self.model.read_features(pixel_values, image_features)
         if isinstance(input_ids, Tensor):
             references = self._references(prior_source, reference_pixel_values, input_ids.device)
-            texts = self._compile(input_ids, attention_mask, references, positions)
+            texts = self._compile(input_ids, attention_mask, references, reference_mean, positions)
         else:
             if prior_source is not None or reference_pixel_values is not None:
                 given = "reference_pixel_values" if prior_source is None else f"prior_source {prior_source!r}"
@@ -111,11 +116,12 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             caption_log_likelihood = caption_log_likelihood / texts.trie.lengths
             prior_log_likelihood = prior_log_likelihood / texts.trie.lengths
         prior_weight = self.config.prior_weight if prior_weight is None else prior_weight
-        return IGCaptionerScoreOutput(
-            caption_log_likelihood=caption_log_likelihood,
-            prior_log_likelihood=prior_log_likelihood,
-            information_gain=information_gain(caption_log_likelihood, prior_log_likelihood, prior_weight),
-        )
+        gain = information_gain(caption_log_likelihood, prior_log_likelihood, prior_weight)
+        if label_prior is not None:
+            num_templates = len(getattr(input_ids, "templates", (None,)))
+            added = label_log_prior(label_prior, len(prior_log_likelihood) // num_templates)
+            gain = gain + added.to(gain.device).repeat(num_templates)
+        return IGCaptionerScoreOutput(caption_log_likelihood, prior_log_likelihood, gain)
 
     def compile_texts(
         self,
@@ -124,6 +130,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         *,
         prior_source: str | None = None,
         reference_pixel_values: Tensor | None = None,
+        reference_mean: str = "arithmetic",
         chunk_size: int | None = None,
         with_fingerprint: bool = True,
     ) -> CompiledTexts:
@@ -141,7 +148,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         positions = self._positions_per_pass(chunk_size)
         with torch.inference_mode(False), torch.no_grad():
             references = self._references(prior_source, reference_pixel_values, input_ids.device)
-            compiled = self._compile(input_ids, attention_mask, references, positions)
+            compiled = self._compile(input_ids, attention_mask, references, reference_mean, positions)
         return dataclasses.replace(compiled, fingerprint=self.fingerprint() if with_fingerprint else "")
 
     def edge_log_likelihoods(
@@ -161,29 +168,6 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
     def fingerprint(self) -> str:
         """Identifies all that scores depend on: weights, architecture, autocast, hooks and the state of adapters."""
         return fingerprint_of(self)
-
-    def _padded_on_the_right(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Texts [C, L] and their mask as short as they can be, padding last. Raises ValueError for what is no text."""
-        text = self.config.text_config
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids must be [C, L] with at least one text, got shape {tuple(input_ids.shape)}")
-        input_ids = input_ids.long()
-        if attention_mask is None:
-            attention_mask = text_mask(input_ids, text.pad_token_id, text.eos_token_id)
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask {tuple(attention_mask.shape)} differs from input_ids {tuple(input_ids.shape)}"
-            )
-        if not bool(attention_mask.any(dim=-1).all()):
-            raise ValueError(f"text {int(attention_mask.any(dim=-1).long().argmin())} of input_ids has no tokens")
-        is_unknown = ((input_ids < 0) | (input_ids >= text.vocab_size)) & attention_mask.bool()
-        if bool(is_unknown.any()):
-            row = int(is_unknown.any(dim=-1).long().argmax())
-            token = int(input_ids[row][is_unknown[row]][0])
-            raise ValueError(f"text {row} of input_ids has token {token}, outside the vocabulary of {text.vocab_size}")
-        padding_last = attention_mask.argsort(dim=-1, descending=True, stable=True)
-        padding_last = padding_last[:, : int(attention_mask.sum(dim=-1).max())]
-        return input_ids.gather(-1, padding_last), attention_mask.gather(-1, padding_last)
 
     def _references(
         self, prior_source: str | None, reference_pixel_values: Tensor | None, device: torch.device
@@ -208,9 +192,14 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
 
     @torch.compiler.disable
     def _compile(
-        self, input_ids: Tensor, attention_mask: Tensor | None, references: Tensor | None, positions: int
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        references: Tensor | None,
+        reference_mean: str,
+        positions: int,
     ) -> CompiledTexts:
-        input_ids, attention_mask = self._padded_on_the_right(input_ids, attention_mask)
+        input_ids, attention_mask = scored_form(input_ids, attention_mask, self.config.text_config)
         self.model.decoder.check_length(input_ids.shape[1])
         trie = build_trie(input_ids, attention_mask, self.config.decoder_start_token_id).to(input_ids.device)
         states = None
@@ -222,7 +211,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             prior = trie.sum_over_texts(self._edges(texts, None, positions))[0]
         else:
             image_tokens = self.model.read_features(references)
-            prior = self._log_likelihoods(texts, image_tokens, positions).logsumexp(dim=0) - math.log(len(references))
+            prior = mean_over_references(self._log_likelihoods(texts, image_tokens, positions), reference_mean)
         return dataclasses.replace(texts, prior_log_likelihood=prior)
 
     def _log_likelihoods(self, texts: CompiledTexts, image_tokens: Tensor, positions: int) -> Tensor:

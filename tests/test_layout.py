@@ -18,6 +18,7 @@ READING_ORDER = [
     "vision_ig_captioner",
     "configuration_ig_captioner",
     "information_gain",
+    "text_rules",
     "encoder_ig_captioner",
     "decoder_ig_captioner",
     "input_rules",

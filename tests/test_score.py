@@ -388,3 +388,24 @@ def test_noise_stands_in_for_reference_images_and_the_config_may_ask_for_it():
     assert torch.equal(asked.information_gain, configured.information_gain)
     one = tiny_model(prior_source="reference_images", num_reference_images=1).score(random_images(), *texts)
     assert not torch.equal(one.prior_log_likelihood, configured.prior_log_likelihood)
+
+
+def test_a_geometric_mean_over_reference_images_is_that_of_log_likelihoods():
+    model, texts, references = tiny_model(), random_texts(), random_images(4) * 2
+    given = {"reference_pixel_values": references, "reference_mean": "geometric"}
+    scores = model.score(random_images(), *padded(texts), **given)
+    expected = naive_scores(model, references, texts).mean(dim=0)
+    torch.testing.assert_close(scores.prior_log_likelihood, expected, atol=1e-4, rtol=0)
+    compiled = model.compile_texts(*padded(texts), **given)
+    torch.testing.assert_close(compiled.prior_log_likelihood, expected, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="reference_mean must be one of .*, got 'median'"):
+        model.score(random_images(), *padded(texts), reference_pixel_values=references, reference_mean="median")
+
+
+def test_a_label_prior_is_added_to_information_gain():
+    model, texts = tiny_model(), padded(random_texts((5, 2, 7)))
+    plain = model.score(random_images(), *texts).information_gain
+    given = model.score(random_images(), *texts, label_prior=[2, 1, 1]).information_gain
+    torch.testing.assert_close(given, plain + torch.tensor([0.5, 0.25, 0.25]).log())
+    with pytest.raises(ValueError, match="one number for each of 3 labels, got \\(2,\\)"):
+        model.score(random_images(), *texts, label_prior=[1, 1])

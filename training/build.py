@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ig_captioner.configuration_ig_captioner import (
     IGCaptionerConfig,
     IGCaptionerTextConfig,
     IGCaptionerVisionConfig,
-    as_height_width,
 )
+from ig_captioner.encoders import image_processor_for, load_encoder, unused_parameters
 from ig_captioner.modeling_ig_captioner import IGCaptionerForConditionalGeneration
 from ig_captioner.processing_ig_captioner import IGCaptionerImageProcessor, IGCaptionerProcessor
+from ig_captioner.vision_ig_captioner import is_frozen
 
 from .augmentation import ImageSettings
 from .config import TrainConfig, UsageError, flatten, set_nested
@@ -76,16 +77,20 @@ def build_model(
             source, config=model_config, dtype=torch.float32, attn_implementation=config.attn_implementation
         )
     else:
-        model_config = build_model_config(config.model, tokenizer)
+        encoder = load_encoder(config.encoder_from) if config.encoder_from else None
+        model_config = build_model_config(config.model, tokenizer, encoder and encoder.config)
         model = IGCaptionerForConditionalGeneration.from_config(
             model_config, dtype=torch.float32, attn_implementation=config.attn_implementation
         )
+        if encoder is not None:
+            model.model.vision_model.load_state_dict(encoder.state_dict(), strict=True)
     longest = model.config.text_config.max_position_embeddings
     if config.data.max_length > longest:
         raise UsageError(f"data.max_length {config.data.max_length} is more than the model's {longest} positions")
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise UsageError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.text_config.vocab_size}")
     freeze(model, config.freeze)
+    freeze_unused(model)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
@@ -144,9 +149,31 @@ def freeze(model: torch.nn.Module, patterns: list[str]) -> None:
         raise UsageError(f"freeze: {patterns} leave nothing to train")
 
 
-def build_model_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> IGCaptionerConfig:
-    """The model's configuration; vocabulary size and special tokens are the tokenizer's unless given."""
-    sections = {"vision_config": IGCaptionerVisionConfig, "text_config": IGCaptionerTextConfig}
+def freeze_unused(model: IGCaptionerForConditionalGeneration) -> None:
+    """Takes the parameters of the encoder out of training that no feature depends on."""
+    encoder = model.model.vision_model
+    if model.config.has_own_encoder or is_frozen(encoder):
+        return
+    for name in unused_parameters(encoder):
+        encoder.get_parameter(name).requires_grad_(False)
+
+
+def build_model_config(
+    values: dict[str, Any], tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedConfig | None = None
+) -> IGCaptionerConfig:
+    """The model's configuration; vocabulary size and special tokens are the tokenizer's unless given.
+
+    Args:
+        encoder: configuration of a pretrained encoder, in place of a `vision_config` among the `values`.
+    """
+    if encoder is not None:
+        if values.get("vision_config"):
+            raise UsageError(f"model.vision_config is that of encoder_from, but {values['vision_config']} were given")
+        values = {**values, "vision_config": encoder}
+    sections: dict[str, Any] = {"text_config": IGCaptionerTextConfig}
+    vision = values.get("vision_config") or {}
+    if isinstance(vision, dict) and "model_type" not in vision:  # those of transformers take any field
+        sections["vision_config"] = IGCaptionerVisionConfig
     for prefix, config_class, keys in [("model", IGCaptionerConfig, values)] + [
         (f"model.{name}", sub_class, values.get(name) or {}) for name, sub_class in sections.items()
     ]:
@@ -171,13 +198,17 @@ def build_processor(
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Path | None = None,
 ) -> IGCaptionerProcessor:
-    """The image processor of the checkpoint or of `init_from`, whose encoder expects its pixel statistics, or the
-    default one."""
-    height, width = as_height_width(model_config.vision_config.image_size, "image_size")
+    """The image processor of the checkpoint, of `init_from` or of `encoder_from`, whose encoder expects its pixel
+    statistics, or the default one."""
+    height, width = model_config.image_size
     size = {"height": height, "width": width}
     source = checkpoint / "model" if checkpoint else config.init_from
     if source:
-        return IGCaptionerProcessor(IGCaptionerImageProcessor.from_pretrained(source, size=size), tokenizer)
+        # others may have been trained on images of another size than their configuration says (DINOv2)
+        options = {"size": size} if model_config.has_own_encoder else {}
+        return IGCaptionerProcessor(IGCaptionerImageProcessor.from_pretrained(source, **options), tokenizer)
+    if config.encoder_from:
+        return IGCaptionerProcessor(image_processor_for(config.encoder_from), tokenizer)
     return IGCaptionerProcessor(IGCaptionerImageProcessor(size=size), tokenizer)
 
 

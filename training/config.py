@@ -166,6 +166,9 @@ class TrainConfig:
     """Folder of relative shard paths; empty: the environment variable IG_CAPTIONER_DATA, else `data`."""
     init_from: str | None = None
     """Folder or Hub name of a checkpoint whose weights the run starts from; null: random weights."""
+    encoder_from: str | None = None
+    """Folder or Hub name of a vision model of transformers whose weights a new model's encoder starts from; its
+    configuration becomes `model.vision_config`, its image processor's statistics, size and crop the model's."""
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of `IGCaptionerConfig`: `vision_config`, `text_config`, loss weights, ...; as in
     `--model.text_config.dropout 0.1`."""

@@ -1,0 +1,12 @@
+"""Information gain for any captioner of the Hub: `CaptionScorer`. None of this travels with checkpoints.
+
+Reading order: `prompts` (images and texts to tensors), `prefix` (image and prompt, read), `families` (what differs
+from model to model), `readers` (texts behind a prefix), `verification` (which reader, and is it right), `loading`,
+`scorer`, `own`.
+"""
+
+from .scorer import CaptionScorer, TokenGain
+from .verification import Verification
+
+
+__all__ = ["CaptionScorer", "TokenGain", "Verification"]

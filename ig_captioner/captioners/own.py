@@ -1,0 +1,116 @@
+"""This package's own captioners behind the interface of `CaptionScorer`; their `score` is exact by construction."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import IGCaptionerForConditionalGeneration
+from ..checkpoint import caption_tokens, load_model, load_processor
+from ..compiled_labels import CompiledLabels, compile_labels, is_compiled
+from ..information_gain import information_gain, token_means_over_references
+from ..processing_ig_captioner import default_templates
+from ..scoring_ig_captioner import IGCaptionerScoreOutput
+from .scorer import CaptionScorer, TokenGain, as_images
+from .verification import Verification
+
+
+PRIOR_OPTIONS = ("prior_source", "reference_pixel_values", "reference_mean")
+
+
+class OwnCaptionScorer(CaptionScorer):
+    """A captioner of this package: trained with and without images, so it has no prompt and its own log P(T)."""
+
+    def __init__(self, model: IGCaptionerForConditionalGeneration, processor: Any):
+        self.model, self.processor = model, processor
+        self.default_prior_source = model.config.prior_source
+        self.default_prior_weight = model.config.prior_weight
+        self.default_templates = default_templates(model.config)
+        self.verification = Verification("tree")
+
+    @classmethod
+    def load(cls, name: str | Path, *, device: Any = None, **kwargs: Any) -> "OwnCaptionScorer":
+        """Reads a folder or repository; `kwargs` are for the model's `from_pretrained`."""
+        model = load_model(IGCaptionerForConditionalGeneration, name, **kwargs)
+        return cls(model if device is None else model.to(device), load_processor(name))
+
+    def score(
+        self,
+        images: Any,
+        texts: Sequence[str] | CompiledLabels,
+        *,
+        reference_images: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> IGCaptionerScoreOutput:
+        """As `CaptionScorer.score`; a float tensor [B, channels, height, width] is taken for `pixel_values`."""
+        if reference_images is not None:
+            options["reference_pixel_values"] = self._pixels(reference_images)
+        if is_compiled(texts):
+            texts.check_tokenizer(self.model, self.processor.tokenizer)
+        else:
+            prior = {name: options.pop(name) for name in PRIOR_OPTIONS if name in options}
+            texts = compile_labels(self.model, self.processor.tokenizer, list(texts), "{}", **prior)
+        with torch.no_grad():
+            scores = self.model.score(self._pixels(images), texts, **options)
+        return IGCaptionerScoreOutput(*(values.cpu() for values in scores.to_tuple()))
+
+    def compile_labels(
+        self,
+        labels: Sequence[str],
+        templates: str | Sequence[str] | None = None,
+        *,
+        reference_images: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> CompiledLabels:
+        """As `CaptionScorer.compile_labels`."""
+        if reference_images is not None:
+            options["reference_pixel_values"] = self._pixels(reference_images)
+        templates = self.default_templates if templates is None else templates
+        return compile_labels(self.model, self.processor.tokenizer, list(labels), templates, **options)
+
+    @torch.no_grad()
+    def token_gains(
+        self, image: Any, text: str, *, prior_weight: float | None = None, **options: Any
+    ) -> list[TokenGain]:
+        """As `CaptionScorer.token_gains`; log P(token) without an image unless there are `reference_images`."""
+        references = options.pop("reference_images", None)
+        mean = options.pop("reference_mean", "arithmetic")
+        if options:
+            raise ValueError(f"unknown arguments {sorted(options)} with values {list(options.values())}")
+        texts = compile_labels(self.model, self.processor.tokenizer, [text], "{}").texts
+        path = texts.trie.text_edges[0]
+        caption = self.model.edge_log_likelihoods(texts, self._pixels(image))[0, path].cpu()
+        seen = None if references is None else self._pixels(references)
+        without = self.model.edge_log_likelihoods(texts, seen)[:, path].cpu()
+        prior = token_means_over_references(without, mean)
+        gains = information_gain(caption, prior, self.default_prior_weight if prior_weight is None else prior_weight)
+        words = [self.processor.tokenizer.decode([token]) for token in texts.trie.edge_tokens[path].tolist()]
+        columns = (caption.tolist(), prior.tolist(), gains.tolist())
+        return [TokenGain(*row) for row in zip(words, *columns, strict=True)]
+
+    def caption(self, images: Any, max_new_tokens: int | None = None, **options: Any) -> list[str]:
+        """As `CaptionScorer.caption`, all images at once."""
+        limit = caption_tokens(max_new_tokens, self.model.config.text_config)
+        written = self.model.generate(pixel_values=self._pixels(images), max_new_tokens=limit, **options)
+        return [text.strip() for text in self.processor.batch_decode(written, skip_special_tokens=True)]
+
+    def _pixels(self, images: Any) -> Tensor:
+        """`pixel_values` [B, channels, height, width] on the model's device, of its dtype."""
+        if not (isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()):
+            images = self.processor.image_processor(images=list(as_images(images)), return_tensors="pt")["pixel_values"]
+        return images.to(self.model.device, self.model.dtype)
+
+    def fingerprint(self) -> str:
+        """The model's own."""
+        return self.model.fingerprint()
+
+    def describe(self) -> dict[str, str]:
+        """Family, prompt, reading mode and prior, in words."""
+        return {
+            "family": f"{self.model.config.model_type}, this package's own",
+            "prompt": "none",
+            "reading mode": "tree, exact by construction",
+            "prior": self.default_prior_source,
+        }

@@ -1,0 +1,423 @@
+"""Any captioner of the Hub as a scorer of texts: log P(T|I), log P(T) and information gain, exactly and cheaply.
+
+    scorer = CaptionScorer.from_pretrained("llava-hf/llava-1.5-7b-hf")
+    labels = scorer.compile_labels(["cat", "dog", "horse"], ["a photo of a {}."])
+    print(scorer.score(["photo.jpg"], labels).information_gain, scorer.verification)
+
+What happens, file by file: `loading` finds the model's class, or says why it cannot be scored with; `prompts` makes
+the tensors of image and instruction, and the tokens of texts behind them; `families` reads those into a cache (the
+`prefix`), from which `readers` read all texts at once; `verification` chooses how, and measures that it is right.
+
+Legend: B images, C labels, N texts (labels in templates), E edges of the trie of texts, R reference images.
+Log-likelihoods are in nats.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..compiled_labels import CompiledLabels, CompiledTexts, checksum, is_compiled
+from ..configuration_ig_captioner import IGCaptionerConfig
+from ..information_gain import (
+    information_gain,
+    label_log_prior,
+    mean_over_references,
+    token_means_over_references,
+)
+from ..label_trie import TextTrie, build_trie
+from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels, load_rgb_image
+from ..scoring_ig_captioner import IGCaptionerScoreOutput
+from .families import family_of
+from .loading import load_captioner
+from .prompts import EncodedTexts, Processors
+from .readers import read_generated
+from .verification import READING_MODES, Verification, check_length, reader_for, texts_to_compare, verify
+
+
+MAX_CAPTION_TOKENS = 30
+GREY = (128, 128, 128)
+TEST_IMAGE_SIZE = (64, 48)
+BRANCHING_TEXTS = ("a dog in the grass", "a dog on the sofa")
+
+
+@dataclass(frozen=True)
+class TokenGain:
+    """A token of a text, and what it adds to the text's scores, in nats."""
+
+    token: str
+    caption_log_likelihood: float
+    prior_log_likelihood: float
+    information_gain: float
+
+
+class CaptionScorer:
+    """Scores texts under images with a captioner that transformers loads, whatever its family.
+
+    Args:
+        model: a captioner, in evaluation mode.
+        processors: its tokenizer, image processor and processor.
+        prompt: the instruction; the family's own if not given.
+        reading_mode: "tree", "rows" or "generate" instead of the one that `verification` chooses.
+        batch_size: how many images are read at once, if their prompts have the same length.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processors: Processors,
+        *,
+        prompt: str | None = None,
+        reading_mode: str | None = None,
+        batch_size: int = 8,
+    ):
+        if reading_mode is not None and reading_mode not in READING_MODES:
+            raise ValueError(f"reading_mode must be one of {READING_MODES}, got {reading_mode!r}")
+        if model.training:
+            raise ValueError(f"{type(model).__name__} is in training mode, where dropout changes scores: call eval()")
+        self.model, self.processors, self.batch_size = model, processors, batch_size
+        self.family = family_of(model)
+        instruction = self.family.prompt if prompt is None else prompt
+        self.prompt = self.family.prompt_class(model, processors, instruction)
+        self.default_prior_source = self.family.prior_source
+        self.default_prior_weight = 1.0
+        self.verification = None if reading_mode is None else Verification(reading_mode)
+
+    verification: Verification | None
+    """How texts are read, and how exact that was found to be; None until texts are first scored or compiled."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        prompt: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        reading_mode: str | None = None,
+        batch_size: int = 8,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> "CaptionScorer":
+        """Loads a captioner from a folder or the Hub, one of this package's own included.
+
+        Args:
+            name: a folder, or the name of a repository on the Hub.
+            prompt: the instruction behind which texts are scored; the family's own if not given.
+            device: where the model goes.
+            dtype: of the weights; the stored one if not given.
+            reading_mode, batch_size: see the class.
+            trust_remote_code: lets code from the repository run, for models that transformers does not know.
+            kwargs: for the model's `from_pretrained`, such as `device_map`, `quantization_config` or `revision`.
+
+        Raises:
+            ValueError: saying why this model cannot be scored with.
+            OSError: no such folder or repository.
+        """
+        if dtype is not None:
+            kwargs["dtype"] = dtype
+        if is_own(name):
+            from .own import OwnCaptionScorer
+
+            if prompt is not None:
+                raise ValueError(f"the captioners of this package have no prompt, got {prompt!r}")
+            return OwnCaptionScorer.load(name, device=device, **kwargs)
+        model, processors = load_captioner(name, device=device, trust_remote_code=trust_remote_code, **kwargs)
+        return cls(model, processors, prompt=prompt, reading_mode=reading_mode, batch_size=batch_size)
+
+    # Scores
+
+    @torch.no_grad()
+    def score(
+        self,
+        images: Any,
+        texts: Sequence[str] | CompiledLabels,
+        *,
+        prior_weight: float | None = None,
+        prior_source: str | None = None,
+        reference_images: Sequence[Any] | None = None,
+        reference_mean: str = "arithmetic",
+        label_prior: Sequence[float] | Tensor | None = None,
+        reduction: str = "sum",
+    ) -> IGCaptionerScoreOutput:
+        """Scores every text under every image.
+
+        Args:
+            images: one or a list of PIL images, paths, URLs, arrays, or uint8 or [0, 1] tensors.
+            texts: N strings, or what `compile_labels` returned.
+            prior_weight: weight of log P(T); 0 ranks by likelihood.
+            prior_source: "unconditional", log P(T) behind the same prompt without the image, or "reference_images",
+                the mean of P(T|I) over some images; by default the one that is honest for the family.
+            reference_images: those images; one grey image if not given.
+            reference_mean: "arithmetic", the mean of P(T|I), or "geometric", the mean of log P(T|I).
+            label_prior: a weight or a log-probability of each label, see `label_log_prior`.
+            reduction: "sum" for nats per text, "mean" for nats per token.
+
+        Returns:
+            [`IGCaptionerScoreOutput`], float32, on the CPU.
+
+        Raises:
+            ValueError: naming the value, for wrong arguments and images, and for labels compiled for something else.
+        """
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+        prior = {"prior_source": prior_source, "reference_images": reference_images}
+        if not is_compiled(texts):
+            labels = self.compile_labels(list(texts), "{}", **prior, reference_mean=reference_mean)
+        else:
+            if given := [name for name, value in prior.items() if value is not None]:
+                raise ValueError(f"compiled labels have their prior already, but {given[0]} came with them")
+            labels = texts
+        trie, dropped = self._checked(labels)
+        caption = trie.to("cpu").sum_over_texts(self._edges(trie, as_images(images), dropped))
+        prior_log_likelihood = labels.texts.prior_log_likelihood.cpu()
+        if reduction == "mean":
+            lengths = labels.texts.trie.lengths.cpu()
+            caption, prior_log_likelihood = caption / lengths, prior_log_likelihood / lengths
+        weight = self.default_prior_weight if prior_weight is None else prior_weight
+        gain = information_gain(caption, prior_log_likelihood, weight)
+        if label_prior is not None:
+            gain = gain + label_log_prior(label_prior, len(labels.labels)).repeat(len(labels.templates))
+        return IGCaptionerScoreOutput(caption, prior_log_likelihood, gain)
+
+    @torch.no_grad()
+    def compile_labels(
+        self,
+        labels: Sequence[str],
+        templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+        *,
+        prior_source: str | None = None,
+        reference_images: Sequence[Any] | None = None,
+        reference_mean: str = "arithmetic",
+    ) -> CompiledLabels:
+        """Does all of the scoring of labels that needs no image: their trie, and log P(T).
+
+        The result is bound to this model, prompt and reading mode. Arguments are as for `score`.
+
+        Raises:
+            ValueError: naming the value, for labels, templates or a prior that are none.
+        """
+        listed = (templates,) if isinstance(templates, str) else tuple(templates)
+        texts = format_labels(list(labels), listed)
+        self._verify(texts)
+        encoded = self.prompt.encode(texts)
+        trie = self._trie(encoded)
+        prior = self._prior(trie, encoded, prior_source, reference_images, reference_mean)
+        compiled = CompiledTexts(trie, prior, fingerprint=self.fingerprint())
+        return CompiledLabels(tuple(labels), listed, compiled, encoded.digest())
+
+    def _checked(self, labels: CompiledLabels) -> tuple[TextTrie, int]:
+        """The trie of labels on the model's device, and how many tokens of the prompt are part of the texts.
+
+        Raises:
+            ValueError: if they were compiled with another model, prompt, reading mode or tokenizer.
+        """
+        texts = format_labels(labels.labels, labels.templates)
+        self._verify(texts)
+        encoded = self.prompt.encode(texts)
+        own, theirs = json.loads(self.fingerprint()), _fingerprint_of(labels)
+        different = [f"{name} {theirs.get(name)!r}, not {own[name]!r}" for name in own if own[name] != theirs.get(name)]
+        if different:
+            raise ValueError(f"these labels were compiled for {'; '.join(different)}: compile them again")
+        if encoded.digest() != labels.tokens_sha256:
+            raise ValueError(f"these labels ({labels.labels[0]!r}, ...) were compiled with another tokenizer")
+        return labels.texts.to(self.device).trie, encoded.dropped
+
+    def _verify(self, texts: list[str]) -> None:
+        """Chooses the reading mode at first use, on some of the user's texts and two that branch."""
+        if self.verification is not None:
+            return
+        encoded = self.prompt.encode([*texts, *BRANCHING_TEXTS])
+        tokens = [
+            ids[mask.bool()].tolist() for ids, mask in zip(encoded.input_ids, encoded.attention_mask, strict=True)
+        ]
+        own, branching = tokens[: len(texts)], tokens[len(texts) :]
+        chosen = EncodedTexts.padded([*texts_to_compare(own), *branching], encoded.dropped)
+        self.verification = verify(self.family, self._test_prompts(encoded.dropped), self._trie(chosen))
+
+    def _trie(self, encoded: EncodedTexts) -> TextTrie:
+        return build_trie(encoded.input_ids, encoded.attention_mask, start_token_id=0).to(self.device)
+
+    @torch.no_grad()
+    def token_gains(self, image: Any, text: str, **prior: Any) -> list[TokenGain]:
+        """What each token of a text adds to its scores under an image, the end of the text last.
+
+        Args:
+            prior: `prior_weight`, `prior_source`, `reference_images` and `reference_mean`, as for `score`.
+        """
+        weight = prior.pop("prior_weight", None)
+        weight = self.default_prior_weight if weight is None else weight
+        self._verify([text])
+        encoded = self.prompt.encode([text])
+        trie = self._trie(encoded)
+        path = trie.text_edges[0].cpu()
+        caption = self._edges(trie, as_images(image), encoded.dropped)[0, path]
+        without = self._prior_edges(trie, encoded, prior.pop("prior_source", None), prior.pop("reference_images", None))
+        of_tokens = token_means_over_references(without[:, path], prior.pop("reference_mean", "arithmetic"))
+        if prior:
+            raise ValueError(f"unknown arguments {sorted(prior)} with values {list(prior.values())}")
+        gains = information_gain(caption, of_tokens, weight)
+        words = [self.processors.tokenizer.decode([token]) for token in encoded.input_ids[0].tolist()]
+        columns = (caption.tolist(), of_tokens.tolist(), gains.tolist())
+        return [TokenGain(*row) for row in zip(words, *columns, strict=True)]
+
+    @torch.no_grad()
+    def caption(self, images: Any, max_new_tokens: int = MAX_CAPTION_TOKENS, **options: Any) -> list[str]:
+        """Writes a caption for each image with the model's own `generate()`; `options` are its settings."""
+        captions = []
+        for image in as_images(images):
+            inputs = self._to_device(self.prompt.inputs(image))
+            written = self.family.generate(inputs, max_new_tokens=max_new_tokens, **options)[0].tolist()
+            start = inputs.get("decoder_input_ids", inputs.get("input_ids"))[0].tolist()
+            written = written[len(start) :] if written[: len(start)] == start else written
+            captions.append(self.processors.tokenizer.decode(written, skip_special_tokens=True).strip())
+        return captions
+
+    # From images to edges
+
+    def _edges(self, trie: TextTrie, images: Iterable[Image.Image], dropped: int) -> Tensor:
+        """log P of every edge of a trie, [B, E], on the CPU."""
+        singles = (self._to_device(self.prompt.inputs(image, dropped)) for image in images)
+        parts = [self._read(inputs, trie) for inputs in _batches(singles, self.batch_size)]
+        if not parts:
+            raise ValueError("no image was given, got an empty list")
+        return torch.cat(parts).cpu()
+
+    def _read(self, inputs: list[dict[str, Tensor]], trie: TextTrie) -> Tensor:
+        """log P of every edge, [b, E], behind prompts of equal length."""
+        assert self.verification is not None
+        if self.verification.mode == "generate":
+            return torch.cat([read_generated(self.family, single, trie) for single in inputs])
+        prefix = self.family.prefill({name: torch.cat([each[name] for each in inputs]) for name in inputs[0]})
+        longest = int(trie.lengths.max())
+        check_length(self.family, prefix, longest)
+        return reader_for(self.verification.mode, self.family, prefix, longest)(self.family, prefix, trie)
+
+    def _prior(
+        self,
+        trie: TextTrie,
+        encoded: EncodedTexts,
+        source: str | None,
+        references: Sequence[Any] | None,
+        mean: str,
+    ) -> Tensor:
+        """log P(T), [N]."""
+        edges = self._prior_edges(trie, encoded, source, references)
+        return mean_over_references(trie.to("cpu").sum_over_texts(edges), mean)
+
+    def _prior_edges(
+        self, trie: TextTrie, encoded: EncodedTexts, source: str | None, references: Sequence[Any] | None
+    ) -> Tensor:
+        """log P of every edge without the image, [1, E], or under each of R reference images, [R, E]."""
+        if source is None:
+            source = self.default_prior_source if references is None else "reference_images"
+        if source == "reference_images":
+            return self._edges(trie, [grey_image()] if references is None else as_images(references), encoded.dropped)
+        if source != "unconditional":
+            raise ValueError(f"prior_source must be 'unconditional' or 'reference_images', got {source!r}")
+        if references is not None:
+            raise ValueError("prior_source 'unconditional' uses no reference_images, but they were given")
+        if not self.family.without_image:
+            raise ValueError(
+                f"prior_source 'unconditional': {self.model.config.model_type} models read no text without an image; "
+                "use 'reference_images'"
+            )
+        return self._read([self._to_device(self.prompt.inputs(None, encoded.dropped))], trie).cpu()
+
+    def _test_prompts(self, dropped: int) -> list[dict[str, Tensor]]:
+        """What verification reads texts behind: an image of noise, and nothing, where that is an honest prior."""
+        noise = torch.randint(256, (3, *TEST_IMAGE_SIZE), generator=torch.Generator().manual_seed(0))
+        images = [load_rgb_image(noise.to(torch.uint8))]
+        if self.default_prior_source == "unconditional":
+            images.append(None)
+        return [self._to_device(self.prompt.inputs(image, dropped)) for image in images]
+
+    def _to_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        dtype = self.model.dtype
+        return {
+            name: value.to(self.device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
+        }
+
+    # What it is
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        return self.model.device
+
+    @cached_property
+    def name(self) -> str:
+        """The name of the repository; of a folder, which may be moved, its model type."""
+        name = self.model.name_or_path
+        return self.model.config.model_type if not name or os.path.isdir(name) else name
+
+    def fingerprint(self) -> str:
+        """What scores depend on: model, weights, prompt and reading mode; JSON."""
+        mode = None if self.verification is None else self.verification.mode
+        described = {"model": self.name, "prompt": self.prompt.context, "reading_mode": mode}
+        return json.dumps({**described, "weights": self._weights})
+
+    @cached_property
+    def _weights(self) -> str:
+        """SHA-256 of checksums of all weights that are in memory; of weights offloaded to disk their shapes count."""
+        digest = hashlib.sha256()
+        for name, weight in self.model.state_dict().items():
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            for part in () if weight.is_meta else checksum(weight.detach()):
+                digest.update(part)
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, str]:
+        """Family, prompt, reading mode and prior, in words."""
+        names = type(self.model).__name__, type(self.family).__name__
+        return {
+            "family": f"{self.model.config.model_type} ({names[0]}), read as {names[1]}",
+            "prompt": repr(self.prompt.context),
+            "reading mode": "chosen at first use" if self.verification is None else str(self.verification),
+            "prior": self.default_prior_source,
+        }
+
+
+def is_own(name: str | Path) -> bool:
+    """Whether a folder or repository holds a captioner of this package."""
+    config, _ = IGCaptionerConfig.get_config_dict(os.fspath(name))
+    return config.get("model_type") == IGCaptionerConfig.model_type
+
+
+def as_images(images: Any) -> Iterator[Image.Image]:
+    """RGB images, one after the other, from one or many; a tensor or array of four dimensions holds many."""
+    is_many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4 or isinstance(images, Iterator)
+    return map(load_rgb_image, images if is_many else [images])
+
+
+def grey_image() -> Image.Image:
+    """An image that shows nothing."""
+    return Image.new("RGB", TEST_IMAGE_SIZE[::-1], GREY)
+
+
+def _batches(singles: Iterable[dict[str, Tensor]], batch_size: int) -> Iterator[list[dict[str, Tensor]]]:
+    """Neighbours whose tensors have the same shapes, up to `batch_size` together."""
+
+    def shapes(inputs: dict[str, Tensor]) -> list:
+        return [(name, value.shape) for name, value in inputs.items()]
+
+    for _, group in groupby(singles, key=shapes):
+        while batch := list(islice(group, batch_size)):
+            yield batch
+
+
+def _fingerprint_of(labels: CompiledLabels) -> dict[str, Any]:
+    try:
+        return json.loads(labels.texts.fingerprint)
+    except ValueError:  # a digest, as this package's own models have
+        return {}
