@@ -289,6 +289,12 @@ def test_rank_of_target_counts_better_captions():
     assert rank_of_target(conditional, prior, torch.tensor([2]), 1.0).item() == 0
 
 
+def test_ties_during_training_count_against_the_model():
+    """A model that scores all captions alike has found none of them."""
+    alike = torch.zeros(2, 5)
+    assert rank_of_target(alike, torch.zeros(5), torch.tensor([0, 4]), 1.0).tolist() == [4, 4]
+
+
 # Checkpoints
 
 

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ig_captioner.data.shards import Sample
-from ig_captioner.information_gain import IGNORE_INDEX
+from ig_captioner.evaluation.scores import ranks
+from ig_captioner.information_gain import IGNORE_INDEX, information_gain
 
 from .augmentation import ImageSettings, normalise, resize
 from .data import pad_labels
@@ -27,9 +28,13 @@ IMAGES_PER_CALL = 16
 def rank_of_target(
     caption_log_likelihood: Tensor, prior_log_likelihood: Tensor, target: Tensor, weight: float
 ) -> Tensor:
-    """How many captions beat the right one. [B, C], [C], int [B] -> int [B]; 0 is best."""
-    scores = caption_log_likelihood - weight * prior_log_likelihood
-    return (scores > scores.gather(1, target[:, None])).sum(dim=1)
+    """How many captions rank before the right one, [B, C], [C], int [B] -> int [B]; 0 is best.
+
+    Ties count against the model, as in `ig-captioner evaluate`: one that scores all captions alike knows nothing.
+    """
+    scores = information_gain(caption_log_likelihood, prior_log_likelihood, weight)
+    is_true = torch.nn.functional.one_hot(target, scores.shape[1]).bool()
+    return ranks(scores, is_true)
 
 
 @torch.no_grad()
@@ -53,12 +58,12 @@ def evaluate_held_out(
         output = model.score(normalise(np.stack(images), settings).to(device), input_ids, attention_mask)
         parts.append(output.caption_log_likelihood.float().cpu())
     conditional, prior = torch.cat(parts), output.prior_log_likelihood.float().cpu()
-    ranks = {weight: rank_of_target(conditional, prior, target, weight) for weight in PRIOR_WEIGHTS}
-    best = min(PRIOR_WEIGHTS, key=lambda weight: (ranks[weight] + 1.0).log().mean().item())
+    found = {weight: rank_of_target(conditional, prior, target, weight) for weight in PRIOR_WEIGHTS}
+    best = min(PRIOR_WEIGHTS, key=lambda weight: (found[weight] + 1.0).log().mean().item())
     metrics = {"captions": float(len(captions)), "best_prior_weight": best}
     for name, weight in (("prior_weight_0", 0.0), ("prior_weight_1", 1.0), ("best", best)):
-        metrics[f"top1_{name}"] = (ranks[weight] < 1).float().mean().item()
-        metrics[f"top10_{name}"] = (ranks[weight] < 10).float().mean().item()
+        metrics[f"top1_{name}"] = (found[weight] < 1).float().mean().item()
+        metrics[f"top10_{name}"] = (found[weight] < 10).float().mean().item()
     return metrics
 
 
