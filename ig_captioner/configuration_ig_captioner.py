@@ -20,13 +20,13 @@ from .vision_ig_captioner import ImageLayout, layout_of, size_of, vision_part
 # Every checkpoint carries its code: these files, and `file.Class` of what stands in them, as transformers resolves it.
 REMOTE_CODE_FILES = (
     "compat_ig_captioner.py",
+    "input_rules.py",
     "vision_ig_captioner.py",
     "configuration_ig_captioner.py",
     "information_gain.py",
     "text_rules.py",
     "encoder_ig_captioner.py",
     "decoder_ig_captioner.py",
-    "input_rules.py",
     "processing_ig_captioner.py",
     "label_trie.py",
     "compiled_labels.py",

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from .arguments import MODEL_HELP, add_command, add_device, number, positive_integer
+from .arguments import MODEL_HELP, add_command, add_device, add_strict, number, positive_integer
 
 
 ZERO_SHOT_EXAMPLES = """\
@@ -64,6 +64,7 @@ def add_evaluate(commands) -> None:
         task.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
         limit = "a fixed choice of N, by their keys (default: all)"
         task.add_argument("--limit", type=positive_integer, metavar="N", help=limit)
+        add_strict(task)
         add_device(task)
         return task
 
