@@ -11,7 +11,6 @@ from PIL import Image
 
 from benchmarks import evaluate_checkpoint
 from ig_captioner import (
-    TINY_CHECKPOINT,
     IGCaptionerForZeroShotImageClassification,
     IGCaptionerImageProcessor,
     IGCaptionerProcessor,

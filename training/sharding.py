@@ -8,12 +8,13 @@ optimiser step, or from an evaluation with the moving average, would be out of d
 In a checkpoint everything is whole, so that a run may be resumed with or without FSDP2, on any number of processes.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import PreTrainedModel
@@ -40,11 +41,16 @@ def shard(model: PreTrainedModel, mixed_precision: str) -> None:
         MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed_precision == "bf16" else MixedPrecisionPolicy()
     )
     options = {"mp_policy": policy, "offload_policy": plugin.cpu_offload}
-    for module in model.modules():
-        if type(module).__name__ in model._no_split_modules:
-            fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **options)
-    fully_shard(model, reshard_after_forward=True, **options)
+    for module in units(model):
+        fully_shard(module, reshard_after_forward=module is model or plugin.reshard_after_forward, **options)
     register_fsdp_forward_method(model, "score")
+
+
+def units(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The layers of encoder and decoder, as their classes name them, inner ones first, and the model itself."""
+    for module in reversed([*model.modules()]):
+        if module is model or type(module).__name__ in model._no_split_modules:
+            yield module
 
 
 def gathered(value: Any, keep: bool = True) -> Any:
