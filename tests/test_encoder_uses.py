@@ -1,21 +1,17 @@
 """Whatever a captioner is used for works with encoders of transformers as it does with our own."""
 
 import json
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from tiny import assert_clear_order, padded, random_texts
-from tiny_encoders import CONVOLUTIONAL, ENCODERS, FIVE_TOKENS, encoder_model, images_for
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoTokenizer
+from tiny_encoders import ENCODERS, FIVE_TOKENS, encoder_model, images_for
+from torch.distributed.fsdp import fully_shard
 
 from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
-from ig_captioner.compiled_labels import CompiledLabels
-from ig_captioner.export import TRIE_FIELDS, export_programs
-from ig_captioner.label_trie import build_trie
+from tiny import padded, random_texts
+from training.sharding import precision_of, units
 
 
 def texts():
@@ -150,16 +146,28 @@ def one_process(tmp_path):
 @pytest.mark.parametrize("frozen", (False, True))
 @pytest.mark.parametrize("name", ("siglip2", "convnext", "swin", "efficientnet", "resnet"))
 def test_fully_sharded(name, frozen, one_process):
-    from training.sharding import units
-
     model = encoder_model(name, **FIVE_TOKENS)
     model.model.vision_model.requires_grad_(not frozen)
     inputs = {"pixel_values": images_for(model), "labels": labels()}
     expected = gradients(model, **inputs)
     assert len(list(units(model))) > len(model.model.decoder.layers) + 1
     for module in units(model):
-        fully_shard(module)
+        fully_shard(module, mp_policy=precision_of(module, "no"))
     found = gradients(model, **inputs)
     assert found.keys() == expected.keys()
     for key, gradient in found.items():
         torch.testing.assert_close(gradient.full_tensor(), expected[key], atol=1e-5, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", ("siglip2", "convnext", "efficientnet"))
+def test_fully_sharded_in_bfloat16(name, one_process):
+    model = encoder_model(name, **FIVE_TOKENS).train()
+    inputs = {"pixel_values": images_for(model), "labels": labels()}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**inputs).loss
+    for module in units(model):
+        fully_shard(module, mp_policy=precision_of(module, "bf16"))
+    loss = model(**inputs).loss
+    torch.testing.assert_close(loss, expected, atol=0.05, rtol=0.05)
+    loss.backward()
+    assert all(value.grad.dtype == torch.float32 for value in model.parameters() if value.grad is not None)

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+from tiny_encoders import SMALL_VIT, encoder_config, encoder_model, images_for
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerVisionConfig
 from tests.test_training import COLORS, run_config, workspace  # noqa: F401
 from tests.tiny import VARIANTS, padded, random_images, random_texts, tiny_config, tiny_model
-from tiny_encoders import SMALL_VIT, encoder_config, encoder_model, images_for
 from training.flops import decoder_flops, encoder_flops, head_flops, main, measure_peak_flops, training_flops
 from training.train import train
 

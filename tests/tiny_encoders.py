@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration
-
 from tiny import tiny_config
 
 
