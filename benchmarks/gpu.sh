@@ -1,10 +1,11 @@
 #!/bin/sh
 # All that wants a GPU, in one command of at most ten minutes on one H100 or H200:
 #
-#     sh benchmarks/gpu.sh FOLDER [--dry-run]
+#     [PARTS="check scoring"] sh benchmarks/gpu.sh FOLDER [--dry-run]
 #
 # Writes reports to FOLDER. Each part has a time limit of its own, and a part that fails does not stop the others; the
-# exit status is 1 if any did. --dry-run is the same with the smallest sizes, for a machine without a GPU.
+# exit status is 1 if any did. PARTS names those to run. --dry-run is the same with the smallest sizes, for a machine
+# without a GPU.
 #
 #   check.json            training: FSDP2 (start, step, save, resume), compilation, gradient checkpointing; MFU of B/16
 #   device_scores.json    scores: float32 and bfloat16, eager and sdpa, compiled, against float32 on the CPU
@@ -17,12 +18,14 @@ quick=${2:+--quick}
 patience=${2:+5}
 patience=${patience:-1}
 python=${PYTHON:-python}
+parts=${PARTS:-device_scores check training scoring}
 mkdir -p "$folder"
 failed=0
 
 part() {  # part NAME SECONDS COMMAND... (five times the seconds in a dry run)
     name=$1 limit=$(($2 * patience))
     shift 2
+    case " $parts " in *" $name "*) ;; *) return ;; esac
     echo "== $name"
     if timeout "$limit" "$python" -m "$@" >"$folder/$name.log" 2>&1; then
         tail -n 40 "$folder/$name.log"

@@ -20,12 +20,13 @@ from .vision_ig_captioner import ImageLayout, layout_of, size_of, vision_part
 # Every checkpoint carries its code: these files, and `file.Class` of what stands in them, as transformers resolves it.
 REMOTE_CODE_FILES = (
     "compat_ig_captioner.py",
+    "input_rules.py",
     "vision_ig_captioner.py",
     "configuration_ig_captioner.py",
     "information_gain.py",
+    "text_rules.py",
     "encoder_ig_captioner.py",
     "decoder_ig_captioner.py",
-    "input_rules.py",
     "processing_ig_captioner.py",
     "label_trie.py",
     "compiled_labels.py",
@@ -51,6 +52,13 @@ CUSTOM_PIPELINES = {
 
 
 PRIOR_SOURCES = ("unconditional", "reference_images")
+
+
+class IGCaptionerWarning(UserWarning):
+    """Something was cut, skipped or guessed, or cannot be meant; the message says what, and how often.
+
+    `warnings.simplefilter("error", IGCaptionerWarning)` makes an error of it.
+    """
 
 
 def copy_remote_code(directory: str | Path) -> list[str]:
@@ -296,6 +304,8 @@ class IGCaptionerConfig(PreTrainedConfig):
             unverified.
         parallel_prediction_prob (`float`): share of training examples whose text is predicted in parallel, from mask
             tokens and the image alone (CapPa, arXiv 2306.07915: 0.75; 0 switches it off).
+        label_smoothing (`float`): share of each target of CE(T|I) that is spread evenly over the vocabulary, in
+            training mode only. CE(T), and the losses that are reported beside the whole one, stay as they are.
         loss_reduction (`"token"` or `"sequence"`): mean over all tokens of a batch, as everywhere in transformers, or
             the mean over texts of each text's mean, as big_vision and clip-jax train.
         prior_weight (`float`): weight of log P(T) in the score; 0 ranks by likelihood, 1 by information gain.
@@ -336,6 +346,7 @@ class IGCaptionerConfig(PreTrainedConfig):
     conditional_weight: float | int = 1.5
     unconditional_weight: float | int = 0.5
     parallel_prediction_prob: float | int = 0.0
+    label_smoothing: float | int = 0.0
     loss_reduction: Literal["token", "sequence"] = "token"
     prior_weight: float | int = 1.0
     prior_source: Literal["unconditional", "reference_images"] = "unconditional"
@@ -418,6 +429,8 @@ class IGCaptionerConfig(PreTrainedConfig):
             )
         if not 0 <= self.parallel_prediction_prob <= 1:
             raise ValueError(f"parallel_prediction_prob must lie in [0, 1], got {self.parallel_prediction_prob}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if self.num_reference_images < 1:
             raise ValueError(f"num_reference_images must be at least 1, got {self.num_reference_images}")
         if self.parallel_prediction_prob > 0 and self.text_config.mask_token_id is None:
@@ -465,4 +478,4 @@ for _name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_tok
 IGCaptionerVisionConfig.register_for_auto_class("AutoConfig")  # an encoder saved alone brings its code along
 
 
-__all__ = ["IGCaptionerConfig", "IGCaptionerTextConfig", "IGCaptionerVisionConfig"]
+__all__ = ["IGCaptionerConfig", "IGCaptionerTextConfig", "IGCaptionerVisionConfig", "IGCaptionerWarning"]

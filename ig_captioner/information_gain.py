@@ -25,21 +25,6 @@ IGNORE_INDEX = -100
 LOGITS_PER_CHUNK = {"cpu": 2**23, "other": 2**26}
 
 
-def text_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_id: int | list[int] | None) -> Tensor:
-    """Which of `input_ids` [N, L] are real tokens, [N, L] of 0 and 1.
-
-    Where padding and end-of-sequence share an id, a text reaches up to its first end-of-sequence token, and padding can
-    only be on the right.
-    """
-    if pad_token_id is None:
-        return torch.ones_like(input_ids)
-    eos_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    if pad_token_id in eos_ids:
-        is_end = torch.isin(input_ids, torch.tensor(eos_ids, device=input_ids.device))
-        return (is_end.cumsum(dim=-1) - is_end.long() == 0).long()
-    return (input_ids != pad_token_id).long()
-
-
 def shift_right(input_ids: Tensor, start_token_id: int, attention_mask: Tensor | None = None) -> Tensor:
     """Decoder inputs [N, L] whose position i predicts token i of `input_ids` [N, L].
 
@@ -152,9 +137,26 @@ def mean_negative_log_likelihood(
     return -(token_log_likelihoods * loss_weights(labels, reduction, num_items_in_batch)).sum()
 
 
+def smoothed_log_likelihoods(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
+    """Expected log P(token) in nats, [N, L] float32, where a share of each target is any token of the vocabulary.
+
+    Args:
+        logits: [N, L, V].
+        labels: [N, L]; the result is 0 where a label is -100.
+        smoothing: that share, from 0 to 1, [N, L] or what broadcasts to it.
+    """
+    uniform = logits.float().log_softmax(dim=-1).mean(dim=-1).masked_fill(labels == IGNORE_INDEX, 0.0)
+    return torch.lerp(token_log_likelihoods(logits, labels), uniform, smoothing.expand_as(uniform))
+
+
 @torch.compiler.disable  # how many chunks there are depends on the labels
 def linear_loss(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weights: Tensor
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    token_weights: Tensor,
+    smoothing: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of a linear head, whose logits never exist as a whole: neither [N, L, V] nor for unlabelled tokens.
 
@@ -166,9 +168,11 @@ def linear_loss(
         weight, bias: of the head, [V, D] and [V] or None.
         labels: [N, L]; -100 marks what is not scored.
         token_weights: [N, L], such as `loss_weights`.
+        smoothing: see [`smoothed_log_likelihoods`]; [N, L].
 
     Returns:
-        The sum of -log P(token) * token_weights, a scalar, and log P(token) in nats without a gradient, [N, L].
+        The sum of -log P(token) * token_weights, or of the smoothed ones, a scalar; and log P(token) in nats without a
+        gradient, [N, L].
 
     Raises:
         RuntimeError: in the backward pass, if it is to be differentiated again.
@@ -177,19 +181,20 @@ def linear_loss(
         hidden_states, weight, bias = hidden_states.detach(), weight.detach(), None if bias is None else bias.detach()
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _LinearLoss.apply(hidden_states, weight, bias, labels, token_weights, dtype)
+    return _LinearLoss.apply(hidden_states, weight, bias, labels, token_weights, smoothing, dtype)
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, labels, token_weights, dtype):
+    def forward(ctx, hidden_states, weight, bias, labels, token_weights, smoothing, dtype):
         states, tokens = hidden_states.flatten(0, 1), labels.flatten()
         needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         sums = torch.promote_types(weight.dtype, torch.float32)
         states_grad = torch.zeros_like(states) if needs_states else None
         weight_grad = torch.zeros_like(weight, dtype=sums) if needs_weight else None
         bias_grad = torch.zeros_like(bias, dtype=sums) if needs_bias else None
-        log_likelihoods = token_weights.new_zeros(len(tokens))
+        log_likelihoods, uniform = token_weights.new_zeros(len(tokens)), token_weights.new_zeros(len(tokens))
+        shares = None if smoothing is None else smoothing.flatten()
         # gradients are computed for weights of at most 1: times 1 / tokens, they would vanish in float16
         labelled = labels != IGNORE_INDEX  # where nothing is, weights are nan, but no token has a gradient
         scale = token_weights.where(labelled, 0.0).max().clamp(min=torch.finfo(token_weights.dtype).tiny)
@@ -201,10 +206,16 @@ class _LinearLoss(torch.autograd.Function):
             chunk, token = states[rows].to(dtype), tokens[rows, None]
             log_p = F.linear(chunk, low_weight, low_bias).log_softmax(dim=-1, dtype=torch.float32)
             log_likelihoods[rows] = log_p.gather(1, token)[:, 0]
+            if shares is not None:
+                uniform[rows] = log_p.mean(dim=-1)
             if not any(ctx.needs_input_grad):
                 continue
-            # of -log P by the logits: P minus one at the token
-            grad = log_p.exp_().scatter_add_(1, token, log_p.new_full(token.shape, -1.0)).mul_(relative[rows, None])
+            # of -log P by the logits: P minus the target, which is one at the token, or less where it is smoothed
+            at_token = log_p.new_full(token.shape, -1.0) if shares is None else shares[rows, None] - 1
+            grad = log_p.exp_().scatter_add_(1, token, at_token)
+            if shares is not None:
+                grad -= shares[rows, None] / len(weight)
+            grad *= relative[rows, None]
             if bias_grad is not None:
                 bias_grad += grad.sum(dim=0)
             grad = grad.to(dtype)
@@ -219,7 +230,10 @@ class _LinearLoss(torch.autograd.Function):
         ctx.shape, ctx.dtypes = hidden_states.shape, (weight.dtype, None if bias is None else bias.dtype)
         log_likelihoods = log_likelihoods.view(labels.shape)
         ctx.mark_non_differentiable(log_likelihoods)
-        return -(log_likelihoods * token_weights).sum(), log_likelihoods
+        learned = log_likelihoods
+        if smoothing is not None:
+            learned = torch.lerp(log_likelihoods, uniform.view(labels.shape), smoothing)
+        return -(learned * token_weights).sum(), log_likelihoods
 
     @staticmethod
     def backward(ctx, loss_grad, _):
@@ -231,6 +245,7 @@ class _LinearLoss(torch.autograd.Function):
             None if states_grad is None else (states_grad * factor).view(ctx.shape),
             None if weight_grad is None else (weight_grad * factor).to(ctx.dtypes[0]),
             None if bias_grad is None else (bias_grad * factor).to(ctx.dtypes[1]),
+            None,
             None,
             None,
             None,

@@ -12,10 +12,10 @@ Every image becomes RGB with 8 bits, upright (EXIF), and with white behind what 
 | I and F otherwise | from 0 to 255 as they are, I up to 65535 by the upper 8 bits, F up to 1 times 255; else refused |
 
 The last row is a guess, since such images do not say what white is. Of an animation, or of a TIFF with several pages,
-the first frame is taken. Both are said as an `InputWarning`.
+the first frame is taken. Both are said as an `IGCaptionerWarning`.
 
-Texts. Words with one space between them: no line breaks, no-break spaces or byte-order marks, in Unicode's normal form
-C. A text without a word is refused.
+Texts. Words with one space between them: no line breaks, no-break spaces, byte-order marks or other invisible
+characters, in Unicode's normal form C. A text without a word is refused.
 
 Needs Pillow, numpy and the standard library only: a folder of ONNX graphs holds a copy of this file.
 """
@@ -23,7 +23,7 @@ Needs Pillow, numpy and the standard library only: a folder of ONNX graphs holds
 import os
 import unicodedata
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,11 +51,16 @@ NOT_AN_IMAGE = "not an image"
 TOO_MANY_PIXELS = "too many pixels"
 UNDECODABLE = "undecodable image"
 
-BYTE_ORDER_MARK = "\ufeff"
+# Soft hyphen, zero-width space, marks of direction, word joiner, byte-order mark; not the joiners that emoji need.
+INVISIBLE = "\u00ad\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
+WITHOUT_INVISIBLE = dict.fromkeys(map(ord, INVISIBLE))
 
 
-class InputWarning(UserWarning):
-    """Something of an input was left out, changed or guessed. `warnings.simplefilter` makes it an error."""
+class IGCaptionerWarning(UserWarning):
+    """Something was left out, changed or guessed; the message says what.
+
+    `warnings.simplefilter("error", IGCaptionerWarning)` makes an error of it.
+    """
 
 
 # Images
@@ -90,9 +95,9 @@ def read_image_file(file: Any, max_pixels: int = MAX_PIXELS, formats: Collection
         if image.width * image.height > max_pixels:
             raise ImageError(TOO_MANY_PIXELS, f"{image.width} x {image.height} pixels are more than {max_pixels:,}")
         if _has_more_frames(image):
-            _warn("only the first frame of an animation, or the first page of a TIFF, is read")
+            tell("only the first frame of an animation, or the first page of a TIFF, is read")
         return to_rgb(image)
-    except (ImageError, InputWarning):  # the second where warnings are errors
+    except (ImageError, IGCaptionerWarning):  # the second where warnings are errors
         raise
     except PIL.Image.DecompressionBombError as error:  # Pillow's own limit, which a program may have lowered
         raise ImageError(TOO_MANY_PIXELS, str(error)) from error
@@ -144,13 +149,13 @@ def _scale_to_eight_bits(values: np.ndarray, mode: str, raw_mode: str, file_form
         return values >> 8
     low, high = values.min(), values.max()
     if low >= 0 and mode == "F" and high <= 1:
-        _warn("an image of mode F is read with 1 as white, since none of its values is larger")
+        tell("an image of mode F is read with 1 as white, since none of its values is larger")
         return (values * 255).round()
     if low >= 0 and high <= 255:
-        _warn(f"an image of mode {mode} is read with 255 as white, since none of its values is larger")
+        tell(f"an image of mode {mode} is read with 255 as white, since none of its values is larger")
         return values.round()
     if low >= 0 and mode == "I" and high <= 65535:
-        _warn("an image of mode I is read with 65535 as white, since some of its values are larger than 255")
+        tell("an image of mode I is read with 65535 as white, since some of its values are larger than 255")
         return values >> 8
     raise ValueError(f"mode {mode} with values from {low} to {high} does not say what white is: convert it to 8 bits")
 
@@ -181,10 +186,6 @@ def _has_more_frames(image: PIL.Image.Image) -> bool:
         return True
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, InputWarning, stacklevel=3)
-
-
 def centre_box(
     height: int, width: int, size: tuple[int, int], crop_pct: float | None = None
 ) -> tuple[int, int, int, int]:
@@ -206,8 +207,38 @@ def centre_box(
 
 
 def clean_text(text: str) -> str:
-    """The words of a text with one space between them, in normal form C; "" if there are none."""
-    return unicodedata.normalize("NFC", " ".join(text.replace(BYTE_ORDER_MARK, " ").split()))
+    """Joins the words of a text by single spaces, in normal form C; "" if there are none."""
+    return unicodedata.normalize("NFC", " ".join(text.translate(WITHOUT_INVISIBLE).split()))
+
+
+def clean_texts(texts: Sequence[str], name: str) -> list[str]:
+    """Cleans texts that somebody typed, and says so where that changes one.
+
+    Args:
+        name: what the texts are called in messages.
+
+    Raises:
+        ValueError: for a text without a word, and for one that is not Unicode.
+    """
+    for text in texts:
+        check_unicode(text, f"each of {name}")
+    cleaned = [clean_text(text) for text in texts]
+    if "" in cleaned:
+        raise ValueError(f"one of {name} is empty: {shorten(texts[cleaned.index('')])}")
+    changed = [text for text, clean in zip(texts, cleaned, strict=True) if text != clean]
+    if changed:
+        tell(f"white space, byte-order marks or letters in parts were made plain in {name}", changed)
+    return cleaned
+
+
+def split_at_commas(labels: list[str]) -> list[str]:
+    """Splits what is evidently one list: a single label with commas in it, or labels that end with commas.
+
+    Labels with commas among several others stay as they are.
+    """
+    if (len(labels) == 1 and "," in labels[0]) or any(label.endswith(",") for label in labels):
+        return [part for part in map(clean_text, " ".join(labels).split(",")) if part]
+    return labels
 
 
 def check_unicode(text: str, name: str) -> None:
@@ -215,7 +246,17 @@ def check_unicode(text: str, name: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name} must be Unicode text, got {shorten(text)}: {error}") from error
+        raise ValueError(f"{name} must be Unicode text (UTF-8), got {shorten(text)}: {error}") from error
+
+
+# Messages
+
+
+def tell(message: str, names: Sequence[str] = ()) -> None:
+    """Warns that something was left out, changed or guessed, with the number of `names` and the first three."""
+    if names:
+        message = f"{message} ({len(names)}: {', '.join(map(shorten, names[:3]))}{', ...' if len(names) > 3 else ''})"
+    warnings.warn(message, IGCaptionerWarning, stacklevel=3)
 
 
 def shorten(value: Any, length: int = 120) -> str:

@@ -40,7 +40,7 @@ from .information_gain import (
     loss_weights,
     mean_negative_log_likelihood,
     shift_right,
-    text_mask,
+    smoothed_log_likelihoods,
     token_log_likelihoods,
 )
 
@@ -51,6 +51,7 @@ from .label_trie import TextTrie  # noqa: F401
 from .pipeline_ig_captioner import IGZeroShotImageClassificationPipeline  # noqa: F401
 from .processing_ig_captioner import IGCaptionerProcessor  # noqa: F401
 from .scoring_ig_captioner import IGCaptionerScorer
+from .text_rules import as_prompt, check_decoder_inputs, check_labels, labelled_texts, prompt_before_labels
 from .vision_ig_captioner import (
     as_map,
     as_tokens,
@@ -99,6 +100,10 @@ class IGCaptionerZeroShotOutput(ModelOutput):
     logits_per_text: Tensor | None = None
     caption_log_likelihood: Tensor | None = None
     prior_log_likelihood: Tensor | None = None
+
+    def __getitem__(self, key):
+        """As in transformers; "logits", for which Trainer's label smoothing asks every model, are those per image."""
+        return super().__getitem__("logits_per_image" if key == "logits" else key)
 
 
 def without(output: ModelOutput, *names: str) -> dict:
@@ -225,6 +230,9 @@ class IGCaptionerModelWithHead(IGCaptionerScorer):
 
     def __init__(self, config: IGCaptionerConfig):
         super().__init__(config)
+        # Not what transformers finds in the class name, ForConditionalGeneration: under that name Trainer takes labels
+        # for shifted, and counts the first of each text out.
+        self.loss_type = "InformationGain"
         text: IGCaptionerTextConfig = config.text_config
         self.model = IGCaptionerModel(config)
         self.lm_head = nn.Linear(text.embedding_width, text.vocab_size, bias=text.head_bias)
@@ -284,8 +292,9 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 start token, of which `labels` marks the scored part (everything else -100).
             pixel_values: [N, channels, height, width]; left out, the text alone is modelled.
             image_features: [N, P, E], instead of `pixel_values`: what `model.encode_features` returned.
-            labels: [N, L], the tokens to be predicted, end-of-sequence included; -100 is ignored. The decoder's input
-                is made from them: `logits[:, i]` predicts `labels[:, i]`.
+            labels: [N, L], the tokens to be predicted, end-of-sequence included, without a start token; -100 is
+                ignored, and so is padding. The decoder's input is made from them: `logits[:, i]` predicts
+                `labels[:, i]`.
             cache (or `past_key_values`): holds the text only. With it, give `pixel_values` or `image_key_values` (see
                 `read_image`) in every call; `generate` does.
             parallel_prediction: CapPa's mode for the whole batch. In training with labels,
@@ -294,7 +303,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 in training mode only. Saves memory and time unless the head has hooks or adapters.
 
         Raises:
-            ValueError: for shapes that do not fit, or arguments that `labels` leaves no meaning.
+            ValueError: for shapes that do not fit, arguments that `labels` leaves no meaning, and labels or, in
+                training mode, decoder inputs that cannot be meant.
         """
         if labels is not None:
             unused = {"inputs_embeds": inputs_embeds, "image_key_values": image_key_values}
@@ -313,6 +323,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 skip_logits,
                 **kwargs,
             )
+        if inputs_embeds is None and cache is None and (self.training or num_items_in_batch is not None):
+            check_decoder_inputs(input_ids, attention_mask, num_items_in_batch, self.config.text_config)
         outputs = self.model(
             input_ids,
             pixel_values=pixel_values,
@@ -344,11 +356,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
     ) -> IGCaptionerCausalLMOutput:
         """a * CE(T|I) + b * CE(T), both paths over one pass of the text-only layers where they read the same text."""
         config, decoder = self.config, self.model.decoder
-        if input_ids is None:
-            attention_mask = (labels != IGNORE_INDEX).long()
-            input_ids = labels.masked_fill(labels == IGNORE_INDEX, config.pad_token_id or 0)
-        if input_ids.shape != labels.shape:
-            raise ValueError(f"labels {tuple(labels.shape)} differ in shape from input_ids {tuple(input_ids.shape)}")
+        given = labels
+        input_ids, attention_mask, labels = labelled_texts(labels, input_ids, attention_mask, config.text_config)
         inputs = shift_right(input_ids, config.decoder_start_token_id, attention_mask)
         key_values, image_tokens = None, None
         if pixel_values is not None or image_features is not None:
@@ -370,6 +379,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 # where mask tokens were read, the unconditional path has to read the texts themselves
                 text = outputs.text_states if parallel_rows is None else decoder.read_text(inputs, attention_mask)
                 states["unconditional"] = decoder.fuse(text)
+        if not torch.compiler.is_compiling():  # here, since the loss waits for the device anyway
+            check_labels(given, labels, num_items_in_batch, config.text_config)
         skip_logits = self.training if skip_logits is None else skip_logits
         loss, log_likelihoods, logits = self._head_loss(states, labels, num_items_in_batch, skip_logits)
         return IGCaptionerCausalLMOutput(
@@ -385,22 +396,32 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """From states [N, L, W] of one or both paths: the loss, log P(token) [N, L] of each, the first path's logits.
 
-        All logits are made only if they are asked for, or if the head may be more than its weight and bias.
+        Smoothing of labels is in the loss alone. All logits are made only if they are asked for, or if the head may be
+        more than its weight and bias.
         """
         factors = {"conditional": self.config.conditional_weight, "unconditional": self.config.unconditional_weight}
         weights = loss_weights(labels, self.config.loss_reduction, num_items)
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        shares = None
+        if smoothing and "conditional" in states:
+            shares = torch.cat([torch.full_like(weights, smoothing * (name == "conditional")) for name in states])
         weights = torch.cat([factors[name] * weights for name in states])
         labels = labels.repeat(len(states), 1)
         head, logits = self.lm_head, None
         if skip_logits and is_plain_linear(head):
             # both paths at once: they share the sum of the weight's gradient
-            loss, all_rows = linear_loss(torch.cat([*states.values()]), head.weight, head.bias, labels, weights)
+            all_states = torch.cat([*states.values()])
+            loss, all_rows = linear_loss(all_states, head.weight, head.bias, labels, weights, shares)
         else:
             all_logits = [head(hidden_states) for hidden_states in states.values()]
             logits = None if skip_logits else all_logits[0]
             parts = labels.chunk(len(states))
             all_rows = torch.cat([token_log_likelihoods(*pair) for pair in zip(all_logits, parts, strict=True)])
-            loss = -(all_rows * weights).sum()
+            learned = all_rows
+            if shares is not None:
+                triples = zip(all_logits, parts, shares.chunk(len(states)), strict=True)
+                learned = torch.cat([smoothed_log_likelihoods(*triple) for triple in triples])
+            loss = -(learned * weights).sum()
         return loss, dict(zip(states, all_rows.detach().chunk(len(states)), strict=True)), logits
 
     def _loss_report(self, log_likelihoods: dict[str, Tensor], labels: Tensor, parallel_rows: Tensor | None) -> dict:
@@ -448,39 +469,26 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             input_ids (or `inputs`): prompts [N, L], start token first; left out, the start token. If every text ends
                 with the end-of-sequence token, as the tokenizer makes them, they are turned into that form.
             attention_mask: [N, L], for prompts padded on the left (on either side if they end with end-of-sequence).
+            labels: [N, L], of a batch as in training (Trainer passes it with `predict_with_generate`): what they hold
+                is to be generated, so that only the text before them is a prompt.
         """
         kwargs = rename_cache(kwargs, CACHE_NAME)
         prompt = kwargs.pop("input_ids", inputs)
         if prompt is not None and prompt.is_floating_point():
             raise ValueError(f"prompts are token ids, got {prompt.dtype}, shape {tuple(prompt.shape)}")
+        labels, mask, text = kwargs.pop("labels", None), kwargs.get("attention_mask"), self.config.text_config
+        if prompt is not None and labels is not None:
+            prompt, kwargs["attention_mask"] = prompt_before_labels(labels, prompt, mask, text)
+        elif prompt is not None and prompt.numel():
+            prompt, kwargs["attention_mask"] = as_prompt(prompt, mask, text)
         images = kwargs.pop("pixel_values", None), kwargs.pop("image_features", None)
         if images != (None, None):
             read = kwargs["image_key_values"] = self.read_image(*images)
             if prompt is None and kwargs.get("inputs_embeds") is None:
-                start = self.config.decoder_start_token_id
-                prompt = torch.full((len(read), 1), start, device=read.device)
-        if prompt is not None and prompt.numel():
-            prompt, kwargs["attention_mask"] = self._as_prompt(prompt, kwargs.get("attention_mask"))
+                prompt = torch.full((len(read), 1), text.decoder_start_token_id, device=read.device)
+                if kwargs.get(CACHE_NAME) is None:  # the start token may have the id of padding
+                    kwargs["attention_mask"] = torch.ones_like(prompt)
         return super().generate(prompt, *args, **kwargs)
-
-    def _as_prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Texts that end with end-of-sequence [N, L], to [start token, text] of the same length, padded on the left."""
-        text = self.config.text_config
-        mask = attention_mask
-        if mask is None:
-            mask = text_mask(input_ids, text.pad_token_id, text.eos_token_id)
-            # the start token may be that of padding, or of the end as well
-            behind_start = F.pad(text_mask(input_ids[:, 1:], text.pad_token_id, text.eos_token_id), (1, 0), value=1)
-            mask = behind_start.where(input_ids[:, :1] == text.decoder_start_token_id, mask)
-        if mask.shape != input_ids.shape:  # a cache was passed: the mask covers what it holds as well
-            return input_ids, mask
-        padding_first = mask.argsort(dim=-1, stable=True)
-        moved = input_ids.gather(-1, padding_first)
-        eos_ids = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-        if not all(int(token) in eos_ids for token in moved[:, -1]):
-            return input_ids, mask
-        mask = mask.gather(-1, padding_first)
-        return shift_right(moved, text.decoder_start_token_id, mask), mask
 
 
 # What transformers may pass to any model, and what this head returns nothing for.

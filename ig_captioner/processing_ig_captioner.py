@@ -22,14 +22,13 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from transformers import PilBackend, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import ImagesKwargs, PilBackend, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import PILImageResampling
-from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available
 
 from .configuration_ig_captioner import AUTO_MAP
-from .input_rules import centre_box, check_unicode, read_image_file, shorten, to_rgb
+from .input_rules import centre_box, clean_texts, read_image_file, shorten, tell, to_rgb
 
 
 if is_torchvision_available():
@@ -210,8 +209,9 @@ def format_labels(
 ) -> list[str]:
     """Every label in every template, template by template: T x C texts.
 
-    Each `{}` of a template is replaced by the label as it stands; braces in labels and other braces in
-    templates mean nothing. Labels may repeat. `template_name` is what errors call a template.
+    Each `{}` of a template is replaced by the label; braces in labels and other braces in templates mean
+    nothing. Labels may repeat. The texts are clean (see `input_rules`): `"dog "` gives those of `"dog"`, and a
+    warning. `template_name` is what errors call a template.
 
     Raises:
         ValueError: naming the value, for labels that are not a list (or tuple) of at least one string, for
@@ -223,7 +223,6 @@ def format_labels(
     for label in labels:
         if not isinstance(label, str):
             raise ValueError(f"every entry of candidate_labels must be a string, got {shorten(label)}")
-        check_unicode(label, "every entry of candidate_labels")
     listed = [templates] if isinstance(templates, str) else templates
     if not isinstance(listed, (list, tuple)) or not listed:
         raise ValueError(f"{template_name} must be one string or more, got {shorten(templates)}")
@@ -232,8 +231,10 @@ def format_labels(
             raise ValueError(
                 f"{template_name} must be a string with {{}} in it, where the label goes, got {shorten(template)}"
             )
-        check_unicode(template, template_name)
-    return [template.replace("{}", label) for template in listed for label in labels]
+    if len(labels) == 1 and "," in labels[0]:
+        tell("one label with commas is one label: to rank several, pass a list of them", labels)
+    words, sentences = clean_texts(labels, "candidate_labels"), clean_texts(listed, template_name)
+    return [sentence.replace("{}", word) for sentence in sentences for word in words]
 
 
 def encode_texts(

@@ -20,8 +20,9 @@ from .compiled_labels import CompiledLabels, CompiledTexts, fingerprint_of, is_c
 from .configuration_ig_captioner import PRIOR_SOURCES, IGCaptionerConfig
 from .decoder_ig_captioner import TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, KeyValues
-from .information_gain import information_gain, label_log_prior, mean_over_references, text_mask
+from .information_gain import information_gain, label_log_prior, mean_over_references
 from .label_trie import TextTrie, build_trie
+from .text_rules import scored_form
 
 
 # How many numbers are held at once of what grows with texts and images: logits, and the inner states of an MLP.
@@ -168,29 +169,6 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         """Identifies all that scores depend on: weights, architecture, autocast, hooks and the state of adapters."""
         return fingerprint_of(self)
 
-    def _padded_on_the_right(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Texts [C, L] and their mask as short as they can be, padding last. Raises ValueError for what is no text."""
-        text = self.config.text_config
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids must be [C, L] with at least one text, got shape {tuple(input_ids.shape)}")
-        input_ids = input_ids.long()
-        if attention_mask is None:
-            attention_mask = text_mask(input_ids, text.pad_token_id, text.eos_token_id)
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask {tuple(attention_mask.shape)} differs from input_ids {tuple(input_ids.shape)}"
-            )
-        if not bool(attention_mask.any(dim=-1).all()):
-            raise ValueError(f"text {int(attention_mask.any(dim=-1).long().argmin())} of input_ids has no tokens")
-        is_unknown = ((input_ids < 0) | (input_ids >= text.vocab_size)) & attention_mask.bool()
-        if bool(is_unknown.any()):
-            row = int(is_unknown.any(dim=-1).long().argmax())
-            token = int(input_ids[row][is_unknown[row]][0])
-            raise ValueError(f"text {row} of input_ids has token {token}, outside the vocabulary of {text.vocab_size}")
-        padding_last = attention_mask.argsort(dim=-1, descending=True, stable=True)
-        padding_last = padding_last[:, : int(attention_mask.sum(dim=-1).max())]
-        return input_ids.gather(-1, padding_last), attention_mask.gather(-1, padding_last)
-
     def _references(
         self, prior_source: str | None, reference_pixel_values: Tensor | None, device: torch.device
     ) -> Tensor | None:
@@ -221,7 +199,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         reference_mean: str,
         positions: int,
     ) -> CompiledTexts:
-        input_ids, attention_mask = self._padded_on_the_right(input_ids, attention_mask)
+        input_ids, attention_mask = scored_form(input_ids, attention_mask, self.config.text_config)
         self.model.decoder.check_length(input_ids.shape[1])
         trie = build_trie(input_ids, attention_mask, self.config.decoder_start_token_id).to(input_ids.device)
         states = None

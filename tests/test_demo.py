@@ -157,7 +157,7 @@ def test_limits_of_texts():
     with pytest.raises(InputError, match=r"half a character, '\\ud83d'"):
         parse_labels("cat\n\ud83d")
     assert parse_templates("{} {}") == ["{} {}"]
-    assert parse_templates(" a {} \n\nthe {}\n") == [" a {} ", "the {}"]
+    assert parse_templates(" a {} \n\nthe {}\n") == ["a {}", "the {}"]
     check_number(["cat"] * 500, ["{}", "a {}"])
     with pytest.raises(InputError, match="501 labels in 2 sentences are 1,002 texts: 1,000 at most"):
         check_number(["cat"] * 501, ["{}", "a {}"])

@@ -18,7 +18,7 @@ import torch
 from ig_captioner import IGCaptionerImageProcessor, input_rules
 from ig_captioner.data.shards import BrokenSampleError, image_of
 from ig_captioner.demo.inputs import InputError, open_photo
-from ig_captioner.input_rules import FORMATS, ImageError, InputWarning, read_image_file, to_rgb
+from ig_captioner.input_rules import FORMATS, IGCaptionerWarning, ImageError, read_image_file, to_rgb
 from ig_captioner.processing_ig_captioner import load_rgb_image
 
 
@@ -67,7 +67,7 @@ def test_sixteen_bits_and_mode_i_look_like_their_eight_bit_copy(form, tmp_path):
     elif form == "big-endian":
         images = [PIL.Image.frombytes("I;16B", (16, 16), levels.astype(">u2").tobytes())]
     with warnings.catch_warnings():
-        warnings.simplefilter("error" if images[0].format else "ignore", InputWarning)  # a file needs no guess
+        warnings.simplefilter("error" if images[0].format else "ignore", IGCaptionerWarning)  # a file needs no guess
         for image in images:
             np.testing.assert_array_equal(numbers(to_rgb(image)), as_rgb(RAMP))
 
@@ -86,7 +86,7 @@ def test_a_dark_sixteen_bit_file_stays_dark(tmp_path):
     ],
 )
 def test_mode_f_is_read_by_its_largest_value_and_says_so(values, expected):
-    with pytest.warns(InputWarning, match="mode F"):
+    with pytest.warns(IGCaptionerWarning, match="mode F"):
         np.testing.assert_array_equal(numbers(to_rgb(PIL.Image.fromarray(values))), as_rgb(expected))
 
 
@@ -209,11 +209,11 @@ def test_every_reader_gives_the_same_pixels_for_every_format(tmp_path):
 def test_further_frames_are_left_out_and_said(extension, tmp_path):
     frames = [PIL.Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / f"two.{extension}", save_all=True, append_images=frames[1:])
-    with pytest.warns(InputWarning, match="first frame"):
+    with pytest.warns(IGCaptionerWarning, match="first frame"):
         red, _, blue = load_rgb_image(tmp_path / f"two.{extension}").getpixel((1, 1))
     assert red > 200 and blue < 50
     with warnings.catch_warnings():
-        warnings.simplefilter("error", InputWarning)
+        warnings.simplefilter("error", IGCaptionerWarning)
         with pytest.raises(ValueError, match="two"):
             load_rgb_image(tmp_path / f"two.{extension}")
 

@@ -15,12 +15,13 @@ PACKAGE = ROOT / "ig_captioner"
 # each remote-code file may import only those before it; modeling imports all
 READING_ORDER = [
     "compat_ig_captioner",
+    "input_rules",
     "vision_ig_captioner",
     "configuration_ig_captioner",
     "information_gain",
+    "text_rules",
     "encoder_ig_captioner",
     "decoder_ig_captioner",
-    "input_rules",
     "processing_ig_captioner",
     "label_trie",
     "compiled_labels",

@@ -2,15 +2,18 @@
 
 import importlib
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch.nn import functional as F
+from transformers import Trainer
 
 from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerImageProcessor, IGCaptionerProcessor
-from tests.tiny import padded, random_images, random_texts, tiny_config, tiny_model
+from tests.tiny import padded, random_images, random_texts, tiny_config
 from training.train_tokenizer import train_tokenizer
 
 
@@ -103,42 +106,6 @@ def test_collator_gives_pixels_and_labels_in_scored_form(checkpoint):
     assert batch["labels"][1].tolist() == [*processor.tokenizer("a")["input_ids"], *[-100] * 6]
 
 
-# Loss
-
-
-def test_smoothing_matches_torch_and_ignores_padding():
-    model = tiny_model("prefix")
-    ids, mask = padded(random_texts())
-    labels = ids.masked_fill(mask == 0, -100)
-    logits = model(pixel_values=random_images(len(ids)), labels=labels).logits
-    plain, smooth = (F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=e) for e in (0.0, 0.2))
-    term = finetuning.smoothing_term(logits, labels, "token", None)
-    assert torch.allclose(plain + 0.2 * term, smooth, atol=1e-5)
-    by_items = finetuning.smoothing_term(logits, labels, "token", 10)
-    assert torch.allclose(by_items * 10, term * (labels != -100).sum(), atol=1e-4)
-
-
-def test_trainer_smooths_the_conditional_part_with_aligned_labels(checkpoint, tmp_path):
-    model = IGCaptionerForConditionalGeneration.from_pretrained(checkpoint)
-    model.config.text_config.dropout = 0.0
-    arguments = finetuning.Seq2SeqTrainingArguments(tmp_path, use_cpu=True, report_to="none")
-    ids, mask = padded(random_texts())
-    inputs = {"pixel_values": random_images(len(ids)), "labels": ids.masked_fill(mask == 0, -100)}
-    trainer = finetuning.CaptionTrainer(model, arguments, label_smoothing=0.1)
-    for module in model.modules():
-        module.training = isinstance(module, type(model))  # no dropout, but the trainer sees a model in training
-    outputs = model(**inputs, skip_logits=False)
-    flat = outputs.logits.flatten(0, 1), inputs["labels"].flatten()
-    conditional = F.cross_entropy(*flat, label_smoothing=0.1)
-    expected = 1.5 * conditional + 0.5 * outputs.unconditional_loss
-    assert torch.allclose(trainer.compute_loss(model, inputs), expected, atol=1e-5)
-    model.eval()
-    assert torch.allclose(trainer.compute_loss(model, inputs), model(**inputs).loss)
-    with pytest.raises(ValueError, match="label_smoothing"):
-        arguments.label_smoothing_factor = 0.1
-        finetuning.CaptionTrainer(model, arguments)
-
-
 def test_metric():
     scores = finetuning.CaptionMatch(keep_in_memory=True).compute(
         predictions=["A red square.", "a blue"], references=["a red square.", "a green circle"]
@@ -156,7 +123,7 @@ def test_resumed_run_has_the_same_weights(checkpoint, by_folder, tmp_path, monke
     whole = load_file(tmp_path / "run" / "final" / "model.safetensors")
     (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "last")
     micro_steps = []
-    trainer, step = finetuning.CaptionTrainer, finetuning.CaptionTrainer.training_step
+    trainer, step = finetuning.Seq2SeqTrainer, finetuning.Seq2SeqTrainer.training_step
     monkeypatch.setattr(
         trainer, "training_step", lambda *args, **kwargs: micro_steps.append(1) or step(*args, **kwargs)
     )
@@ -166,6 +133,29 @@ def test_resumed_run_has_the_same_weights(checkpoint, by_folder, tmp_path, monke
     assert max((whole[name] - resumed[name]).abs().max().item() for name in whole) == 0.0
 
 
+def test_both_scripts_report_the_loss_of_the_model(checkpoint, by_folder, tmp_path, monkeypatch):
+    """Whatever Trainer counts: over all photos in one batch it is `model(**batch).loss`."""
+    trainers = []
+    initialize = Trainer.__init__
+    monkeypatch.setattr(Trainer, "__init__", lambda self, *a, **k: trainers.append(self) or initialize(self, *a, **k))
+    finetune(checkpoint, by_folder, tmp_path / "script", batch_size=24, max_steps=1)
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "finetune_trainer.py"))["main"]
+    monkeypatch.setitem(example.__globals__, "TINY_CHECKPOINT", str(checkpoint))
+    monkeypatch.setattr(sys, "argv", ["finetune_trainer", str(by_folder), str(tmp_path / "example"), "--epochs", "1"])
+    example()
+    for trainer in trainers:
+        rows = [trainer.train_dataset[index] for index in range(len(trainer.train_dataset))]
+        trainer.args.per_device_eval_batch_size = len(rows)
+        trainer.args.predict_with_generate = False
+        trainer.compute_metrics = None
+        model = trainer.model.eval()
+        with torch.no_grad():
+            expected = model(**trainer.data_collator(rows)).loss.item()
+        assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    assert len(trainers) == 2
+
+
+@pytest.mark.core
 def test_learns_and_generates_captions(checkpoint, by_metadata, tmp_path):
     metrics = finetune(checkpoint, by_metadata, tmp_path, max_steps=60, eval_fraction=0.3)
     assert metrics["eval_word_f1"] > 0.6

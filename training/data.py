@@ -4,7 +4,6 @@ Shapes: B images, H x W pixels, L text tokens.
 """
 
 import atexit
-import hashlib
 import multiprocessing
 import signal
 from collections import Counter
@@ -26,6 +25,7 @@ from ig_captioner.data.shards import (
     Skipped,
     describe_empty,
     find_shards,
+    hash_of,
     is_held_out,
     make_encoder,
     read_samples,
@@ -310,4 +310,4 @@ def read_cache(
 
 def choose_held_out(samples: list[Sample], count: int) -> list[Sample]:
     """Up to `count` samples in the order of their keys' hashes: shards may be sorted by class."""
-    return sorted(samples, key=lambda sample: hashlib.sha1(sample.key.encode()).digest())[:count]
+    return sorted(samples, key=lambda sample: hash_of(sample.key))[:count]

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoProcessor, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
 from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerProcessor
-from ig_captioner.information_gain import IGNORE_INDEX, mean_negative_log_likelihood, token_log_likelihoods
+from ig_captioner.information_gain import IGNORE_INDEX
 
 
 LORA_TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|up_proj|down_proj|gate_proj)"
@@ -92,45 +92,7 @@ class Collator:
         return {"pixel_values": batch["pixel_values"], "labels": labels}
 
 
-# Loss and metrics
-
-
-def smoothing_term(logits: Tensor, labels: Tensor, reduction: str, num_items: Tensor | int | None) -> Tensor:
-    """Cross-entropy with the uniform distribution minus that with the labels, in nats per token.
-
-    `loss + epsilon * smoothing_term(...)` is the label-smoothed loss. `logits[:, i]` predicts `labels[:, i]`: nothing
-    is shifted here.
-    """
-    uniform = logits.float().log_softmax(dim=-1).mean(dim=-1).masked_fill(labels == IGNORE_INDEX, 0.0)
-    difference = uniform - token_log_likelihoods(logits, labels)
-    return mean_negative_log_likelihood(difference, labels, reduction, num_items)
-
-
-class CaptionTrainer(Seq2SeqTrainer):
-    """Seq2SeqTrainer with label smoothing of CE(T|I).
-
-    Trainer's own `label_smoothing_factor` takes the labels away from the model, which needs them to make its inputs.
-    The prior's part of the loss, CE(T), stays as it is, and so does the loss in evaluation.
-    """
-
-    def __init__(self, *args: Any, label_smoothing: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.args.label_smoothing_factor:
-            raise ValueError("pass label_smoothing to CaptionTrainer, not label_smoothing_factor to its arguments")
-        self.label_smoothing = label_smoothing
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        smoothed = self.label_smoothing and model.training
-        if smoothed:
-            inputs = {**inputs, "skip_logits": False}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if smoothed:
-            config = self.accelerator.unwrap_model(model).config
-            term = smoothing_term(outputs.logits, inputs["labels"], config.loss_reduction, num_items_in_batch)
-            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-                term = term * self.accelerator.num_processes  # as super() does: gradients are averaged over processes
-            loss = loss + self.label_smoothing * config.conditional_weight * term
-        return (loss, outputs) if return_outputs else loss
+# Metrics
 
 
 class CaptionMatch(evaluate.Metric):
@@ -185,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="with LoRA, about ten times as much")
-    parser.add_argument("--label_smoothing", type=float, default=0.0, help="0 disables")
+    parser.add_argument("--label_smoothing", type=float, default=0.0, help="of CE(T|I); 0 disables")
     parser.add_argument("--max_length", type=int, default=32, help="longest caption in tokens")
     parser.add_argument("--lora_rank", type=int, default=0, help="0 trains all weights")
     parser.add_argument("--eval_steps", type=int, default=0, help="steps between evaluations; 0: once per epoch")
@@ -234,13 +196,14 @@ def finetune(options: argparse.Namespace) -> dict[str, float]:
     set_seed(options.seed)
     processor = AutoProcessor.from_pretrained(options.model)
     model = IGCaptionerForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
+    model.config.label_smoothing = options.label_smoothing
     if options.lora_rank:
         model = add_lora(model, options.lora_rank)
         model.print_trainable_parameters()
     data = add_captions(
         load_data(options.data, options.eval_fraction, options.seed), options.caption_column, options.template
     )
-    trainer = CaptionTrainer(
+    trainer = Seq2SeqTrainer(
         model,
         training_arguments(options),
         data_collator=Collator(processor, options.max_length),
@@ -248,7 +211,6 @@ def finetune(options: argparse.Namespace) -> dict[str, float]:
         eval_dataset=data["test"],
         processing_class=processor,
         compute_metrics=make_compute_metrics(processor),
-        label_smoothing=options.label_smoothing,
     )
     trainer.train(resume_from_checkpoint=options.resume)
     metrics = trainer.evaluate()

@@ -8,15 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..data.prompts import read_class_names, read_templates
 from .output import FORMATS, one_line, progress, report
 
 
-# What is a photo in a folder. Pillow needs a plugin for the last two; without it they are reported, not passed over.
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"),
-    *(".heic", ".heif"),
-)
 MODEL_HELP = "folder or Hub repository (default: the checkpoint in the package)"
 LARGEST_BATCH = 65_536
 LARGEST_PRIOR_WEIGHT = 100.0
@@ -87,6 +81,11 @@ def add_photos(parser: Parser, list_option: str | None = None, batch_size: int =
     )
 
 
+def add_strict(parser: argparse.ArgumentParser) -> None:
+    help = "an error, not a note, where something of the input is skipped, cut or guessed"
+    parser.add_argument("--strict", action="store_true", help=help)
+
+
 def add_format(parser: argparse.ArgumentParser) -> None:
     help = "a table to read, or for programs: CSV, or one JSON object per line (default: %(default)s)"
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=help)
@@ -153,9 +152,21 @@ threshold = number("a finite number, or -inf for never", lambda value: value < m
 
 
 def read_labels(arguments: argparse.Namespace) -> tuple[list[str], list[str] | None]:
-    """Labels and templates, checked; see `read_texts`. No templates are None, for the checkpoint's own."""
+    """Labels and templates, checked; see `read_texts`. No templates are None, for the checkpoint's own.
+
+    Labels that are evidently a list between commas are split, which is said, as it is where some have commas and are
+    kept whole.
+    """
+    from ..data.prompts import read_class_names, read_templates
+    from ..input_rules import split_at_commas, tell
     from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 
+    given = arguments.labels
+    arguments.labels = split_at_commas(given)
+    if arguments.labels != given:
+        tell("--labels was read as a list between commas; give --labels-file for labels with commas", arguments.labels)
+    elif with_commas := [label for label in given if "," in label]:
+        tell("labels with commas in them are one label each", with_commas)
     labels = read_texts(arguments.labels, arguments.labels_file, "--labels", read_class_names)
     templates = None
     if arguments.template or arguments.templates_file is not None:
@@ -165,7 +176,7 @@ def read_labels(arguments: argparse.Namespace) -> tuple[list[str], list[str] | N
 
 
 def read_texts(texts: list[str], file: str | None, option: str, read: Callable[[str], list[str]]) -> list[str]:
-    """Texts of the command line, then those of a file.
+    """Reads texts of the command line, then those of a file, all clean.
 
     Args:
         option: where the texts come from.
@@ -173,32 +184,23 @@ def read_texts(texts: list[str], file: str | None, option: str, read: Callable[[
 
     Raises:
         UsageError: for a photo among the texts, or if there are neither texts nor a file.
-        ValueError: for a file without texts, and for texts that are not UTF-8, which no tokenizer reads.
+        ValueError: for an empty text, a file without texts, and for texts that are not UTF-8.
     """
+    from ..input_rules import clean_texts
+
     if not texts and file is None:
         raise UsageError(f"no {option.strip('-')}: give {option} or {option}-file")
     for text in texts:
         if Path(text).suffix and os.path.isfile(text):
             raise UsageError(f"{text!r} stands behind {option} but is a file: photos come before {option}")
-    texts = texts if file is None else texts + read(file)
-    for text in texts:
-        check_text(text)
-    return texts
+    return clean_texts(texts, option) + ([] if file is None else read(file))
 
 
-def read_lines(file: str) -> list[str]:
+def read_texts_file(file: str) -> list[str]:
     """Texts of a file, a line each."""
-    if not os.path.exists(file):  # where `read_class_names` would look for a data set
-        raise FileNotFoundError(f"no such file: {file!r}")
-    return read_class_names(file)
+    from ..data.texts import read_lines
 
-
-def check_text(text: str) -> None:
-    """Raises ValueError for a text with half of a surrogate pair, such as bytes of an argument that are not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"not UTF-8: {text!r}") from error
+    return read_lines(file)
 
 
 class Photos:
@@ -226,16 +228,20 @@ class Photos:
                 self._report(error)
 
     def __iter__(self) -> Iterator[Any]:
+        from ..data.remarks import Remarks
         from ..processing_ig_captioner import load_rgb_image
 
+        remarks = Remarks()
         for name in progress(self.names, "photo", self.streams):
             try:
-                image = load_rgb_image(name)
+                with remarks.about(name):
+                    image = load_rgb_image(name)
             except ValueError as error:
                 self._report(error)
             else:
                 self.read.append(name)
                 yield image
+        remarks.tell()
 
     def _report(self, error: Exception) -> None:
         self.exit_code = report(str(error))
@@ -244,25 +250,20 @@ class Photos:
 def find_photos(name: str, on_error: Callable[[OSError], None]) -> list[str]:
     """The photos in a folder or of a pattern, sorted; anything else is one photo, which need not exist.
 
-    Files count by `IMAGE_SUFFIXES`; hidden files and folders do not. `on_error` is told of folders that cannot be read.
+    In folders they are those of `list_images`, as in `evaluate`. `on_error` is told of folders that cannot be read.
 
     Raises:
         ValueError: if there are none.
     """
+    from ..data.folders import is_image, list_images
+
     if os.path.isdir(name):
-        visible = _visible_files(name, on_error)
-        places, kind = [os.path.join(folder, file) for folder, files in visible for file in files], "folder"
+        found, kind = list_images(name, on_error), "folder"
     elif glob.has_magic(name) and not os.path.lexists(name) and "://" not in name:
-        places, kind = glob.glob(os.path.expanduser(name), recursive=True), "pattern"
+        places = glob.glob(os.path.expanduser(name), recursive=True)
+        found, kind = sorted(place for place in places if is_image(place) and os.path.isfile(place)), "pattern"
     else:
         return [name]
-    found = sorted(place for place in places if place.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(place))
     if not found:
         raise ValueError(f"no images in the {kind} {name!r}")
     return found
-
-
-def _visible_files(root: str, on_error: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
-    for folder, folders, files in os.walk(root, onerror=on_error):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield folder, [name for name in files if not name.startswith(".")]

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version, wrong usage
         return int(stop.code or 0)
     try:
-        with quiet():
+        with quiet("strict" in arguments and arguments.strict):
             if "model" in arguments and arguments.model is None:
                 arguments.model = _shipped_checkpoint()
             return arguments.run(arguments)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Broad on purpose: a damaged checkpoint raises whatever its reader raises.
         if arguments.traceback:
             traceback.print_exc()
-        expected = isinstance(error, (ValueError, OSError))
+        expected = isinstance(error, (ValueError, OSError, UserWarning))  # the last under --strict
         return report(str(error) if expected and str(error) else f"{type(error).__name__}: {error}")
 
 

@@ -13,6 +13,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from typing import Any, TypeVar
 
 
@@ -161,11 +162,20 @@ def one_line(message: str) -> str:
 
 def report(message: str, code: int = 1) -> int:
     """Prints one line on stderr. Returns the exit code."""
+    _write_line(f"ig-captioner: error: {one_line(message)}")
+    return code
+
+
+def note(message: str) -> None:
+    """Prints one line on stderr about what is no error."""
+    _write_line(f"ig-captioner: note: {one_line(message)}")
+
+
+def _write_line(line: str) -> None:
     from tqdm import tqdm
 
-    tqdm.write(f"ig-captioner: error: {one_line(message)}", file=sys.stderr)  # above a bar, if there is one
+    tqdm.write(line, file=sys.stderr)  # above a bar, if there is one
     sys.stderr.flush()
-    return code
 
 
 def progress(items: Sequence[T], unit: str, streams: bool) -> Iterable[T]:
@@ -193,25 +203,46 @@ def note_if_slow(message: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Progress bars and warnings of libraries off, and no crash on what the terminal cannot show."""
+def quiet(strict: bool = False) -> Iterator[None]:
+    """Progress bars and warnings of libraries off, and no crash on what the terminal cannot show.
+
+    Warnings of this package, about what was skipped, cut or guessed, are one line each, said once; with the log of
+    single samples, which they count, the screen would be full.
+
+    Args:
+        strict: they are errors.
+    """
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
+
+    from ..input_rules import IGCaptionerWarning
+
+    told: set[str] = set()
+
+    def show(message: Warning | str, *arguments: Any, **options: Any) -> None:
+        if str(message) not in told:
+            told.add(str(message))
+            note(str(message))
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     hub_verbosity, verbosity = hub_logging.get_verbosity(), logging.get_verbosity()
-    bar = logging.is_progress_bar_enabled()
+    bar, samples_log = logging.is_progress_bar_enabled(), getLogger("ig_captioner.data")
+    samples_verbosity = samples_log.level
+    samples_log.setLevel(ERROR)
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("error" if strict else "always", IGCaptionerWarning)
+            warnings.showwarning = show
             yield
     finally:
         hub_logging.set_verbosity(hub_verbosity)
         logging.set_verbosity(verbosity)
+        samples_log.setLevel(samples_verbosity)
         if bar:
             logging.enable_progress_bar()

@@ -20,12 +20,13 @@ from .arguments import (
     add_labels,
     add_photos,
     add_prior_weight,
+    add_strict,
     add_texts,
     integer_up_to,
     positive_integer,
     read_labels,
-    read_lines,
     read_texts,
+    read_texts_file,
     threshold,
 )
 from .output import Results, Row, check_finite, note_if_slow, table, terminal_columns
@@ -97,6 +98,7 @@ def add_classify(commands) -> None:
     below = '"none of these" comes first where no label gains this much (default: the checkpoint\'s; =-inf: never)'
     parser.add_argument("--abstain-below", type=threshold, metavar="NATS", help=below)
     add_format(parser)
+    add_strict(parser)
     add_device(parser)
 
 
@@ -109,6 +111,7 @@ def add_caption(commands) -> None:
     longest = "longest caption (default: 30, or what the model has positions for)"
     parser.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help=longest)
     add_format(parser)
+    add_strict(parser)
     add_device(parser)
 
 
@@ -120,6 +123,7 @@ def add_score(commands) -> None:
     add_texts(parser)
     add_prior_weight(parser)
     add_format(parser)
+    add_strict(parser)
     add_device(parser)
 
 
@@ -136,6 +140,7 @@ def add_retrieve(commands) -> None:
     best = "show the best K (default: %(default)s)"
     parser.add_argument("--top-k", type=positive_integer, default=10, metavar="K", help=best)
     add_format(parser)
+    add_strict(parser)
     add_device(parser)
 
 
@@ -203,7 +208,7 @@ def caption(arguments: argparse.Namespace) -> int:
 
 def score(arguments: argparse.Namespace) -> int:
     """Prints the scores of each photo with each text: a table of information gain in the end, or all as they come."""
-    texts = read_texts(arguments.texts, arguments.texts_file, "--texts", read_lines)
+    texts = read_texts(arguments.texts, arguments.texts_file, "--texts", read_texts_file)
     as_table = arguments.format == "table"
     photos = Photos(arguments.photos, streams=not as_table)
     model, processor = _load_scorer(arguments)
@@ -222,7 +227,7 @@ def score(arguments: argparse.Namespace) -> int:
 
 def retrieve(arguments: argparse.Namespace) -> int:
     """Prints the best photos of each text, or the best texts of each photo."""
-    texts = read_texts(arguments.query or [], arguments.texts_file, "--query", read_lines)
+    texts = read_texts(arguments.query or [], arguments.texts_file, "--query", read_texts_file)
     photos = Photos(arguments.photos, streams=arguments.query is None)
     model, processor = _load_scorer(arguments)
     note = _formula(_prior_weight(arguments, model))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import TINY_CHECKPOINT
-from .arguments import MODEL_HELP, add_command, add_device, add_format, add_labels, read_labels
+from .arguments import MODEL_HELP, add_command, add_device, add_format, add_labels, add_strict, read_labels
 from .output import print_csv, print_json, printable, table
 
 
@@ -54,6 +54,7 @@ def add_compile_labels(commands) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder to write, missing or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace compiled labels in DIR")
     add_labels(parser)
+    add_strict(parser)
     add_device(parser)
 
 

@@ -28,14 +28,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from ..input_rules import IMAGE_EXTENSIONS, MAX_PIXELS, ImageError, read_image_file
+from ..input_rules import IMAGE_EXTENSIONS, MAX_PIXELS, ImageError, clean_text, read_image_file, tell
 from ..processing_ig_captioner import gives_scored_form
 from .remote import UnreachableError, check_url, is_url, open_url
+from .texts import decode_text
 
 
 logger = logging.getLogger(__name__)
 
 BROKEN_SHARD, UNREACHABLE_SHARD = "broken shard", "unreachable shard"
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 SHARD_REASONS = (BROKEN_SHARD, UNREACHABLE_SHARD)  # of a Skipped that stands for the rest of a shard
 
 T = TypeVar("T")
@@ -169,12 +171,17 @@ def read_shard(path: str) -> Iterator[RawSample | Skipped]:
 
 def is_held_out(key: str, fraction: float) -> bool:
     """Whether a key belongs to the held-out part: digits 8 to 16 of its SHA-1, as a fraction of 16**8."""
-    return int(hashlib.sha1(key.encode()).hexdigest()[8:16], 16) < fraction * 16**8
+    return int(hash_of(key).hex()[8:16], 16) < fraction * 16**8
+
+
+def hash_of(key: str) -> bytes:
+    """The SHA-1 of a key, which may be the name of a file that is not UTF-8."""
+    return hashlib.sha1(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def first_by_hash(keys: Iterable[str], count: int | None) -> set[str]:
     """A random-looking but fixed subset of `count` keys (None: all), whatever their order: shards may be sorted."""
-    return set(sorted(keys, key=lambda key: hashlib.sha1(key.encode()).digest())[:count])
+    return set(sorted(keys, key=hash_of)[:count])
 
 
 def image_of(files: dict[str, bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -200,19 +207,31 @@ def read_metadata(files: dict[str, bytes]) -> dict[str, Any]:
 
 
 def read_captions(files: dict[str, bytes]) -> list[str]:
-    """All captions of a sample, stripped, empty ones left out."""
-    captions = read_metadata(files).get("captions")
+    """All captions of a sample as clean texts (see `input_rules`), empty ones left out.
+
+    The `captions` of the JSON, a list or one text, win over the text file, which is one caption whatever its lines.
+    """
+    captions = read_metadata(files).get("captions") or []
+    captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        captions = []
+        raise BrokenSampleError("captions that are not texts")
     try:
-        captions = captions or [files.get("txt", b"").decode("utf-8")]
+        captions = captions or [read_caption_file(files.get("txt", b""))]
         "".join(captions).encode("utf-8")  # JSON may hold halves of surrogate pairs, which no tokenizer takes
     except UnicodeError as error:
         raise BrokenSampleError("caption is not UTF-8") from error
-    captions = [caption.strip() for caption in captions if caption.strip()]
+    captions = [caption for caption in map(clean_text, captions) if caption]
     if not captions:
         raise BrokenSampleError("missing caption")
     return captions
+
+
+def read_caption_file(content: bytes) -> str:
+    """The one caption in a text file."""
+    text = decode_text(content)
+    if len(text.strip().splitlines()) > 1:
+        tell("a text file of several lines is read as one caption")
+    return text
 
 
 def read_decoded(

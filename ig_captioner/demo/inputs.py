@@ -13,7 +13,14 @@ from typing import Any
 import httpx
 import PIL.Image
 
-from ..input_rules import NOT_AN_IMAGE, TOO_MANY_PIXELS, ImageError, read_image_file
+from ..input_rules import (
+    NOT_AN_IMAGE,
+    TOO_MANY_PIXELS,
+    ImageError,
+    clean_text,
+    read_image_file,
+    split_at_commas,
+)
 
 
 MAX_BYTES = 10 * 2**20  # of a photo's file
@@ -44,11 +51,8 @@ def parse_labels(text: str) -> list[str]:
     Raises:
         InputError: for no label, too many, or one that is too long or no text.
     """
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line]
-    if len(lines) == 1:
-        lines = [part.strip() for part in lines[0].split(",") if part.strip()]
-    labels = list(dict.fromkeys(lines))
+    lines = [line for line in map(clean_text, text.splitlines()) if line]
+    labels = list(dict.fromkeys(split_at_commas(lines)))
     if not labels:
         raise InputError("There are no labels: write one per line.")
     if len(labels) > MAX_LABELS:
@@ -59,12 +63,12 @@ def parse_labels(text: str) -> list[str]:
 
 
 def parse_templates(text: str) -> list[str]:
-    """Sentences around labels from a text box, a line each, as they are.
+    """Sentences around labels from a text box, a line each.
 
     Raises:
         InputError: for no sentence, too many, or one that has no place for labels, is too long, or no text.
     """
-    templates = [line for line in text.splitlines() if line.strip()] or [text]
+    templates = [line for line in map(clean_text, text.splitlines()) if line] or [text]
     if len(templates) > MAX_SENTENCES:
         raise InputError(f"{len(templates):,} sentences are too many: {MAX_SENTENCES} at most.")
     for template in templates:
@@ -146,7 +150,7 @@ async def fetch(url: str) -> bytes:
         raise InputError(f"The URL has {len(url):,} characters: {MAX_URL_CHARACTERS:,} at most.")
     try:
         return await asyncio.wait_for(_follow(url), FETCH_SECONDS)
-    except asyncio.TimeoutError as error:
+    except TimeoutError as error:
         raise InputError(f"No photo came from {url!r} within {FETCH_SECONDS:g} seconds.") from error
     except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
         raise InputError(f"Cannot load {url!r}: {error or type(error).__name__}") from error

@@ -8,6 +8,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from ...input_rules import clean_text
+from ..texts import read_label_lines, read_lines, read_text
+
 
 FOLDER = Path(__file__).parent
 
@@ -39,38 +42,28 @@ def load_prompts(name_or_file: str | Path) -> Prompts:
             known = ", ".join(known_prompts())
             raise ValueError(f"no prompts {str(name_or_file)!r}: there is no such file, and known are {known}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         class_names = [names if isinstance(names, str) else names[0] for names in content["classes"]]
         templates = list(content["templates"])
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} does not hold prompts: {type(error).__name__}: {error}") from error
-    if not class_names or not templates or not all(isinstance(text, str) for text in class_names + templates):
-        raise ValueError(f"{path} does not hold prompts: classes and templates must be lists of texts")
-    return Prompts(class_names, templates)
+    texts = class_names + templates
+    if not class_names or not templates or not all(isinstance(text, str) and clean_text(text) for text in texts):
+        raise ValueError(f"{path} does not hold prompts: classes and templates must be lists of texts, none empty")
+    return Prompts(*([clean_text(text) for text in texts] for texts in (class_names, templates)))
 
 
 def read_class_names(name_or_file: str) -> list[str]:
-    """Class names of `load_prompts`, or of a text file: a line each."""
-    return _read_lines(name_or_file) if is_text_file(name_or_file) else load_prompts(name_or_file).class_names
+    """Reads class names of `load_prompts`, or of a text file: a line each."""
+    return read_label_lines(name_or_file) if is_text_file(name_or_file) else load_prompts(name_or_file).class_names
 
 
 def read_templates(name_or_file: str) -> list[str]:
-    """Templates of `load_prompts`, or of a text file: a line each."""
-    return _read_lines(name_or_file) if is_text_file(name_or_file) else load_prompts(name_or_file).templates
+    """Reads templates of `load_prompts`, or of a text file: a line each."""
+    return read_lines(name_or_file) if is_text_file(name_or_file) else load_prompts(name_or_file).templates
 
 
 def is_text_file(name_or_file: str) -> bool:
     """Whether it is a file of lines: neither known, nor JSON."""
     path = Path(name_or_file)
     return name_or_file.lower() not in known_prompts() and path.suffix != ".json" and path.exists()
-
-
-def _read_lines(path: str) -> list[str]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
-    lines = [line.strip() for line in lines if line.strip()]
-    if not lines:
-        raise ValueError(f"there are no lines in {path}")
-    return lines
