@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,13 +27,14 @@ from .processing_ig_captioner import default_templates, encode_texts, format_lab
 
 JSON_FILE = "labels.json"
 TENSOR_FILE = "labels.safetensors"
-FORMAT = 1
+FORMAT = 2
+READING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError)
 WORDS_PER_SUM = 1024
 # What a configuration may say beside the architecture, some of it only since it was loaded or saved.
 NOT_ARCHITECTURE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompiledTexts:
     """A trie, and what a model makes of it without an image.
 
@@ -69,7 +70,7 @@ class CompiledTexts:
         return CompiledTexts(self.trie.to(device), self.prior_log_likelihood.to(device), states, self.fingerprint)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompiledLabels:
     """Labels in templates, compiled for one model and one tokenizer; `compile_labels` makes one.
 
@@ -84,6 +85,10 @@ class CompiledLabels:
     def __len__(self) -> int:
         """How many texts there are, C."""
         return len(self.texts.trie.text_edges)
+
+    def __repr__(self) -> str:
+        names = ", ".join(map(repr, self.labels[:3])) + ", ..." * (len(self.labels) > 3)
+        return f"CompiledLabels({len(self.labels)} labels ({names}) in {len(self.templates)} templates)"
 
     def to(self, device: torch.device | str) -> "CompiledLabels":
         """These labels on a device; elsewhere `score` copies them in every call."""
@@ -102,6 +107,7 @@ class CompiledLabels:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, directory / TENSOR_FILE)
         described = {"format": FORMAT, "labels": self.labels, "templates": self.templates}
         described |= {"fingerprint": self.texts.fingerprint, "tokens_sha256": self.tokens_sha256}
+        described["sha256"] = _digest_of_content(described, (directory / TENSOR_FILE).read_bytes())
         text = json.dumps(described, indent=2, ensure_ascii=False)
         (directory / JSON_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -116,8 +122,11 @@ class CompiledLabels:
         try:
             described = json.loads((directory / JSON_FILE).read_text(encoding="utf-8"))
             if described.get("format") != FORMAT:
-                raise ValueError(f"format {described.get('format')!r}, this version reads {FORMAT}")
-            tensors = load_file(directory / TENSOR_FILE)
+                raise ValueError(f"format {described.get('format')!r}, this version reads {FORMAT}: compile them again")
+            content, expected = (directory / TENSOR_FILE).read_bytes(), described.pop("sha256")
+            if _digest_of_content(described, content) != expected:
+                raise ValueError(f"{JSON_FILE} or {TENSOR_FILE} is damaged, or not from the same compilation")
+            tensors = load(content)
             trie = TextTrie(**{item.name: tensors.pop(item.name) for item in dataclasses.fields(TextTrie)})
             texts = CompiledTexts(trie, **tensors, fingerprint=described["fingerprint"])
             labels, templates = tuple(described["labels"]), tuple(described["templates"])
@@ -128,8 +137,9 @@ class CompiledLabels:
             if texts.text_states is not None and texts.text_states.shape[:2] != trie.tokens.shape:
                 raise ValueError(f"states {tuple(texts.text_states.shape)} of blocks {tuple(trie.tokens.shape)}")
             return cls(labels, templates, texts, described["tokens_sha256"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-            raise ValueError(f"cannot read compiled labels from {str(directory)!r}: {error}") from error
+        except READING_ERRORS as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"cannot read compiled labels from {str(directory)!r}: {reason}") from error
 
     def check_tokenizer(self, model: Any, tokenizer: PreTrainedTokenizerBase, **kwargs) -> None:
         """Raises ValueError if a tokenizer makes other tokens of the texts than these were compiled from."""
@@ -185,6 +195,13 @@ def encode_for(model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str],
     """
     encoded = encode_texts(tokenizer, texts, max_positions_of(model), **kwargs)
     return {name: values.to(model.device) for name, values in encoded.items()}
+
+
+def _digest_of_content(described: dict[str, Any], tensors: bytes) -> str:
+    """SHA-256 of all that a folder of compiled labels says: its JSON, however that is written, and its tensors."""
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    digest.update(tensors)
+    return digest.hexdigest()
 
 
 def digest_of_tokens(input_ids: Tensor, attention_mask: Tensor) -> str:

@@ -110,7 +110,9 @@ def test_no_pass_holds_more_than_it_may(monkeypatch):
 def compiled_equal(first: CompiledLabels, second: CompiledLabels) -> bool:
     tries = first.texts.trie, second.texts.trie
     fields = [[getattr(trie, item.name) for item in dataclasses.fields(trie)] for trie in tries]
-    return all(map(torch.equal, *fields)) and (first.labels, first.templates) == (second.labels, second.templates)
+    priors = (labels.texts.prior_log_likelihood for labels in (first, second))
+    same = all(map(torch.equal, *fields)) and torch.equal(*priors)
+    return same and (first.labels, first.templates) == (second.labels, second.templates)
 
 
 @pytest.fixture
@@ -231,8 +233,8 @@ def test_damaged_folders_are_named(compiled, tmp_path):
         CompiledLabels.load(tmp_path / "nothing here")
     compiled.save(tmp_path)
     described = json.loads((tmp_path / "labels.json").read_text())
-    changes = [({"format": 99}, "format 99"), ({"labels": ["a"]}, "6 texts for 1 labels")]
-    for change, message in [*changes, ({"tokens_sha256": ...}, "tokens_sha256")]:
+    changes = [({"format": 99}, "format 99"), ({"labels": ["a"]}, "damaged"), ({"tokens_sha256": ...}, "damaged")]
+    for change, message in [*changes, ({"sha256": ...}, "no 'sha256'")]:
         kept = {name: value for name, value in {**described, **change}.items() if value is not ...}
         (tmp_path / "labels.json").write_text(json.dumps(kept))
         with pytest.raises(ValueError, match=message):
@@ -246,3 +248,25 @@ def test_damaged_folders_are_named(compiled, tmp_path):
     tensors.write_bytes(tensors.read_bytes()[:-10])
     with pytest.raises(ValueError, match="cannot read compiled labels"):
         CompiledLabels.load(tmp_path)
+
+
+def test_single_damaged_bits_are_named_or_without_effect(compiled, tmp_path):
+    """Every 61st bit of both files (a prime: no field is passed over); `benchmarks.damage_labels` tries random ones."""
+    compiled.save(tmp_path / "labels")
+    for name in ("labels.json", "labels.safetensors"):
+        path = tmp_path / "labels" / name
+        content = path.read_bytes()
+        for bit in range(0, 8 * len(content), 61):
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << (bit % 8)
+            path.write_bytes(damaged)
+            try:
+                assert compiled_equal(CompiledLabels.load(tmp_path / "labels"), compiled)
+            except ValueError as error:
+                assert str(tmp_path / "labels") in str(error)
+        path.write_bytes(content)
+
+
+def test_compiled_labels_are_shown_in_a_line(compiled):
+    assert repr(compiled).startswith("CompiledLabels(3 labels ('cat', ") and "in 2 templates" in repr(compiled)
+    assert "tensor" not in repr(compiled) and "\n" not in repr(compiled)
