@@ -12,6 +12,7 @@ import io
 import lzma
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 
@@ -27,11 +28,12 @@ SPARSE, TOO_LARGE = "sparse file", "file too large"
 
 
 class Member(NamedTuple):
-    """A file of an archive: its content, or why that is refused."""
+    """A file of an archive, whose content is read before the next one's, or why that is refused."""
 
     name: str
-    content: bytes
-    refused: str = ""
+    size: int
+    refused: str
+    read: Callable[[], bytes]
 
 
 class CheckedTarInfo(tarfile.TarInfo):
@@ -89,7 +91,13 @@ class Archive:
         while (header := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # tarfile would keep all headers
             if header.isfile():
-                yield _read_member(self.file, header)
+                yield Member(header.name, header.size, _refusal(header), partial(self._read, header))
+
+    def _read(self, header: tarfile.TarInfo) -> bytes:
+        content = self.file.read(header.size)
+        if len(content) < header.size:
+            raise tarfile.ReadError(f"{header.name!r} is cut short at byte {self.file.position}")
+        return content
 
     def check_end(self) -> None:
         """Raises unless the block of zeros just read begins a whole end-of-archive, and nothing follows that."""
@@ -104,12 +112,8 @@ class Archive:
             raise tarfile.ReadError(f"more zeros than an end-of-archive has from byte {end - BLOCK} on")
 
 
-def _read_member(forward: ForwardFile, header: tarfile.TarInfo) -> Member:
+def _refusal(header: tarfile.TarInfo) -> str:
+    """Why a file is not read into memory, if it is not."""
     if header.issparse():  # small in the archive, as large as its maker likes in memory
-        return Member(header.name, b"", SPARSE)
-    if header.size > MAX_BYTES:
-        return Member(header.name, b"", TOO_LARGE)
-    content = forward.read(header.size)
-    if len(content) < header.size:
-        raise tarfile.ReadError(f"{header.name!r} is cut short at byte {forward.position}")
-    return Member(header.name, content)
+        return SPARSE
+    return TOO_LARGE if header.size > MAX_BYTES else ""

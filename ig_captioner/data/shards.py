@@ -198,44 +198,50 @@ def group_members(members: Iterable[Member], archive: str = "") -> Iterator[RawS
     `key.seg.png`, `key.txt`, those belong to the sample as `seg.png`; without `key.*` they are samples themselves.
     Hidden files are passed over, and so are files without an extension, which is logged.
     """
-    group: list[tuple[str, str, Member]] = []
+    group: list[File] = []
     others: list[str] = []
-    size = 0
     for member in members:
         stem, extension = split_name(member.name)
         if not extension:
             if not any(part.startswith(".") for part in member.name.split("/")):
                 others.append(member.name)
             continue
-        if group and (base_of(stem) != base_of(group[0][0]) or (len(group) >= MAX_FILES and stem != group[-1][0])):
+        if group and (base_of(stem) != base_of(group[0].stem) or (len(group) >= MAX_FILES and stem != group[-1].stem)):
             yield from _samples_of(group)
-            group, size = [], 0
-        if size + len(member.content) > MAX_BYTES:
-            member = Member(member.name, b"", TOO_LARGE)
-        size += len(member.content)
-        group.append((stem, extension, member))
+            group = []
+        refused = member.refused
+        if sum(len(file.content) for file in group) + member.size > MAX_BYTES:
+            refused = refused or TOO_LARGE
+        group.append(File(stem, extension, b"" if refused else member.read(), refused))
     yield from _samples_of(group)
     if others:
         logger.warning("%s: %d files without an extension are in no sample: %s", archive, len(others), others[:3])
 
 
-def _samples_of(group: list[tuple[str, str, Member]]) -> Iterator[RawSample | Skipped]:
+class File(NamedTuple):
+    """A file of a sample, read, or why it is not."""
+
+    stem: str
+    extension: str
+    content: bytes
+    refused: str
+
+
+def _samples_of(group: list[File]) -> Iterator[RawSample | Skipped]:
     """The samples of files whose names have the same base."""
-    stems = {stem for stem, _, _ in group}
-    whole = next((stem for stem in stems if base_of(stem) == stem), None)
-    samples: dict[str, dict[str, Member]] = {}
+    whole = next((file.stem for file in group if base_of(file.stem) == file.stem), None)
+    samples: dict[str, dict[str, bytes]] = {}
     refused: dict[str, str] = {}
-    for stem, extension, member in group:
-        key = stem if whole is None else whole
-        extension = f"{stem[len(key) + 1 :]}.{extension}" if stem != key else extension
-        if member.refused or extension in samples.get(key, {}):
-            refused[key] = member.refused or "two files of one name"
-        samples.setdefault(key, {})[extension] = member
+    for file in group:
+        key, extension = file.stem, file.extension
+        if whole is not None and file.stem != whole:
+            key, extension = whole, f"{file.stem[len(whole) + 1 :]}.{extension}"
+        files = samples.setdefault(key, {})
+        if file.refused or extension in files:
+            refused[key] = file.refused or "two files of one name"
+        files[extension] = file.content
     for key, files in samples.items():
-        if key in refused:
-            yield Skipped(key, refused[key])
-        else:
-            yield key, {extension: member.content for extension, member in files.items()}
+        yield Skipped(key, refused[key]) if key in refused else (key, files)
 
 
 # Which samples
