@@ -150,16 +150,13 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
 
     processor = load_processor(model)
     config = IGCaptionerConfig.from_pretrained(model)
-    vision, text = config.vision_config, config.text_config
+    text = config.text_config
     return {
         "checkpoint": str(model),
         "in_short": read_in_short(model) or "unknown",
         "licence": _read_licence(model),
         **_describe_weights(model),
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "image_layers": vision.num_hidden_layers,
-        "image_width": vision.hidden_size,
+        **_describe_encoder(config),
         "text_layers": text.num_hidden_layers,
         "text_width": text.hidden_size,
         "text_only_layers": text.num_text_only_layers,
@@ -171,6 +168,23 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
         "templates": " | ".join(default_templates(config)),
         "score_temperature": config.score_temperature,
         "abstain_threshold": "none" if config.abstain_threshold is None else config.abstain_threshold,
+    }
+
+
+def _describe_encoder(config: Any) -> dict[str, Any]:
+    vision = config.vision_config
+    if config.has_own_encoder:
+        return {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "image_layers": vision.num_hidden_layers,
+            "image_width": vision.hidden_size,
+        }
+    return {
+        "image_size": config.image_size,
+        "image_encoder": f"{vision.model_type} of transformers",
+        "image_width": config.text_config.encoder_hidden_size,
+        "image_tokens": config.num_image_tokens,
     }
 
 
