@@ -186,7 +186,7 @@ def test_positions_are_resampled_and_nothing_else_changes(tmp_path, tokenizer, n
 
 def test_what_cannot_be_used_is_refused(tmp_path, tokenizer):
     Siglip2VisionConfig(**MLP).save_pretrained(tmp_path / "naflex")
-    with pytest.raises(ConversionError, match="'siglip2_vision_model': .* as NaFlex does"):
+    with pytest.raises(ConversionError, match="'siglip2_vision_model': .*as NaFlex does"):
         init_from_pretrained(tmp_path / "naflex", tokenizer, tmp_path / "out")
     OPTConfig().save_pretrained(tmp_path / "opt")
     with pytest.raises(ConversionError, match="vision_config of type 'opt': OPTModel does not take pixel_values"):
