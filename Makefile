@@ -1,14 +1,19 @@
-# `make demo` and `make test` each build a virtual environment of their own, from pinned versions.
+# `make demo` and `make test` each build a virtual environment of their own, from pinned versions; `make test-newest` and
+# `make test-lowest` from the newest and the lowest ones that setup.cfg allows. TESTS="-m core" runs the few tests of the core.
 PYTHON ?= python3
 VENVS ?= .venv
+TESTS ?=
 
-.PHONY: demo test lint wheel-check clean
+.PHONY: demo test test-newest test-lowest lint wheel-check clean
 
 demo: $(VENVS)/demo/installed
 	$(VENVS)/demo/bin/python examples/demo.py --output_dir demo_output
 
 test: $(VENVS)/test/installed
-	$(VENVS)/test/bin/python -m pytest
+	$(VENVS)/test/bin/python -m pytest $(TESTS)
+
+test-newest test-lowest: test-%: $(VENVS)/%/installed
+	$(VENVS)/$*/bin/python -m pytest $(TESTS)
 
 lint: $(VENVS)/test/installed
 	$(VENVS)/test/bin/ruff check .
@@ -16,11 +21,16 @@ lint: $(VENVS)/test/installed
 	$(VENVS)/test/bin/mypy ig_captioner
 
 # torch first and alone: unconstrained, another package may ask for a build with several gigabytes of CUDA.
-$(VENVS)/%/installed: setup.cfg constraints.txt
+EXTRA = $*
+CONSTRAINTS = constraints.txt
+$(VENVS)/newest/installed $(VENVS)/lowest/installed: EXTRA = test
+$(VENVS)/newest/installed: CONSTRAINTS = constraints-newest.txt
+$(VENVS)/lowest/installed: CONSTRAINTS = constraints-lowest.txt
+$(VENVS)/%/installed: setup.cfg constraints.txt constraints-newest.txt constraints-lowest.txt
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
-	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch
-	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[$(EXTRA)]"
 	touch $@
 
 # The wheel of a clean clone, in an empty environment outside the checkout, with what it asks for.

@@ -61,13 +61,21 @@ AutoImageProcessor.register(
 
 
 def __getattr__(name: str):
-    """Loads what scores with captioners of the Hub when it is first asked for: it imports much of transformers."""
-    if name == "CaptionScorer":
-        from .captioners import CaptionScorer
+    """Loads what scores with captioners of the Hub when it is first asked for."""
+    if name in ("CaptionScorer", "zero_shot_pipeline"):
+        from . import captioners
 
-        return CaptionScorer
+        return getattr(captioners, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
+
+def _scorer_for(pipeline):
+    from .captioners.pipelines import scorer_for
+
+    return scorer_for(pipeline)
+
+
+IGZeroShotImageClassificationPipeline.scorer_for = staticmethod(_scorer_for)
 
 __all__ = [
     "TINY_CHECKPOINT",
@@ -87,4 +95,5 @@ __all__ = [
     "IGZeroShotImageClassificationPipeline",
     "compile_labels",
     "information_gain",
+    "zero_shot_pipeline",
 ]

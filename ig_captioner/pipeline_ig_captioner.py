@@ -5,11 +5,12 @@ Shapes: B images, C candidate labels, T templates, N = T x C texts, L text token
 Deliberate differences from the stock pipeline: the texts are tokenised and compiled once per call (not once per
 image); `tokenizer_kwargs` reach the tokenizer; every argument is checked, and a wrong one
 is a ValueError that names it; transparent images are put on white; tuples of images and empty lists are
-accepted (a list in, a list out).
+accepted (a list in, a list out). A captioner of the Hub, which has no `score`, is scored with by
+a `CaptionScorer` where the package is installed.
 """
 
 import math
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.utils import logging
 
 from .compiled_labels import encode_for, is_compiled
 from .configuration_ig_captioner import PRIOR_SOURCES
-from .information_gain import mean_over_templates
+from .information_gain import REFERENCE_MEANS, label_log_prior, mean_over_templates
 from .processing_ig_captioner import (
     default_templates,
     format_labels,
@@ -40,6 +41,8 @@ PARAMETERS = (
     "prior_weight",
     "prior_source",
     "reference_images",
+    "reference_mean",
+    "label_prior",
     "temperature",
     "abstain_threshold",
     "multi_label",
@@ -67,6 +70,10 @@ def _check_parameters(parameters: dict[str, Any]) -> None:
         "prior_source": (
             "'unconditional' or 'reference_images'",
             lambda value: isinstance(value, str) and value in PRIOR_SOURCES,
+        ),
+        "reference_mean": (
+            "'arithmetic' or 'geometric'",
+            lambda value: isinstance(value, str) and value in REFERENCE_MEANS,
         ),
         "reference_images": ("a list of images", lambda value: isinstance(value, (list, tuple)) and len(value) > 0),
         "temperature": ("a finite number above zero", lambda value: is_number(value) and float(value) > 0),
@@ -99,11 +106,15 @@ def _texts_of(settings: dict[str, Any], config: Any) -> tuple[list[str], list[st
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Candidate labels of a call; `texts` are `CompiledTexts` of all labels in each of T templates."""
+    """Candidate labels of a call; `texts` are `CompiledTexts` of all labels in each of T templates.
+
+    With a scorer they are `CompiledLabels`. `label_prior`: log-probabilities of the labels, [C].
+    """
 
     labels: list[str]
     num_templates: int
     texts: Any
+    label_prior: torch.Tensor | None = None
 
 
 class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
@@ -132,7 +143,14 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         prior_weight (`float`, *optional*): weight of log P(T); the model's config says it if this does not.
         prior_source (`str`, *optional*): `"unconditional"`, log P(T) without an image, or `"reference_images"`, the
             mean of P(T|I) over images; the model's config says it if this does not.
-        reference_images (`list`, *optional*): those images; noise if not given.
+        reference_images (`list`, *optional*): those images; noise if not given, or for a captioner of the Hub one grey
+            image.
+        reference_mean (`str`, *optional*): `"arithmetic"`, the mean of P(T|I) (the default), or `"geometric"`, the mean
+            of log P(T|I).
+        label_prior (`list[float]`, *optional*): how likely each label is before the image is seen: weights, all above
+            0, or log-probabilities, all at most 0. Their logarithms are added to information gains.
+        scorer (`CaptionScorer`, *optional*): what scores texts with a captioner that is none of this package's; made
+            from the model if not given.
         temperature (`float`, *optional*): divides information gains before the softmax or sigmoid; the model's config
             says it if this does not. It changes scores, not their order.
         abstain_threshold (`float`, *optional*): nats; see above. The model's config says it if this does not;
@@ -162,9 +180,15 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
     _load_feature_extractor = False
     _load_tokenizer = True
 
-    def __init__(self, **kwargs):
+    # Where the package is installed: makes a scorer of the captioner of a pipeline. Remote code has models of its own.
+    scorer_for: Callable[[Any], Any] | None = None
+
+    def __init__(self, *, scorer: Any = None, **kwargs):
         self._given_at_init = {name: kwargs[name] for name in PARAMETERS if name in kwargs}
+        self.scorer = scorer
         super().__init__(**kwargs)
+        if self.scorer is not None:
+            return
         if self.tokenizer is None or self.image_processor is None:
             raise ValueError(
                 "a tokenizer and an image_processor are needed, got "
@@ -178,12 +202,16 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
 
     def check_model_type(self, supported_models):
         """Asks for what the pipeline calls, not for a name in transformers' own list, where this model cannot be."""
-        for method in ("score", "compile_texts"):
-            if not callable(getattr(self.model, method, None)):
-                raise ValueError(
-                    f"{type(self).__name__} needs a model with a method `{method}`, such as "
-                    f"IGCaptionerForZeroShotImageClassification; {type(self.model).__name__} has none"
-                )
+        missing = [name for name in ("score", "compile_texts") if not callable(getattr(self.model, name, None))]
+        if not missing or self.scorer is not None:
+            return
+        if self.scorer_for is None:
+            raise ValueError(
+                f"{type(self).__name__} needs a model with a method `{missing[0]}`, such as "
+                f"IGCaptionerForZeroShotImageClassification; {type(self.model).__name__} has none"
+            )
+        self.scorer = self.scorer_for(self)
+        self.model = self.scorer.model  # another one where transformers had chosen the wrong class
 
     def __call__(self, image=None, candidate_labels: list[str] | None = None, **kwargs: Any):
         r"""Classifies one image or many.
@@ -243,12 +271,18 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         given, tokenizer_kwargs = settings["candidate_labels"], settings.get("tokenizer_kwargs") or {}
         prior_source, references = settings.get("prior_source"), settings.get("reference_images")
         labels, templates, texts = _texts_of(settings, self.model.config)
+        label_prior = settings.get("label_prior")
+        added = None if label_prior is None else label_log_prior(label_prior, len(labels))
+        if self.scorer is not None:
+            compiled = self._compile_for_scorer(given, labels, templates, settings)
+            return _Candidates(labels, len(templates), compiled, added)
         if is_compiled(given):
             if prior_source is not None or references is not None:
                 asked = "reference_images" if prior_source is None else f"prior_source {prior_source!r}"
                 raise ValueError(f"compiled labels have their prior already, but {asked} came with them")
             given.check_tokenizer(self.model, self.tokenizer, **tokenizer_kwargs)
-            return _Candidates(labels, len(templates), given.texts.verified_for(self.model).to(self.model.device))
+            texts = given.texts.verified_for(self.model).to(self.model.device)
+            return _Candidates(labels, len(templates), texts, added)
         try:
             encoded = encode_for(self.model, self.tokenizer, texts, **tokenizer_kwargs)
         except (TypeError, OverflowError) as error:
@@ -257,9 +291,22 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
             **encoded,
             prior_source=prior_source,
             reference_pixel_values=None if references is None else self._read_references(references, settings),
+            reference_mean=settings.get("reference_mean") or REFERENCE_MEANS[0],
             with_fingerprint=False,
         )
-        return _Candidates(labels, len(templates), compiled)
+        return _Candidates(labels, len(templates), compiled, added)
+
+    def _compile_for_scorer(self, given: Any, labels: list[str], templates: list[str], settings: dict[str, Any]) -> Any:
+        """Labels as the scorer takes them: compiled, with their prior."""
+        if settings.get("tokenizer_kwargs"):
+            raise ValueError(f"tokenizer_kwargs {settings['tokenizer_kwargs']!r} change nothing: the prompt says how")
+        names = ("prior_source", "reference_images", "reference_mean")
+        prior = {name: settings[name] for name in names if settings.get(name) is not None}
+        if not is_compiled(given):
+            return self.scorer.compile_labels(labels, templates, **prior)
+        if prior:
+            raise ValueError(f"compiled labels have their prior already, but {next(iter(prior))} came with them")
+        return given
 
     def _read_references(self, images: list, settings: dict[str, Any]) -> torch.Tensor:
         photos = [load_rgb_image(image, timeout=settings.get("timeout")) for image in images]
@@ -267,14 +314,20 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         return pixels.to(self.device, self.dtype)
 
     def preprocess(self, image, timeout: float | None = None) -> dict[str, torch.Tensor]:
-        """`pixel_values` [1, 3, H, W] of one image, in the model's dtype."""
+        """`pixel_values` [1, 3, H, W] of one image, in the model's dtype; the image itself for a scorer."""
+        if self.scorer is not None:
+            return {"images": load_rgb_image(image, timeout=timeout)}
         inputs = self.image_processor(images=[load_rgb_image(image, timeout=timeout)], return_tensors="pt")
         return {"pixel_values": inputs.to(self.dtype)["pixel_values"]}
 
     def _forward(self, model_inputs, candidates: "_Candidates", prior_weight: float | None = None):
         """Scores [B, C], means over T templates; the prior [C] is repeated for each image."""
-        scores = self.model.score(model_inputs["pixel_values"], candidates.texts, prior_weight=prior_weight)
+        score, images = (self.model.score, "pixel_values") if self.scorer is None else (self.scorer.score, "images")
+        scores = score(model_inputs[images], candidates.texts, prior_weight=prior_weight)
         means = {name: mean_over_templates(values, candidates.num_templates) for name, values in scores.items()}
+        if candidates.label_prior is not None:
+            gain = means["information_gain"]
+            means["information_gain"] = gain + candidates.label_prior.to(gain.device)
         prior = means["prior_log_likelihood"].expand_as(means["caption_log_likelihood"])
         return {**means, "prior_log_likelihood": prior}
 
@@ -293,11 +346,12 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         fields = {name: values[0].tolist() for name, values in model_outputs.items()}
         gains = fields["information_gain"]
         _check_gains(gains, labels)
-        threshold = config.abstain_threshold if abstain_threshold is None else abstain_threshold
+        threshold = getattr(config, "abstain_threshold", None) if abstain_threshold is None else abstain_threshold
         if threshold is not None and threshold > -math.inf:
             labels.append(None)
             gains.append(float(threshold))  # the one field that "none of these" has
-        scores = _scores(gains, config.score_temperature if temperature is None else temperature, multi_label)
+        temperature = getattr(config, "score_temperature", 1.0) if temperature is None else temperature
+        scores = _scores(gains, temperature, multi_label)
         # Sorted by information gain: far-off labels share a score of 0.
         order = sorted(range(len(gains)), key=lambda i: -gains[i])[:top_k]
         entries = [{"score": scores[i], "label": labels[i]} for i in order]

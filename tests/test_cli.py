@@ -81,6 +81,7 @@ def run(capsys):
 # classify
 
 
+@pytest.mark.core
 def test_json_is_what_the_pipeline_says(run, checkpoint):
     options = ["--top-k", "3", "--prior-weight", "0.5", "--template", "{}", "a photo of a {}."]
     code, lines, errors = run("classify", "0.png", "1.png", "--format", "jsonl", "--labels", *LABELS, *options)
@@ -314,6 +315,7 @@ def test_labels_and_templates_of_a_data_set(run):
 # caption
 
 
+@pytest.mark.core
 def test_captions_and_their_scores(run, checkpoint):
     code, lines, errors = run(
         "caption", "0.png", "1.png", "--format", "jsonl", "--max-new-tokens", "4", "--num-beams", "2"

@@ -12,6 +12,7 @@ from ig_captioner.compat_ig_captioner import CACHE_NAME, CACHE_NAMES, rename_cac
 from tiny import BOS, random_images, tiny_model
 
 
+pytestmark = pytest.mark.core
 IDS = torch.tensor([[BOS, 11, 22, 33]])
 # where transformers' documentation describes what this package imports
 DOCUMENTED_MODULES = {

@@ -39,6 +39,7 @@ def greedy(model, images: torch.Tensor | None, prompt: list[int], number: int = 
     return ids[0].tolist()
 
 
+@pytest.mark.core
 def test_greedy_equals_a_loop_without_a_cache(model):
     images = random_images(2)
     expected = [greedy(model, image[None], [BOS]) for image in images]
@@ -146,6 +147,7 @@ def test_prompts_with_a_start_token_are_taken_as_they_are(model):
     assert [output[0].tolist(), output[1, 2:].tolist()] == expected
 
 
+@pytest.mark.core
 def test_generation_continues_from_a_cache(model):
     images = random_images(1)
     whole = model.generate(pixel_values=images, **NEW)

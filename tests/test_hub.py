@@ -408,6 +408,7 @@ def run_elsewhere(room: Path, package: str, save_to: str, *folders: str) -> dict
     return run_python(room, WITHOUT_THE_PACKAGE + IN_ANOTHER_PROCESS, *arguments, **variables)
 
 
+@pytest.mark.core
 def test_releases_load_save_and_load_again_in_clean_processes(checkpoint, room):
     """Three processes: without the package, with it, and without it on what both have saved."""
     noise = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)

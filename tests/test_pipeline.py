@@ -500,7 +500,7 @@ def log(monkeypatch) -> list[str]:
 def test_building_is_quiet_and_asks_for_a_score(model, log):
     make_pipeline(model)
     assert not log
-    with pytest.raises(ValueError, match="IGCaptionerVisionModel has none"):
+    with pytest.raises(ValueError, match="IGCaptionerVisionModel cannot be scored with"):
         make_pipeline(IGCaptionerVisionModel(make_config().vision_config))
     for part in ("tokenizer", "image_processor"):
         with pytest.raises(ValueError, match="tokenizer and an image_processor"):
@@ -567,6 +567,7 @@ print(json.dumps([type(classifier).__name__, results]))
 """
 
 
+@pytest.mark.core
 def test_a_saved_pipeline_loads_in_a_clean_process_as_remote_code(classifier, photos, tmp_path):
     photos[0].save(tmp_path / "photo.png")
     classifier.save_pretrained(tmp_path / "saved")

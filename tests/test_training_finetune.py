@@ -155,6 +155,7 @@ def test_both_scripts_report_the_loss_of_the_model(checkpoint, by_folder, tmp_pa
     assert len(trainers) == 2
 
 
+@pytest.mark.core
 def test_learns_and_generates_captions(checkpoint, by_metadata, tmp_path):
     metrics = finetune(checkpoint, by_metadata, tmp_path, max_steps=60, eval_fraction=0.3)
     assert metrics["eval_word_f1"] > 0.6

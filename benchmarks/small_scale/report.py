@@ -7,7 +7,7 @@ intervals of one run in the table of the long tail are bootstrap intervals over 
 import json
 import math
 import statistics
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -268,7 +268,7 @@ def write_report(folder: Path, experiment: str, text: list[str], results: list[R
     parameters = {each["run"]["arm"]: each["parameters"] for each in unique}
     run = {
         "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
         "hardware": f"{cpu_model()}; trained on {', '.join(sorted({each['device'] for each in unique}))}",
         "samples per run": ", ".join(f"{count:,}" for count in sorted({each["samples"] for each in unique})),

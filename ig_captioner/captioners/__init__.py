@@ -2,11 +2,12 @@
 
 Reading order: `prompts` (images and texts to tensors), `prefix` (image and prompt, read), `families` (what differs
 from model to model), `readers` (texts behind a prefix), `verification` (which reader, and is it right), `loading`,
-`scorer`, `own`.
+`scorer`, `own`, `pipelines`.
 """
 
+from .pipelines import zero_shot_pipeline
 from .scorer import CaptionScorer, TokenGain
 from .verification import Verification
 
 
-__all__ = ["CaptionScorer", "TokenGain", "Verification"]
+__all__ = ["CaptionScorer", "TokenGain", "Verification", "zero_shot_pipeline"]

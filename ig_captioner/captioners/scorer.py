@@ -92,6 +92,7 @@ class CaptionScorer:
         self.default_prior_source = self.family.prior_source
         self.default_prior_weight = 1.0
         self.verification = None if reading_mode is None else Verification(reading_mode)
+        self._last_checked: tuple[CompiledLabels, TextTrie, int] | None = None
 
     verification: Verification | None
     """How texts are read, and how exact that was found to be; None until texts are first scored or compiled."""
@@ -219,9 +220,13 @@ class CaptionScorer:
     def _checked(self, labels: CompiledLabels) -> tuple[TextTrie, int]:
         """The trie of labels on the model's device, and how many tokens of the prompt are part of the texts.
 
+        Labels that are scored again, for the next images, are not tokenised again.
+
         Raises:
             ValueError: if they were compiled with another model, prompt, reading mode or tokenizer.
         """
+        if self._last_checked is not None and self._last_checked[0] is labels:
+            return self._last_checked[1:]
         texts = format_labels(labels.labels, labels.templates)
         self._verify(texts)
         encoded = self.prompt.encode(texts)
@@ -231,7 +236,8 @@ class CaptionScorer:
             raise ValueError(f"these labels were compiled for {'; '.join(different)}: compile them again")
         if encoded.digest() != labels.tokens_sha256:
             raise ValueError(f"these labels ({labels.labels[0]!r}, ...) were compiled with another tokenizer")
-        return labels.texts.to(self.device).trie, encoded.dropped
+        self._last_checked = labels, labels.texts.to(self.device).trie, encoded.dropped
+        return self._last_checked[1:]
 
     def _verify(self, texts: list[str]) -> None:
         """Chooses the reading mode at first use, on some of the user's texts and two that branch."""

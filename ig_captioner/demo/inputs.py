@@ -150,7 +150,7 @@ async def fetch(url: str) -> bytes:
         raise InputError(f"The URL has {len(url):,} characters: {MAX_URL_CHARACTERS:,} at most.")
     try:
         return await asyncio.wait_for(_follow(url), FETCH_SECONDS)
-    except asyncio.TimeoutError as error:
+    except TimeoutError as error:
         raise InputError(f"No photo came from {url!r} within {FETCH_SECONDS:g} seconds.") from error
     except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
         raise InputError(f"Cannot load {url!r}: {error or type(error).__name__}") from error

@@ -9,7 +9,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,7 +114,7 @@ def describe_run(model: Any, name: str, command: str) -> dict[str, Any]:
         "command": command,
         "model": portable_name(name),
         "weights_sha256": weights_digest(name),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "hardware": {
             "cpu": cpu_model(),
