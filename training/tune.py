@@ -28,7 +28,7 @@ from torch import Tensor
 from ig_captioner import IGCaptionerForConditionalGeneration
 from ig_captioner.compiled_labels import encode_for
 from ig_captioner.data.shards import first_by_hash, is_held_out
-from ig_captioner.evaluation.scores import PRIOR_WEIGHTS, ranks
+from ig_captioner.evaluation.ranking import PRIOR_WEIGHTS, ranks
 from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 
 from .config import TrainConfig, load_config
