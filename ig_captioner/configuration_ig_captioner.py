@@ -472,4 +472,4 @@ for _name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_tok
 IGCaptionerVisionConfig.register_for_auto_class("AutoConfig")  # an encoder saved alone brings its code along
 
 
-__all__ = ["IGCaptionerConfig", "IGCaptionerTextConfig", "IGCaptionerVisionConfig", "IGCaptionerWarning"]
+__all__ = ["IGCaptionerConfig", "IGCaptionerTextConfig", "IGCaptionerVisionConfig"]
