@@ -4,7 +4,9 @@ Shapes: B images, H x W pixels, L text tokens.
 """
 
 import atexit
+import hashlib
 import multiprocessing
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
+from ig_captioner.data.remote import is_url
 from ig_captioner.data.shards import (
     SHARD_REASONS,
     EmptySourceError,
@@ -114,6 +117,8 @@ class TrainingData:
     """How many streams there are over all processes; 0 for cached sources."""
     states: dict[int, StreamState] = field(default_factory=dict)
     """Where this process's streams stand; the training loop updates it with each batch's."""
+    contents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of each source the number of shards and a digest, by which a resumed run knows whether its data are the same."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,7 @@ class DecodedSources:
     training: dict[str, list[Sample]] = field(default_factory=dict)
     held_out: dict[str, list[Sample]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
+    contents: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def load_training_data(
@@ -176,11 +182,12 @@ def load_training_data(
             batch_sampler=DrawSampler(position.draws, share.batch_size, share.process, share.processes),
         )
         sizes = {name: len(samples) for name, samples in decoded.training.items()}
-        return TrainingData(loader, decoded.held_out, decoded.skipped, sizes)
+        return TrainingData(loader, decoded.held_out, decoded.skipped, sizes, contents=decoded.contents)
     mixture = streamed_mixture(config, paths, encode, settings, seed, share, position)
     loader = make_loader(mixture, config, settings, batch_size=share.batch_size)
     states = dict(position.states) if share.process == 0 else {}
-    return TrainingData(loader, decoded.held_out, decoded.skipped, {}, mixture.streams, states)
+    contents = {name: describe_shards(paths[name]) for name in config.sources}
+    return TrainingData(loader, decoded.held_out, decoded.skipped, {}, mixture.streams, states, contents)
 
 
 def cached_mixture(
@@ -269,6 +276,7 @@ def decode_sources(
                 name, paths[name], source, config, encode, settings, shows_progress
             )
             decoded.training[name] = training
+            decoded.contents[name] = describe_samples(paths[name], decoded.training[name] + held_out)
             decoded.held_out[name] = choose_held_out(held_out, max_held_out)
             decoded.skipped += skipped
     return decoded
@@ -306,6 +314,22 @@ def read_cache(
     if config.cache_in_memory and not training:
         raise EmptySourceError(describe_empty(name, paths, Counter(item.reason for item in skipped)))
     return training, held_out, skipped
+
+
+def describe_samples(paths: list[str], samples: list[Sample]) -> dict[str, Any]:
+    """Numbers of shards and samples, and a digest of keys, pixels and captions."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        pixels = np.ascontiguousarray(sample.image)
+        digest.update(repr((sample.key, pixels.shape, [list(caption) for caption in sample.captions])).encode())
+        digest.update(pixels)
+    return {"shards": len(paths), "samples": len(samples), "sha256": digest.hexdigest()}
+
+
+def describe_shards(paths: list[str]) -> dict[str, Any]:
+    """Number of shards, and a digest of their names and, of local ones, sizes: streams are too large to read twice."""
+    sizes = [(os.path.basename(path), 0 if is_url(path) else os.path.getsize(path)) for path in paths]
+    return {"shards": len(paths), "sha256": hashlib.sha256(repr(sizes).encode()).hexdigest()}
 
 
 def choose_held_out(samples: list[Sample], count: int) -> list[Sample]:

@@ -24,7 +24,7 @@ from .config import TrainConfig, UsageError
 from .data import DataPosition, Share, TrainingData, load_training_data
 from .metrics import MetricsLog
 from .optim import MovingAverage, make_optimizers
-from .resume import Change, check_changes, find_changes, write_settings
+from .resume import Change, check_changes, check_sources, find_changes, write_settings
 from .sharding import is_sharding_wanted, shard
 from .state import RunProgress, SavedRun
 
@@ -80,6 +80,7 @@ def start_run(config: TrainConfig) -> Run:
     settings = image_settings(processor.image_processor)
     data = load_data(config, tokenizer, settings, saved, accelerator)
     accelerator.print(describe(model, data))
+    changes += accept_data(config, saved, data)
     wrapped, optimizers = prepare(model, config, accelerator)
     history = saved.changes + [change.row(saved.step) for change in changes]
     if accelerator.is_main_process:
@@ -169,10 +170,20 @@ def accept_changes(config: TrainConfig, saved: SavedRun) -> list[Change]:
     if not saved.settings:
         return []
     changes = find_changes(saved.settings, config)
-    sources = list(saved.settings["data"]["sources"]), list(config.data.sources)
-    check_changes(changes, sources, config.resume_with_changes)
+    check_sources(list(saved.settings["data"]["sources"]), list(config.data.sources))
+    check_changes(changes, config.resume_with_changes)
     for change in changes:
         logger.warning("from step %d: %s", saved.step, change)
+    return changes
+
+
+def accept_data(config: TrainConfig, saved: SavedRun, data: TrainingData) -> list[Change]:
+    """Sources whose contents differ from the checkpoint's. Raises UsageError unless changes are wanted."""
+    pairs = [(name, saved.data.get(name), now) for name, now in data.contents.items()]
+    changes = [Change(f"data.sources.{name} (contents)", before, now) for name, before, now in pairs if before != now]
+    if not saved.data or not changes:
+        return []
+    check_changes(changes, accepted=config.resume_with_changes)
     return changes
 
 

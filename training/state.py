@@ -109,6 +109,7 @@ def collect_state(
         "log": [process["log"] for process in processes],
         "settings": settings,
         "streams": data.streams,
+        "data": data.contents,
         "stream_states": {  # plain lists: what is read back is plain as well
             number: [state.draws, [list(position) for position in state.positions]]
             for number, state in furthest.items()
@@ -135,6 +136,11 @@ class SavedRun:
     def changes(self) -> list[dict[str, Any]]:
         """Changes of settings that the run has gone through before."""
         return self.state["settings"]["changes"] if self.state else []
+
+    @property
+    def data(self) -> dict[str, dict[str, Any]]:
+        """What the sources held (`TrainingData.contents`); empty without a checkpoint."""
+        return self.state.get("data", {})
 
     @property
     def step(self) -> int:
