@@ -64,12 +64,21 @@ def test_our_encoder_is_one_of_them(tmp_path):
         torch.testing.assert_close(run_encoder(encoder, pixels), source(pixels).last_hidden_state)
 
 
-def test_incomplete_weights_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda weight: None, "is missing"),
+        (lambda weight: weight[:1].clone(), "has the wrong shape"),
+        (lambda weight: weight * torch.nan, "is not finite"),
+    ],
+)
+def test_broken_weights_are_refused(change, reason, tmp_path):
     saved("resnet", tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    dropped = next(iter(weights))
-    save_file({key: value for key, value in weights.items() if key != dropped}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=f"do not fill ResNetModel: {dropped}"):
+    name = "embedder.embedder.convolution.weight"
+    weights[name] = change(weights[name])
+    save_file({key: value for key, value in weights.items() if value is not None}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"do not fill ResNetModel: {name} {reason}"):
         load_encoder(tmp_path)
 
 

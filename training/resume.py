@@ -33,6 +33,8 @@ HARMLESS = {
     "keep_checkpoints": "only how many old checkpoints stay on the disk",
     "max_nonfinite_steps": "only when the run gives up",
     "save_dtype": "only the number format of the final folder; weights are trained in float32",
+    "data.feature_cache.folder": "the folder may have been moved; contents are compared by their fingerprint",
+    "data.feature_cache.num_workers": "who decodes; a view is a function of its key, number and seed",
     "data.num_workers": "who loads, not what is drawn; with streams, batches may be composed differently, as with "
     "another number of processes, but no sample is lost or repeated",
 }

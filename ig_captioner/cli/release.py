@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .. import TINY_CHECKPOINT
+from ..installed import TINY_CHECKPOINT
 from .arguments import MODEL_HELP, add_command, add_device, add_format, add_labels, add_strict, read_labels
 from .output import print_csv, print_json, printable, table
 
@@ -100,9 +100,9 @@ def info(arguments: argparse.Namespace) -> int:
 
 def compile_labels(arguments: argparse.Namespace) -> int:
     """Writes compiled labels, for `classify --labels-file` and `CompiledLabels.load`."""
-    from .. import IGCaptionerForZeroShotImageClassification
     from ..checkpoint import load_on_device, load_processor
     from ..compiled_labels import compile_labels
+    from ..modeling_ig_captioner import IGCaptionerForZeroShotImageClassification
     from ..release import new_folder
 
     labels, templates = read_labels(arguments)
@@ -143,8 +143,8 @@ def push(arguments: argparse.Namespace) -> int:
 
 def describe_checkpoint(model: str) -> dict[str, Any]:
     """Sizes, architecture and settings by name."""
-    from .. import IGCaptionerConfig
     from ..checkpoint import load_processor
+    from ..configuration_ig_captioner import IGCaptionerConfig
     from ..processing_ig_captioner import default_templates
     from ..release import read_in_short
 

@@ -7,10 +7,12 @@ import argparse
 import shlex
 from typing import Any
 
-from .. import TINY_CHECKPOINT, IGCaptionerConfig, IGCaptionerForZeroShotImageClassification
 from ..checkpoint import load_on_device, load_processor
+from ..configuration_ig_captioner import IGCaptionerConfig
 from ..data.prompts import is_text_file, read_templates
 from ..data.samples import Samples, describe_skipped, label_from_field, labelled_decoder
+from ..installed import TINY_CHECKPOINT
+from ..modeling_ig_captioner import IGCaptionerForZeroShotImageClassification
 from ..processing_ig_captioner import default_templates
 from .contrastive import ContrastiveModel
 from .processes import is_first, place
