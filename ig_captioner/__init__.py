@@ -5,6 +5,8 @@ Importing the package registers its classes with the Auto classes of transformer
 checkpoint as remote code.
 """
 
+import warnings
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -22,7 +24,7 @@ from .configuration_ig_captioner import (
 )
 from .information_gain import information_gain
 from .input_rules import IGCaptionerWarning
-from .installed import TINY_CHECKPOINT, __version__
+from .installed import DEFAULT_CHECKPOINT, __version__
 from .modeling_ig_captioner import (
     IGCaptionerForConditionalGeneration,
     IGCaptionerForZeroShotImageClassification,
@@ -51,11 +53,14 @@ AutoImageProcessor.register(
 
 
 def __getattr__(name: str):
-    """Loads what scores with captioners of the Hub when it is first asked for."""
+    """Loads what scores with captioners of the Hub when it is first asked for; knows a former name."""
     if name in ("CaptionScorer", "zero_shot_pipeline"):
         from . import captioners
 
         return getattr(captioners, name)
+    if name == "TINY_CHECKPOINT":
+        warnings.warn("TINY_CHECKPOINT is called DEFAULT_CHECKPOINT now", DeprecationWarning, stacklevel=2)
+        return DEFAULT_CHECKPOINT
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -68,7 +73,7 @@ def _scorer_for(pipeline):
 IGZeroShotImageClassificationPipeline.scorer_for = staticmethod(_scorer_for)
 
 __all__ = [
-    "TINY_CHECKPOINT",
+    "DEFAULT_CHECKPOINT",
     "CaptionScorer",
     "CompiledLabels",
     "IGCaptionerConfig",

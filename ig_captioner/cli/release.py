@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..installed import TINY_CHECKPOINT
+from ..installed import DEFAULT_CHECKPOINT
 from .arguments import MODEL_HELP, add_command, add_device, add_format, add_labels, add_strict, read_labels
 from .output import print_csv, print_json, printable, table
 
@@ -43,7 +43,7 @@ You have to be logged in (hf auth login), or HF_TOKEN has to be set.
 def add_info(commands) -> None:
     summary = "Say what a checkpoint is; its weights are not read."
     parser = add_command(commands, info, "[DIR_OR_REPO]", summary, INFO_EXAMPLES)
-    parser.add_argument("model", nargs="?", default=TINY_CHECKPOINT, metavar="DIR_OR_REPO", help=MODEL_HELP)
+    parser.add_argument("model", nargs="?", default=DEFAULT_CHECKPOINT, metavar="DIR_OR_REPO", help=MODEL_HELP)
     add_format(parser)
 
 
