@@ -13,7 +13,12 @@ from training.config import (
     DataConfig,
     FeatureCacheConfig,
     TrainConfig,
-    UsageError, flatten, load_config, parse_overrides, to_dict
+    UsageError,
+    flatten,
+    load_config,
+    parse_overrides,
+    to_dict,
+)
 from training.metrics import read_rows
 from training.run import start_run
 from training.state import SavedRun
