@@ -122,6 +122,8 @@ class DataConfig:
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Sets of shards by name."""
+    strict: bool = False
+    """End the run at the first sample or shard that cannot be used, instead of skipping and counting it."""
     max_length: Annotated[int, Field(ge=2), NUMBER] = 32
     """Longest caption in tokens, end-of-sequence included; longer ones are cut and keep their end-of-sequence."""
     pad_to_multiple_of: PositiveInt = 1
