@@ -14,12 +14,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from ig_captioner import TINY_CHECKPOINT
+from ig_captioner import DEFAULT_CHECKPOINT
 
 
 AUTO = "from transformers import AutoConfig, AutoModelForZeroShotImageClassification, AutoProcessor, AutoImageProcessor"
-WEIGHTS = f"from safetensors.torch import load_file; load_file({str(Path(TINY_CHECKPOINT, 'model.safetensors'))!r})"
-MODEL = f"import ig_captioner; {AUTO}; AutoModelForZeroShotImageClassification.from_pretrained({TINY_CHECKPOINT!r})"
+WEIGHTS = f"from safetensors.torch import load_file; load_file({str(Path(DEFAULT_CHECKPOINT, 'model.safetensors'))!r})"
+MODEL = f"import ig_captioner; {AUTO}; AutoModelForZeroShotImageClassification.from_pretrained({DEFAULT_CHECKPOINT!r})"
 
 
 def cpu_seconds(arguments: list[str], runs: int) -> float:

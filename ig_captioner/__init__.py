@@ -6,18 +6,11 @@ checkpoint as remote code.
 """
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
-try:
-    __version__ = version("ig_captioner")
-except PackageNotFoundError:  # a checkout on the path, not installed
-    __version__ = "0+unknown"
-
-# The checkpoint that ships with the package, usable wherever a model name or folder is.
-TINY_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "tiny")
+from .installed import DEFAULT_CHECKPOINT, __version__
 
 
 def _is_command_line() -> bool:
@@ -53,6 +46,9 @@ if TYPE_CHECKING or not _is_command_line():
 
 def __getattr__(name: str) -> Any:
     """Loads a public name when it is first asked for: what scores captioners of the Hub; for the command line, all."""
+    if name == "TINY_CHECKPOINT":
+        warnings.warn("TINY_CHECKPOINT is called DEFAULT_CHECKPOINT now", DeprecationWarning, stacklevel=2)
+        return DEFAULT_CHECKPOINT
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("CaptionScorer", "zero_shot_pipeline"):
@@ -66,7 +62,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "TINY_CHECKPOINT",
+    "DEFAULT_CHECKPOINT",
     "CaptionScorer",
     "CompiledLabels",
     "IGCaptionerConfig",
@@ -81,6 +77,7 @@ __all__ = [
     "IGCaptionerVisionModel",
     "IGCaptionerWarning",
     "IGZeroShotImageClassificationPipeline",
+    "__version__",
     "compile_labels",
     "information_gain",
     "zero_shot_pipeline",

@@ -25,10 +25,11 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
-from . import IGCaptionerConfig, IGCaptionerForConditionalGeneration, IGCaptionerPreTrainedModel
 from .checkpoint import load_model
-from .configuration_ig_captioner import REMOTE_CODE_FILES, as_height_width
+from .configuration_ig_captioner import REMOTE_CODE_FILES, IGCaptionerConfig, as_height_width
+from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .evaluation.report import HUB_TASKS, evaluations, to_markdown, weights_digest
+from .modeling_ig_captioner import IGCaptionerForConditionalGeneration
 
 
 CARD_FILE = "README.md"

@@ -54,13 +54,6 @@ CUSTOM_PIPELINES = {
 PRIOR_SOURCES = ("unconditional", "reference_images")
 
 
-class IGCaptionerWarning(UserWarning):
-    """Something was cut, skipped or guessed, or cannot be meant; the message says what, and how often.
-
-    `warnings.simplefilter("error", IGCaptionerWarning)` makes an error of it.
-    """
-
-
 def copy_remote_code(directory: str | Path) -> list[str]:
     """Copies the Python files a saved model refers to, which stand beside this one. Returns their names."""
     here = Path(__file__).parent
@@ -478,4 +471,4 @@ for _name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_tok
 IGCaptionerVisionConfig.register_for_auto_class("AutoConfig")  # an encoder saved alone brings its code along
 
 
-__all__ = ["IGCaptionerConfig", "IGCaptionerTextConfig", "IGCaptionerVisionConfig", "IGCaptionerWarning"]
+__all__ = ["IGCaptionerConfig", "IGCaptionerTextConfig", "IGCaptionerVisionConfig"]

@@ -44,7 +44,7 @@ import ig_captioner
 values = {name: getattr(ig_captioner, name) for name in ig_captioner.__all__}
 assert callable(values["information_gain"]) and callable(ig_captioner.information_gain)
 from transformers import AutoConfig
-assert type(AutoConfig.from_pretrained(ig_captioner.TINY_CHECKPOINT)) is ig_captioner.IGCaptionerConfig
+assert type(AutoConfig.from_pretrained(ig_captioner.DEFAULT_CHECKPOINT)) is ig_captioner.IGCaptionerConfig
 """
 
 
@@ -65,10 +65,10 @@ def test_a_module_run_as_the_command_line_imports_nothing_slow():
 
 
 AUTO_CLASSES = """
-config = AutoConfig.from_pretrained(ig_captioner.TINY_CHECKPOINT)
+config = AutoConfig.from_pretrained(ig_captioner.DEFAULT_CHECKPOINT)
 model = AutoModelForZeroShotImageClassification.from_config(config)
 assert type(model) is ig_captioner.IGCaptionerForZeroShotImageClassification
-assert type(AutoProcessor.from_pretrained(ig_captioner.TINY_CHECKPOINT)) is ig_captioner.IGCaptionerProcessor
+assert type(AutoProcessor.from_pretrained(ig_captioner.DEFAULT_CHECKPOINT)) is ig_captioner.IGCaptionerProcessor
 """
 OURS = "import ig_captioner\n"
 THEIRS = "from transformers import AutoConfig, AutoModelForZeroShotImageClassification, AutoProcessor\n"

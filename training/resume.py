@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ig_captioner.data.fingerprints import Fingerprint, compare_shards
+
 from .build import OBJECTIVE_FIELDS
 from .checkpoint import write_text_atomically
 from .config import CHANGES_KEY, TrainConfig, UsageError, flatten, from_dict, to_dict
@@ -32,6 +34,7 @@ HARMLESS = {
     "keep_checkpoints": "only how many old checkpoints stay on the disk",
     "max_nonfinite_steps": "only when the run gives up",
     "save_dtype": "only the number format of the final folder; weights are trained in float32",
+    "data.strict": "only whether a sample that cannot be used ends the run",
     "data.num_workers": "who loads, not what is drawn; with streams, batches may be composed differently, as with "
     "another number of processes, but no sample is lost or repeated",
 }
@@ -89,6 +92,24 @@ def check_changes(changes: list[Change], sources: tuple[list[str], list[str]], a
             f"--resume with other settings than the checkpoint's: {'; '.join(map(str, changes))}. Restore them, or "
             "pass --resume_with_changes to train with the new ones from here on"
         )
+
+
+def check_shards(before: dict[str, list[Fingerprint]], now: dict[str, list[Fingerprint]], accepted: bool) -> list[str]:
+    """Says how the shards differ from those of the checkpoint. Raises UsageError where that was not accepted.
+
+    Positions in the data are counted along the shards, so that with others samples are lost or come twice.
+    """
+    differences = [
+        f"{source}: {difference}"
+        for source, shards in before.items()
+        for difference in compare_shards(shards, now.get(source, []))
+    ]
+    if differences and not accepted:
+        raise UsageError(
+            f"--resume with other shards than the checkpoint's: {'; '.join(differences)}. Restore them, or pass "
+            "--resume_with_changes to go on with these, of which some samples are then drawn too rarely or too often"
+        )
+    return differences
 
 
 def why_impossible(key: str) -> str:

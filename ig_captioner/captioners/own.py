@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import IGCaptionerForConditionalGeneration
 from ..checkpoint import caption_tokens, load_model, load_processor
 from ..compiled_labels import CompiledLabels, compile_labels, is_compiled
 from ..information_gain import information_gain, token_means_over_references
+from ..modeling_ig_captioner import IGCaptionerForConditionalGeneration
 from ..processing_ig_captioner import default_templates
 from ..scoring_ig_captioner import IGCaptionerScoreOutput
 from .scorer import CaptionScorer, TokenGain, as_images
@@ -114,3 +114,6 @@ class OwnCaptionScorer(CaptionScorer):
             "reading mode": "tree, exact by construction",
             "prior": self.default_prior_source,
         }
+
+
+CaptionScorer.own_class = OwnCaptionScorer

@@ -33,6 +33,7 @@ from ..information_gain import (
     information_gain,
     label_log_prior,
     mean_over_references,
+    mean_over_templates,
     token_means_over_references,
 )
 from ..label_trie import TextTrie, build_trie
@@ -94,6 +95,8 @@ class CaptionScorer:
         self.verification = None if reading_mode is None else Verification(reading_mode)
         self._last_checked: tuple[CompiledLabels, TextTrie, int] | None = None
 
+    own_class: Any = None
+    """The class for captioners of this package; `own`, which builds on this file, sets it."""
     verification: Verification | None
     """How texts are read, and how exact that was found to be; None until texts are first scored or compiled."""
 
@@ -128,11 +131,9 @@ class CaptionScorer:
         if dtype is not None:
             kwargs["dtype"] = dtype
         if is_own(name):
-            from .own import OwnCaptionScorer
-
             if prompt is not None:
                 raise ValueError(f"the captioners of this package have no prompt, got {prompt!r}")
-            return OwnCaptionScorer.load(name, device=device, **kwargs)
+            return cls.own_class.load(name, device=device, **kwargs)
         model, processors = load_captioner(name, device=device, trust_remote_code=trust_remote_code, **kwargs)
         return cls(model, processors, prompt=prompt, reading_mode=reading_mode, batch_size=batch_size)
 
@@ -165,7 +166,7 @@ class CaptionScorer:
             reduction: "sum" for nats per text, "mean" for nats per token.
 
         Returns:
-            [`IGCaptionerScoreOutput`], float32, on the CPU.
+            [`IGCaptionerScoreOutput`], float32, on the CPU. Of labels in several templates it has means over templates.
 
         Raises:
             ValueError: naming the value, for wrong arguments and images, and for labels compiled for something else.
@@ -185,10 +186,13 @@ class CaptionScorer:
         if reduction == "mean":
             lengths = labels.texts.trie.lengths.cpu()
             caption, prior_log_likelihood = caption / lengths, prior_log_likelihood / lengths
+        caption, prior_log_likelihood = (
+            mean_over_templates(values, len(labels.templates)) for values in (caption, prior_log_likelihood)
+        )
         weight = self.default_prior_weight if prior_weight is None else prior_weight
         gain = information_gain(caption, prior_log_likelihood, weight)
         if label_prior is not None:
-            gain = gain + label_log_prior(label_prior, len(labels.labels)).repeat(len(labels.templates))
+            gain = gain + label_log_prior(label_prior, len(labels.labels))
         return IGCaptionerScoreOutput(caption, prior_log_likelihood, gain)
 
     @torch.no_grad()

@@ -188,8 +188,8 @@ def classify(arguments: argparse.Namespace) -> int:
 
 def caption(arguments: argparse.Namespace) -> int:
     """Prints a caption for each photo."""
-    from .. import IGCaptionerForConditionalGeneration
     from ..checkpoint import caption_tokens
+    from ..modeling_ig_captioner import IGCaptionerForConditionalGeneration
 
     photos = Photos(arguments.photos, streams=True)
     model, processor = _load(IGCaptionerForConditionalGeneration, arguments)
@@ -317,13 +317,13 @@ def _load(model_class, arguments: argparse.Namespace):
 
 
 def _load_scorer(arguments: argparse.Namespace):
-    from .. import IGCaptionerForZeroShotImageClassification
+    from ..modeling_ig_captioner import IGCaptionerForZeroShotImageClassification
 
     return _load(IGCaptionerForZeroShotImageClassification, arguments)
 
 
 def _load_classifier(arguments: argparse.Namespace):
-    from .. import IGZeroShotImageClassificationPipeline
+    from ..pipeline_ig_captioner import IGZeroShotImageClassificationPipeline
 
     model, processor = _load_scorer(arguments)
     parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}

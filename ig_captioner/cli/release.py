@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .. import TINY_CHECKPOINT
+from ..installed import DEFAULT_CHECKPOINT
 from .arguments import (
     MODEL_HELP,
     add_command,
@@ -52,7 +52,7 @@ You have to be logged in (hf auth login), or HF_TOKEN has to be set.
 def add_info(commands) -> None:
     summary = "Say what a checkpoint is; its weights are not read."
     parser = add_command(commands, info, "[DIR_OR_REPO]", summary, INFO_EXAMPLES)
-    parser.add_argument("model", nargs="?", default=TINY_CHECKPOINT, metavar="DIR_OR_REPO", help=MODEL_HELP)
+    parser.add_argument("model", nargs="?", default=DEFAULT_CHECKPOINT, metavar="DIR_OR_REPO", help=MODEL_HELP)
     add_format(parser)
 
 
@@ -109,9 +109,9 @@ def info(arguments: argparse.Namespace) -> int:
 
 def compile_labels(arguments: argparse.Namespace) -> int:
     """Writes compiled labels, for `classify --labels-file` and `CompiledLabels.load`."""
-    from .. import IGCaptionerForZeroShotImageClassification
     from ..checkpoint import load_on_device, load_processor
     from ..compiled_labels import compile_labels
+    from ..modeling_ig_captioner import IGCaptionerForZeroShotImageClassification
     from ..release import new_folder
 
     labels, templates = read_labels(arguments)
@@ -152,8 +152,8 @@ def push(arguments: argparse.Namespace) -> int:
 
 def describe_checkpoint(model: str) -> dict[str, Any]:
     """Sizes, architecture and settings by name."""
-    from .. import IGCaptionerConfig
     from ..checkpoint import load_processor
+    from ..configuration_ig_captioner import IGCaptionerConfig
     from ..processing_ig_captioner import default_templates
     from ..release import read_in_short
 

@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import IGCaptionerForConditionalGeneration
 from ..checkpoint import caption_tokens, load_on_device, load_processor
 from ..data.samples import Samples, captioned, separate
+from ..modeling_ig_captioner import IGCaptionerForConditionalGeneration
 from .processes import is_first, map_batches
 from .rows import Row, bootstrap
 from .scores import to_pixels

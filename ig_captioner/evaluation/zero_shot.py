@@ -13,9 +13,10 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .. import TINY_CHECKPOINT, IGCaptionerConfig
+from ..configuration_ig_captioner import IGCaptionerConfig
 from ..data.prompts import read_class_names
 from ..data.samples import split_by_hash
+from ..installed import DEFAULT_CHECKPOINT
 from .calibration import BINS, Calibration, abstain_threshold, calibrate, coverage_curve
 from .plots import draw_confusion, draw_coverage, draw_reliability
 from .processes import is_first
@@ -134,7 +135,7 @@ def check_checkpoint_folder(model: str) -> None:
     path = Path(model)
     if not (path / "config.json").is_file():
         raise ValueError(f"a calibration can be saved into the folder of a checkpoint alone, got {model!r}")
-    if path.resolve() == Path(TINY_CHECKPOINT).resolve():
+    if path.resolve() == Path(DEFAULT_CHECKPOINT).resolve():
         raise ValueError("the checkpoint in the package is not changed: `ig-captioner release DIR` makes a copy of it")
 
 
