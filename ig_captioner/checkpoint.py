@@ -39,14 +39,18 @@ def load_model(model_class: type[Model], model: str | Path, **kwargs) -> Model:
     return loaded.eval()
 
 
-def load_on_device(model_class: type[Model], model: str | Path, device: str = "auto") -> Model:
+def load_on_device(
+    model_class: type[Model], model: str | Path, device: str = "auto", dtype: str = "auto"
+) -> Model:
     """Loads a model as in [`load_model`] onto the device "auto", "cpu" or "cuda".
 
-    On a CPU the weights become float32, since half precision is slow there and gains nothing; on a GPU they keep the
-    stored dtype.
+    With `dtype` "auto" the weights become float32 on a CPU, since half precision is slow on most; on a GPU they keep
+    the stored dtype.
     """
     chosen = choose_device(device)
-    return load_model(model_class, model, dtype="float32" if chosen.type == "cpu" else "auto").to(chosen)
+    if dtype == "auto" and chosen.type == "cpu":
+        dtype = "float32"
+    return load_model(model_class, model, dtype=dtype).to(chosen)
 
 
 def load_processor(model: str | Path) -> IGCaptionerProcessor:

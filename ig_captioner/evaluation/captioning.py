@@ -41,7 +41,7 @@ Ngrams = Counter[tuple[str, ...]]
 
 def run(arguments: argparse.Namespace) -> int:
     """CIDEr-D, BLEU-4 and METEOR of generated captions; the captions go to `captions.jsonl`."""
-    model = load_on_device(IGCaptionerForConditionalGeneration, arguments.model, arguments.device)
+    model = load_on_device(IGCaptionerForConditionalGeneration, arguments.model, arguments.device, arguments.dtype)
     processor = load_processor(arguments.model)
     options = {
         "num_beams": arguments.num_beams,

@@ -25,7 +25,7 @@ from .rows import RESAMPLES, Row
 
 def load_models(arguments: argparse.Namespace):
     """Loads model and processor, and the contrastive model if one is asked for."""
-    model = load_on_device(IGCaptionerForZeroShotImageClassification, arguments.model, arguments.device)
+    model = load_on_device(IGCaptionerForZeroShotImageClassification, arguments.model, arguments.device, arguments.dtype)
     clip = None if arguments.clip is None else ContrastiveModel.load(arguments.clip, model.device)
     return model, load_processor(arguments.model), clip
 
