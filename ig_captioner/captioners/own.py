@@ -1,10 +1,12 @@
 """This package's own captioners behind the interface of `CaptionScorer`; their `score` is exact by construction."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .. import IGCaptionerForConditionalGeneration
@@ -29,6 +31,7 @@ class OwnCaptionScorer(CaptionScorer):
         self.default_prior_weight = model.config.prior_weight
         self.default_templates = default_templates(model.config)
         self.verification = Verification("tree")
+        self._last_verified: tuple[CompiledLabels, CompiledLabels] | None = None
 
     @classmethod
     def load(cls, name: str | Path, *, device: Any = None, **kwargs: Any) -> "OwnCaptionScorer":
@@ -48,13 +51,21 @@ class OwnCaptionScorer(CaptionScorer):
         if reference_images is not None:
             options["reference_pixel_values"] = self._pixels(reference_images)
         if is_compiled(texts):
-            texts.check_tokenizer(self.model, self.processor.tokenizer)
+            texts = self._verified(texts)
         else:
             prior = {name: options.pop(name) for name in PRIOR_OPTIONS if name in options}
             texts = compile_labels(self.model, self.processor.tokenizer, list(texts), "{}", **prior)
         with torch.no_grad():
             scores = self.model.score(self._pixels(images), texts, **options)
         return IGCaptionerScoreOutput(*(values.cpu() for values in scores.to_tuple()))
+
+    def _verified(self, labels: CompiledLabels) -> CompiledLabels:
+        """Labels compared with model and tokenizer; once, as long as the same are scored."""
+        if self._last_verified is None or self._last_verified[0] is not labels:
+            labels.check_tokenizer(self.model, self.processor.tokenizer)
+            texts = labels.texts.verified_for(self.model).to(self.model.device)
+            self._last_verified = labels, replace(labels, texts=texts)
+        return self._last_verified[1]
 
     def compile_labels(
         self,
@@ -96,9 +107,15 @@ class OwnCaptionScorer(CaptionScorer):
         written = self.model.generate(pixel_values=self._pixels(images), max_new_tokens=limit, **options)
         return [text.strip() for text in self.processor.batch_decode(written, skip_special_tokens=True)]
 
+    def prepare(self, image: Image.Image) -> Tensor:
+        """`pixel_values` [1, channels, height, width]: a photo is large."""
+        return self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+
     def _pixels(self, images: Any) -> Tensor:
         """`pixel_values` [B, channels, height, width] on the model's device, of its dtype."""
-        if not (isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()):
+        if isinstance(images, list) and images and all(map(_are_pixels, images)):
+            images = torch.cat(images)
+        if not _are_pixels(images):
             images = self.processor.image_processor(images=list(as_images(images)), return_tensors="pt")["pixel_values"]
         return images.to(self.model.device, self.model.dtype)
 
@@ -114,3 +131,7 @@ class OwnCaptionScorer(CaptionScorer):
             "reading mode": "tree, exact by construction",
             "prior": self.default_prior_source,
         }
+
+
+def _are_pixels(images: Any) -> bool:
+    return isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()

@@ -27,8 +27,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..checkpoint import MAX_CAPTION_TOKENS, folder_or_repository, is_own
 from ..compiled_labels import CompiledLabels, CompiledTexts, checksum, is_compiled
-from ..configuration_ig_captioner import IGCaptionerConfig
 from ..information_gain import (
     information_gain,
     label_log_prior,
@@ -36,16 +36,15 @@ from ..information_gain import (
     token_means_over_references,
 )
 from ..label_trie import TextTrie, build_trie
-from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels, load_rgb_image
+from ..processing_ig_captioner import default_templates, format_labels, load_rgb_image
 from ..scoring_ig_captioner import IGCaptionerScoreOutput
 from .families import family_of
-from .loading import load_captioner
+from .loading import hub_options, load_captioner
 from .prompts import EncodedTexts, Processors
 from .readers import read_generated
 from .verification import READING_MODES, Verification, check_length, reader_for, texts_to_compare, verify
 
 
-MAX_CAPTION_TOKENS = 30
 GREY = (128, 128, 128)
 TEST_IMAGE_SIZE = (64, 48)
 BRANCHING_TEXTS = ("a dog in the grass", "a dog on the sofa")
@@ -91,6 +90,7 @@ class CaptionScorer:
         self.prompt = self.family.prompt_class(model, processors, instruction)
         self.default_prior_source = self.family.prior_source
         self.default_prior_weight = 1.0
+        self.default_templates = default_templates(model.config)
         self.verification = None if reading_mode is None else Verification(reading_mode)
         self._last_checked: tuple[CompiledLabels, TextTrie, int] | None = None
 
@@ -127,7 +127,8 @@ class CaptionScorer:
         """
         if dtype is not None:
             kwargs["dtype"] = dtype
-        if is_own(name):
+        name = folder_or_repository(name)
+        if is_own(name, **hub_options(kwargs)):
             from .own import OwnCaptionScorer
 
             if prompt is not None:
@@ -195,7 +196,7 @@ class CaptionScorer:
     def compile_labels(
         self,
         labels: Sequence[str],
-        templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+        templates: str | Sequence[str] | None = None,
         *,
         prior_source: str | None = None,
         reference_images: Sequence[Any] | None = None,
@@ -208,6 +209,7 @@ class CaptionScorer:
         Raises:
             ValueError: naming the value, for labels, templates or a prior that are none.
         """
+        templates = self.default_templates if templates is None else templates
         listed = (templates,) if isinstance(templates, str) else tuple(templates)
         texts = format_labels(list(labels), listed)
         self._verify(texts)
@@ -278,9 +280,9 @@ class CaptionScorer:
         return [TokenGain(*row) for row in zip(words, *columns, strict=True)]
 
     @torch.no_grad()
-    def caption(self, images: Any, max_new_tokens: int = MAX_CAPTION_TOKENS, **options: Any) -> list[str]:
+    def caption(self, images: Any, max_new_tokens: int | None = None, **options: Any) -> list[str]:
         """Writes a caption for each image with the model's own `generate()`; `options` are its settings."""
-        captions = []
+        captions, max_new_tokens = [], max_new_tokens or MAX_CAPTION_TOKENS
         for image in as_images(images):
             inputs = self._to_device(self.prompt.inputs(image))
             written = self.family.generate(inputs, max_new_tokens=max_new_tokens, **options)[0].tolist()
@@ -288,6 +290,10 @@ class CaptionScorer:
             written = written[len(start) :] if written[: len(start)] == start else written
             captions.append(self.processors.tokenizer.decode(written, skip_special_tokens=True).strip())
         return captions
+
+    def prepare(self, image: Image.Image) -> Any:
+        """What to keep of an RGB image until it is scored, in place of the image."""
+        return image
 
     # From images to edges
 
@@ -392,12 +398,6 @@ class CaptionScorer:
             "reading mode": "chosen at first use" if self.verification is None else str(self.verification),
             "prior": self.default_prior_source,
         }
-
-
-def is_own(name: str | Path) -> bool:
-    """Whether a folder or repository holds a captioner of this package."""
-    config, _ = IGCaptionerConfig.get_config_dict(os.fspath(name))
-    return config.get("model_type") == IGCaptionerConfig.model_type
 
 
 def as_images(images: Any) -> Iterator[Image.Image]:

@@ -11,7 +11,7 @@ from typing import Any
 from .output import FORMATS, one_line, progress, report
 
 
-MODEL_HELP = "folder or Hub repository (default: the checkpoint in the package)"
+MODEL_HELP = "folder or Hub repository of any captioner (default: the checkpoint in the package)"
 LARGEST_BATCH = 65_536
 LARGEST_PRIOR_WEIGHT = 100.0
 
@@ -98,6 +98,47 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_prior_weight(parser: argparse.ArgumentParser) -> None:
     help = "0: likelihood alone (default: the checkpoint's, as a rule 1)"
     parser.add_argument("--prior-weight", type=prior_weight, metavar="W", help=help)
+
+
+def add_captioner(parser: argparse.ArgumentParser) -> None:
+    prompt = "what a captioner of the Hub is asked before a text (default: its family's own; info says it)"
+    parser.add_argument("--prompt", metavar="TEXT", help=prompt)
+    code = "let code from the repository of --model run; read it first"
+    parser.add_argument("--trust-remote-code", action="store_true", help=code)
+
+
+def add_prior(parser: argparse.ArgumentParser) -> None:
+    without = "log P(T) without the image, or as a mean over reference images (default: as info says)"
+    parser.add_argument("--prior-source", choices=("unconditional", "reference_images"), help=without)
+    photos = "photos that log P(T) is a mean over"
+    parser.add_argument("--reference-images", nargs="+", action="extend", metavar="PHOTO", help=photos)
+    mean = "of P(T|I), or of log P(T|I), over those photos (default: arithmetic)"
+    parser.add_argument("--reference-mean", choices=("arithmetic", "geometric"), help=mean)
+
+
+def read_prior(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_prior` has read, for `compile_labels` of a scorer; nothing that was not given."""
+    given = {name: getattr(arguments, name) for name in ("prior_source", "reference_images", "reference_mean")}
+    if given["reference_images"] is not None:
+        given["reference_images"] = [photo for name in given["reference_images"] for photo in _photos_of(name)]
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _photos_of(name: str) -> list[str]:
+    def stop(error: OSError) -> None:
+        raise error
+
+    return find_photos(name, stop)
+
+
+def load_scorer(arguments: argparse.Namespace) -> Any:
+    """The captioner that `--model` names, of this package or any other, on its device."""
+    from ..captioners import CaptionScorer
+    from ..checkpoint import choose_device, dtype_on
+
+    device = choose_device(arguments.device)
+    options = {"prompt": arguments.prompt, "trust_remote_code": arguments.trust_remote_code}
+    return CaptionScorer.from_pretrained(arguments.model, device=device, dtype=dtype_on(device), **options)
 
 
 def add_labels(parser: argparse.ArgumentParser) -> None:
