@@ -21,8 +21,8 @@ from torch import Tensor
 from ig_captioner import TINY_CHECKPOINT, CaptionScorer, CompiledLabels
 from ig_captioner.data.prompts import load_prompts
 from ig_captioner.data.samples import Samples, captioned, label_from_field, labelled_decoder
+from ig_captioner.evaluation.ranking import ranks, true_pairs
 from ig_captioner.evaluation.report import cpu_model, git_commit
-from ig_captioner.evaluation.scores import ranks, true_pairs
 from ig_captioner.information_gain import REFERENCE_MEANS, mean_over_references, mean_over_templates
 
 

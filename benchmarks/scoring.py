@@ -29,12 +29,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import wordfreq
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
@@ -71,6 +69,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 
 def read_corpus() -> Iterator[str]:
     """One line per English word, which repeats it as often as a million words of running text have it."""
+    import wordfreq  # of the extra `benchmark`: 57 MB that tests do without
+
     for word in wordfreq.top_n_list("en", CORPUS_WORDS):
         yield " ".join([word] * max(1, round(1e6 * wordfreq.word_frequency(word, "en"))))
 
@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.texts:
             rows += many_texts(options.texts.read_text(encoding="utf-8").splitlines(), options, Path(folder))
     command = shlex.join(["python", "-m", "benchmarks.scoring", *arguments])
-    run = circumstances(command, words_of_the_tokenizers=f"wordfreq {version('wordfreq')}, {CORPUS_WORDS} words")
+    run = circumstances(command, words_of_the_tokenizers=f"wordfreq, the {CORPUS_WORDS:,} most frequent")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     text = markdown(rows, run)

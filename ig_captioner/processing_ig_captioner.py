@@ -22,10 +22,9 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from transformers import PilBackend, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import ImagesKwargs, PilBackend, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import PILImageResampling
-from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available
 
 from .configuration_ig_captioner import AUTO_MAP

@@ -50,11 +50,11 @@ from ig_captioner.evaluation.calibration import (
     is_right,
     merge_equal_names,
     resampled_temperature,
-    save_calibration,
 )
-from ig_captioner.evaluation.report import draw_coverage, draw_reliability
+from ig_captioner.evaluation.plots import draw_coverage, draw_reliability
 from ig_captioner.evaluation.rows import bootstrap
 from ig_captioner.evaluation.scores import ScoreMatrix
+from ig_captioner.evaluation.zero_shot import save_calibration
 
 
 def slow_softmax(scores: list[float], temperature: float) -> list[float]:
@@ -232,7 +232,7 @@ def test_auroc_equals_all_pairs(answers):
 def test_no_class_is_left_of_one():
     ways = calibration.ways_to_abstain(torch.tensor([[1.0], [2.0]]), torch.tensor([0, 0]), 1.0)
     assert [nothing.tolist() for _, nothing in ways.values()] == [[-math.inf] * 2, [0.0] * 2]
-    assert all(row["metrics"]["none_auroc"]["value"] == 1 for row in calibration.abstaining_rows(ways, 1.0))
+    assert all(row.metrics["none_auroc"]["value"] == 1 for row in calibration.abstaining_rows(ways, 1.0))
 
 
 # Pictures

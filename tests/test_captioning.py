@@ -133,7 +133,7 @@ def test_meteor_is_in_the_row_where_wordnet_is(monkeypatch):
     expected = captioning.meteor(GENERATED, REFERENCES, TinyWordNet()).mean().item()
     assert values(row)["meteor"] == pytest.approx(expected) and 0 < expected < 1
     monkeypatch.setattr(captioning, "load_wordnet", lambda: None)
-    assert "meteor" not in captioning_row("greedy", GENERATED, REFERENCES)["metrics"]
+    assert "meteor" not in captioning_row("greedy", GENERATED, REFERENCES).metrics
 
 
 def test_no_wordnet_without_nltk_or_its_files(monkeypatch, tmp_path):

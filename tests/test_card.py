@@ -25,7 +25,7 @@ from ig_captioner.card import (
 )
 from ig_captioner.checkpoint import load_model
 from ig_captioner.evaluation.report import table_lines, weights_digest, write_results
-from ig_captioner.evaluation.rows import make_row
+from ig_captioner.evaluation.rows import Row, bootstrap
 from ig_captioner.release import save_release
 
 
@@ -66,7 +66,8 @@ def write_measured(folder: Path, model: Path, task: str = "zero-shot", **tables:
     """A `results.json` of two rows per table, the first one's values as given, and a baseline."""
 
     def row(name, value, weight):
-        return make_row(name, lambda drawn: {"top1": value, "top5": 1.0}, 4, weight, baseline=weight is None)
+        estimates = bootstrap(lambda drawn: {"top1": value, "top5": 1.0}, 4)
+        return Row(name, estimates, weight, baseline=weight is None).as_dict()
 
     results = {
         "task": task,

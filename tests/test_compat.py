@@ -18,6 +18,7 @@ IDS = torch.tensor([[BOS, 11, 22, 33]])
 DOCUMENTED_MODULES = {
     "transformers",
     "transformers.activations",
+    "transformers.cache_utils",
     "transformers.image_transforms",
     "transformers.image_utils",
     "transformers.masking_utils",

@@ -20,19 +20,18 @@ from ig_captioner.cli import build_parser
 from ig_captioner.data.prompts import load_prompts
 from ig_captioner.data.samples import Samples, label_from_field, labelled_decoder
 from ig_captioner.data.shards import BrokenSampleError, first_by_hash, read_captions, read_shard
-from ig_captioner.evaluation import zero_shot
-from ig_captioner.evaluation.scores import (
+from ig_captioner.evaluation.ranking import (
     PRIOR_WEIGHTS,
-    ScoreMatrix,
-    image_to_text_metrics,
-    information_gain_per_token,
+    accuracies,
     ranks,
     recall_metrics,
-    score_pairs,
-    text_to_image_metrics,
+    true_classes,
     true_pairs,
     tune_prior_weight,
 )
+from ig_captioner.evaluation.rows import gain_row
+from ig_captioner.evaluation.scores import ScoreMatrix, classify_images, score_pairs
+from ig_captioner.evaluation.zero_shot import tune_on
 from tiny import VARIANTS, tiny_config
 from training.train_tokenizer import train_tokenizer
 
@@ -181,31 +180,34 @@ def test_both_directions_of_retrieval():
     matrix = ScoreMatrix(caption, torch.tensor([-1.0, -1.0, -4.0, -1.0]), torch.ones(4))
     is_true = true_pairs([["x", "y"], ["z"], ["w"]], ["x", "y", "z", "w"])
     assert ranks(matrix.information_gain(0.0), is_true).tolist() == [0, 1, 1]
-    assert image_to_text_metrics(matrix, is_true, 0.0)["recall_at_1"] == pytest.approx(1 / 3)
+    assert recall_metrics(ranks(matrix.information_gain(0.0), is_true))["recall_at_1"] == pytest.approx(1 / 3)
     # at weight 1 "z" gains 3 nats on the others: right for image 1, wrong for image 2
     assert ranks(matrix.information_gain(1.0), is_true).tolist() == [0, 0, 2]
     assert ranks(caption.T, is_true.T).tolist() == [2, 0, 0, 1]
-    assert text_to_image_metrics(matrix, is_true)["recall_at_1"] == pytest.approx(2 / 4)
+    assert recall_metrics(ranks(caption.T, is_true.T))["recall_at_1"] == pytest.approx(2 / 4)
 
 
-def test_retrieval_tuning_finds_the_weight_that_was_planted():
+def test_tuning_finds_the_weight_that_was_planted():
     signal = random_matrix(60, 60, seed=1).caption_log_likelihood + 5 * torch.eye(60)
     prior = 20 * random_matrix(1, 60, seed=2).prior_log_likelihood
     matrix = ScoreMatrix(signal + 0.7 * prior, prior, torch.ones(60))
-    is_true = torch.eye(60, dtype=torch.bool)
-    best = tune_prior_weight(matrix, is_true)
+
+    def ranks_at(weight):
+        return ranks(matrix.information_gain(weight), torch.eye(60, dtype=torch.bool))
+
+    best = tune_prior_weight(ranks_at)
     assert best == pytest.approx(0.7)
-    recalls = [image_to_text_metrics(matrix, is_true, w)["recall_at_1"] for w in PRIOR_WEIGHTS]
-    assert image_to_text_metrics(matrix, is_true, best)["recall_at_1"] == max(recalls) > 0.9 > recalls[0]
-    assert tune_prior_weight(matrix, is_true, [0.2, 0.6]) == 0.6
+    recalls = {weight: recall_metrics(ranks_at(weight))["recall_at_1"] for weight in PRIOR_WEIGHTS}
+    assert recalls[best] == max(recalls.values()) > 0.9 > recalls[0.0]
+    assert tune_prior_weight(ranks_at, grid=[0.2, 0.6]) == 0.6
     with pytest.raises(ValueError, match="empty"):
-        tune_prior_weight(matrix, is_true, [])
+        tune_prior_weight(ranks_at, grid=[])
 
 
 def test_information_gain_per_token_by_hand():
     caption = torch.tensor([[-2.0, -50.0], [-50.0, -4.0]])
     matrix = ScoreMatrix(caption, torch.tensor([-3.0, -10.0]), torch.tensor([2.0, 5.0]))
-    gain = information_gain_per_token(matrix, torch.eye(2, dtype=torch.bool))
+    gain = gain_row(matrix, torch.eye(2, dtype=torch.bool)).metrics["nats_per_token"]["value"]
     assert gain == pytest.approx((1.0 + 6.0) / 7.0)
 
 
@@ -215,7 +217,7 @@ def test_information_gain_per_token_by_hand():
 def test_templates_are_ensembled_as_in_the_pipeline(model, processor):
     images, names, templates = make_images(3), ["dog", "cat", "dog"], ["a {}", "two {}s run ."]
     samples = zip(images, [2, 1, 0], strict=True)
-    matrix, labels = zero_shot.classify_images(model, processor, samples, names, templates, batch_size=2)
+    matrix, labels = classify_images(model, processor, samples, names, templates, batch_size=2)
     parts = [pair_by_pair(model, processor, images, [t.format(name) for name in names]) for t in templates]
     mean_caption, mean_prior = ((one + two) / 2 for one, two in zip(*parts, strict=True))
     torch.testing.assert_close(matrix.caption_log_likelihood, mean_caption, atol=1e-4, rtol=0)
@@ -234,9 +236,13 @@ def test_classification_refuses_wrong_labels_and_templates(model, processor):
     image = make_images(1)[0]
     for label in (2, -1):
         with pytest.raises(ValueError, match=f"label {label} of image 0"):
-            zero_shot.classify_images(model, processor, [(image, label)], ["dog", "cat"])
+            classify_images(model, processor, [(image, label)], ["dog", "cat"])
     with pytest.raises(ValueError, match="template"):
-        zero_shot.classify_images(model, processor, [(image, 0)], ["dog", "cat"], "a photo")
+        classify_images(model, processor, [(image, 0)], ["dog", "cat"], "a photo")
+
+
+def accuracy(matrix, labels, names, weight=1.0):
+    return accuracies(ranks(matrix.information_gain(weight), true_classes(labels, names)), labels)
 
 
 def slow_accuracy(scores, labels, names):
@@ -259,15 +265,15 @@ def test_accuracy_equals_a_sorted_list(weight):
     matrix.prior_log_likelihood[7] = matrix.prior_log_likelihood[2]
     labels = torch.tensor([index % 7 if index % 7 != 6 else 7 for index in range(50)])
     expected = slow_accuracy(matrix.information_gain(weight), labels, names)
-    assert zero_shot.accuracy(matrix, labels, names, weight) == expected
+    assert accuracy(matrix, labels, names, weight) == expected
     assert 0 < expected["top1"].expected < expected["top5"].expected < 1
 
 
 def test_classes_of_one_name_are_one_answer():
     matrix = ScoreMatrix(torch.tensor([[-1.0, -2.0, -1.0]]), torch.zeros(3), torch.ones(3))
     for label in (0, 2):
-        assert zero_shot.accuracy(matrix, torch.tensor([label]), ["missile", "cat", "missile"])["top1"] == 1
-    assert zero_shot.accuracy(matrix, torch.tensor([0]), ["missile", "cat", "rocket"])["top1"] == 0  # only a tie
+        assert accuracy(matrix, torch.tensor([label]), ["missile", "cat", "missile"])["top1"] == 1
+    assert accuracy(matrix, torch.tensor([0]), ["missile", "cat", "rocket"])["top1"] == 0  # only a tie
 
 
 def test_zero_shot_tuning_takes_the_best_top1_then_the_best_rank():
@@ -276,11 +282,11 @@ def test_zero_shot_tuning_takes_the_best_top1_then_the_best_rank():
     signal[torch.arange(60), labels] += 6
     prior = 30 * random_matrix(1, 10, seed=2).prior_log_likelihood
     matrix = ScoreMatrix(signal + 0.45 * prior, prior, torch.ones(10))
-    best = zero_shot.tune_prior_weight(matrix, labels, names)
-    top1 = {w: zero_shot.accuracy(matrix, labels, names, w)["top1"] for w in PRIOR_WEIGHTS}
+    best = tune_on(matrix, labels, names)
+    top1 = {w: accuracy(matrix, labels, names, w)["top1"] for w in PRIOR_WEIGHTS}
     assert top1[best] == max(top1.values()) > 0.9 > top1[0.0] and abs(best - 0.45) < 0.06
     flat = matrix._replace(prior_log_likelihood=torch.zeros(10))
-    assert zero_shot.tune_prior_weight(flat, labels, names, [0.5, 0.0, 1.0]) == 0.5  # equals: the first
+    assert tune_on(flat, labels, names) == PRIOR_WEIGHTS[0]  # equals: the first
 
 
 # Labels and subsets of shards

@@ -21,9 +21,11 @@ from ig_captioner import IGCaptionerForZeroShotImageClassification, IGCaptionerI
 from ig_captioner.data.samples import Samples, read_source, split_by_hash
 from ig_captioner.data.shards import image_of, is_held_out, read_captions
 from ig_captioner.evaluation.contrastive import ContrastiveModel
+from ig_captioner.evaluation.ranking import PRIOR_WEIGHTS
 from ig_captioner.evaluation.report import git_commit, table_lines
-from ig_captioner.evaluation.rows import bootstrap, text_to_image_rows
-from ig_captioner.evaluation.scores import PRIOR_WEIGHTS, ScoreMatrix
+from ig_captioner.evaluation.retrieval import text_to_image_rows
+from ig_captioner.evaluation.rows import Row, bootstrap
+from ig_captioner.evaluation.scores import ScoreMatrix
 from tiny import VARIANTS, assert_clear_order, tiny_config
 from training.train_tokenizer import train_tokenizer
 
@@ -137,7 +139,9 @@ def evaluate(run, room, tmp_path):  # noqa: F811
 
 
 def values(row):
-    return {name: estimate["value"] for name, estimate in row["metrics"].items()}
+    """Figures by name, of a `Row` or of a row of a results file."""
+    metrics = row.metrics if isinstance(row, Row) else row["metrics"]
+    return {name: estimate["value"] for name, estimate in metrics.items()}
 
 
 def by_name(rows):
@@ -250,7 +254,7 @@ def test_text_to_image_draws_images_with_all_their_texts():
         found, all_texts = 3 * drawn.count(0), 3 * drawn.count(0) + drawn.count(1) + drawn.count(2)
         recalls.append(found / all_texts)
     low, high = torch.tensor(recalls, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    assert (row["metrics"]["recall_at_1"]["low"], row["metrics"]["recall_at_1"]["high"]) == pytest.approx((low, high))
+    assert (row.metrics["recall_at_1"]["low"], row.metrics["recall_at_1"]["high"]) == pytest.approx((low, high))
 
 
 # Zero-shot classification

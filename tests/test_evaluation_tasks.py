@@ -23,7 +23,7 @@ from test_evaluation_cli import (
 from ig_captioner.data.shards import is_held_out
 from ig_captioner.evaluation import compositional, linear_probe
 from ig_captioner.evaluation.compositional import Item, ItemScores, find_name, read_items
-from ig_captioner.evaluation.scores import PRIOR_WEIGHTS
+from ig_captioner.evaluation.ranking import PRIOR_WEIGHTS
 from tiny import assert_clear_order
 
 
@@ -137,7 +137,7 @@ def test_items_of_different_numbers_of_texts():
     stacked = compositional.stack_scores(scores, [torch.tensor([-9.0, 3.0, -1.0]), torch.tensor([1.0, 1.0])])
     assert compositional.text_is_right(stacked.information_gain(0.0)).tolist() == [False, True]
     assert compositional.text_is_right(stacked.information_gain(1.0)).tolist() == [True, True]
-    (row,) = compositional.blind_rows([torch.tensor([-9.0, 3.0, -1.0]), torch.tensor([2.0, 1.0])], ["a", "b"])
+    row = compositional.blind_row([torch.tensor([-9.0, 3.0, -1.0]), torch.tensor([2.0, 1.0])], ["a", "b"])
     assert values(row) == {"a": 0.0, "b": 1.0, "all": 0.5}
 
 
@@ -146,7 +146,7 @@ def test_tuning_finds_the_weight_that_was_planted():
     prior = 20 * torch.randn(200, 2, generator=generator)
     signal = torch.randn(200, 1, 2, generator=generator) + torch.tensor([4.0, 0.0])
     scores = ItemScores(signal + 0.6 * prior[:, None], prior)
-    assert compositional.tune_prior_weight(scores) == pytest.approx(0.6, abs=0.06)
+    assert compositional.tune_on(scores) == pytest.approx(0.6, abs=0.06)
 
 
 def test_sugarcrepe_equals_a_slow_loop(evaluate, sets, room, model, processor):  # noqa: F811

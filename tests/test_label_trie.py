@@ -20,8 +20,7 @@ from ig_captioner import (
     compile_labels,
     scoring_ig_captioner,
 )
-from ig_captioner.evaluation.scores import score_pairs
-from ig_captioner.evaluation.zero_shot import classify_images
+from ig_captioner.evaluation.scores import classify_images, score_pairs
 from ig_captioner.label_trie import build_trie
 from tiny import BOS, EOS, VARIANTS, naive_scores, padded, random_images, random_texts, tiny_model
 

@@ -83,7 +83,7 @@ def test_the_best_recipe_is_taken(pairs, processor):  # noqa: F811
     recipes = [SMALL._replace(learning_rate=rate) for rate in (1e-9, 3e-3, 1e-8)]
     parts = pairs.select(range(40)), pairs.select(range(40, 60))
     tower, rows = choose_tower(*parts, processor.tokenizer, recipes)
-    assert [row["name"] for row in rows] == ["learning rate 1e-09", "learning rate 0.003, taken", "learning rate 1e-08"]
+    assert [row.name for row in rows] == ["learning rate 1e-09", "learning rate 0.003, taken", "learning rate 1e-08"]
     expected = train(parts[0], processor.tokenizer, recipes[1])
     assert torch.equal(tower.text_projection.weight, expected.text_projection.weight)
     found = rank_captions(expected, parts[1])

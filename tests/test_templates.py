@@ -20,7 +20,7 @@ from ig_captioner import (
     compile_labels,
 )
 from ig_captioner.card import CardFacts, write_facts
-from ig_captioner.evaluation.zero_shot import classify_images
+from ig_captioner.evaluation.scores import classify_images
 from ig_captioner.processing_ig_captioner import default_templates
 from ig_captioner.release import read_in_short
 

@@ -18,7 +18,7 @@ from training.build import build_model_config, image_settings
 from training.checkpoint import list_checkpoints, load_state, save_checkpoint
 from training.config import OptimizerConfig, TrainConfig, load_config, parse_overrides
 from training.curves import draw_curves
-from training.evaluation import evaluate_held_out, rank_of_target
+from training.evaluation import evaluate_held_out
 from training.metrics import read_rows, sums_by_source, weight_in_mean
 from training.muon import Muon
 from training.optim import (
@@ -282,13 +282,6 @@ def test_weight_in_mean():
     assert weight_in_mean(labels, "sequence") == 2
 
 
-def test_rank_of_target_counts_better_captions():
-    conditional, prior = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([-1.0, -3.0, -9.0])
-    target = torch.tensor([1])
-    assert [rank_of_target(conditional, prior, target, weight).item() for weight in (0.0, 1.0)] == [1, 1]
-    assert rank_of_target(conditional, prior, torch.tensor([2]), 1.0).item() == 0
-
-
 # Checkpoints
 
 
@@ -401,26 +394,30 @@ def test_bad_sizes_fail_before_training(workspace, tmp_path):
         train(run_config(workspace, tmp_path, **{"model.text_config.vocab_size": 100}))
 
 
-def test_perfect_model_ranks_first():
-    """Scores of a stub that knows the answer: red images say caption 0, others caption 1."""
+@pytest.mark.parametrize(("knows", "top1"), [(True, 1.0), (False, 0.0)], ids=["perfect", "ties count against"])
+def test_held_out_ranking(knows, top1):
+    """Scores of a stub: red images say caption 0, others caption 1, or all captions are equal."""
     import numpy as np
 
     from ig_captioner.data.shards import Sample
     from training.augmentation import ImageSettings
 
     class Stub:
-        def score(self, pixel_values, input_ids, attention_mask):
+        def compile_texts(self, input_ids, attention_mask, **options):
+            return input_ids
+
+        def score(self, pixel_values, texts):
             from types import SimpleNamespace
 
-            red = (pixel_values[:, 0].mean(dim=(1, 2)) > 0).float()
-            scores = torch.stack([red - 2, -red - 1], dim=1)
+            red = (pixel_values[:, 0].mean(dim=(1, 2)) > 0).float() * knows
+            scores = torch.stack([red - 2, -red - 1 - int(not knows)], dim=1)
             return SimpleNamespace(caption_log_likelihood=scores, prior_log_likelihood=torch.zeros(2))
 
     samples = [
         Sample(str(i), np.full((4, 4, 3), 255 * (i % 2), np.uint8), [[4, 2] if i % 2 else [5, 2]]) for i in range(20)
     ]
     metrics = evaluate_held_out(Stub(), samples, ImageSettings((4, 4)), 0, torch.device("cpu"))
-    assert metrics["captions"] == 2 and metrics["top1_prior_weight_1"] == 1.0
+    assert metrics["captions"] == 2 and metrics["top1_prior_weight_1"] == top1
 
 
 def test_frozen_parameters_keep_their_values_and_the_rest_is_trained(workspace, tmp_path):

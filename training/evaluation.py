@@ -1,7 +1,7 @@
 """Zero-shot evaluation during training: each held-out image ranks all distinct held-out captions.
 
 For a classification set the distinct captions are its classes, for a captioning set this is image-to-text retrieval.
-Scores are log P(T|I) - w * log P(T) in nats, higher is better.
+Scores are log P(T|I) - w * log P(T) in nats, higher is better; ties count against, as in `ig-captioner evaluate`.
 """
 
 from contextlib import nullcontext
@@ -11,25 +11,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ig_captioner.data.shards import Sample
-from ig_captioner.information_gain import IGNORE_INDEX
+from ig_captioner.evaluation.ranking import ranks, recall_metrics, tune_prior_weight
+from ig_captioner.information_gain import IGNORE_INDEX, information_gain
 
 from .augmentation import ImageSettings, normalise, resize
 from .data import pad_labels
 from .optim import MovingAverage
 
 
-PRIOR_WEIGHTS = tuple(round(0.1 * step, 1) for step in range(13))  # w = 0 ... 1.2
 IMAGES_PER_CALL = 16
-
-
-def rank_of_target(
-    caption_log_likelihood: Tensor, prior_log_likelihood: Tensor, target: Tensor, weight: float
-) -> Tensor:
-    """How many captions beat the right one. [B, C], [C], int [B] -> int [B]; 0 is best."""
-    scores = caption_log_likelihood - weight * prior_log_likelihood
-    return (scores > scores.gather(1, target[:, None])).sum(dim=1)
 
 
 @torch.no_grad()
@@ -47,18 +40,24 @@ def evaluate_held_out(
     input_ids = pad_labels([list(caption) for caption in captions])
     attention_mask = (input_ids != IGNORE_INDEX).long().to(device)
     input_ids = input_ids.masked_fill(input_ids == IGNORE_INDEX, pad_token_id).to(device)
+    texts = model.compile_texts(input_ids, attention_mask, with_fingerprint=False)
     parts = []
     for start in range(0, len(samples), IMAGES_PER_CALL):
         images = [np.asarray(resize(sample.image, settings)) for sample in samples[start : start + IMAGES_PER_CALL]]
-        output = model.score(normalise(np.stack(images), settings).to(device), input_ids, attention_mask)
+        output = model.score(normalise(np.stack(images), settings).to(device), texts)
         parts.append(output.caption_log_likelihood.float().cpu())
     conditional, prior = torch.cat(parts), output.prior_log_likelihood.float().cpu()
-    ranks = {weight: rank_of_target(conditional, prior, target, weight) for weight in PRIOR_WEIGHTS}
-    best = min(PRIOR_WEIGHTS, key=lambda weight: (ranks[weight] + 1.0).log().mean().item())
+    is_true = one_hot(target, len(captions)).bool()
+
+    def ranks_at(weight: float) -> Tensor:
+        return ranks(information_gain(conditional, prior, weight), is_true)
+
+    best = tune_prior_weight(ranks_at)
     metrics = {"captions": float(len(captions)), "best_prior_weight": best}
     for name, weight in (("prior_weight_0", 0.0), ("prior_weight_1", 1.0), ("best", best)):
-        metrics[f"top1_{name}"] = (ranks[weight] < 1).float().mean().item()
-        metrics[f"top10_{name}"] = (ranks[weight] < 10).float().mean().item()
+        recalls = recall_metrics(ranks_at(weight))
+        metrics[f"top1_{name}"] = recalls["recall_at_1"]
+        metrics[f"top10_{name}"] = recalls["recall_at_10"]
     return metrics
 
 

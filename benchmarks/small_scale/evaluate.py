@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ig_captioner.compiled_labels import encode_for
 from ig_captioner.data.prompts import load_prompts
@@ -27,15 +28,16 @@ from ig_captioner.data.shards import (
     read_shard,
 )
 from ig_captioner.evaluation.contrastive import ContrastiveModel
-from ig_captioner.evaluation.rows import (
-    class_row,
+from ig_captioner.evaluation.ranking import true_pairs
+from ig_captioner.evaluation.retrieval import (
     image_to_text_row,
     image_to_text_rows,
     text_to_image_row,
     text_to_image_rows,
-    zero_shot_rows,
 )
-from ig_captioner.evaluation.scores import ScoreMatrix, score_pairs, true_pairs
+from ig_captioner.evaluation.rows import Contender, Row, contenders
+from ig_captioner.evaluation.scores import ScoreMatrix, score_pairs
+from ig_captioner.evaluation.zero_shot import class_row, confusion, tune_on
 
 
 CLASS_NAMES = load_prompts("cifar10").class_names
@@ -110,11 +112,11 @@ def evaluate_captioner(model: Any, processor: Any, data: TestData) -> dict[str, 
     images, labels = held_out.images + test.images, torch.tensor(held_out.labels + test.labels)
     split = [*range(len(held_out.images))], [*range(len(held_out.images), len(images))]
     classified = scores(images, CLASS_TEXTS)
-    tables: dict[str, Any] = {
-        f"CIFAR-10, {name}": zero_shot_rows(matrix, labels, CLASS_NAMES, split) for name, matrix in classified.items()
+    tables: dict[str, list[Row]] = {
+        f"CIFAR-10, {name}": class_rows(matrix, labels, split) for name, matrix in classified.items()
     }
     tables |= {
-        f"CIFAR-10 held out, {name}": zero_shot_rows(matrix, labels, CLASS_NAMES, (split[0], split[0]))
+        f"CIFAR-10 held out, {name}": class_rows(matrix, labels, (split[0], split[0]))
         for name, matrix in classified.items()
     }
     pairs = {}
@@ -127,7 +129,25 @@ def evaluate_captioner(model: Any, processor: Any, data: TestData) -> dict[str, 
     matrices, is_true = pairs["test"]
     owners = torch.arange(len(is_true))
     tables["Flickr8k text to image"] = text_to_image_rows(matrices["unconditional"], is_true, owners)
-    return tables
+    return as_dicts(tables)
+
+
+def class_rows(matrix: ScoreMatrix, labels: Tensor, split: tuple[list[int], list[int]]) -> list[Row]:
+    """Rows of CIFAR-10, tuned on the first part of the split and measured on the second."""
+    held_out, test = split
+    tuned = tune_on(matrix.select(held_out), labels[held_out], CLASS_NAMES)
+    return [class_row_with_confusion(each, labels[test]) for each in contenders(matrix.select(test), tuned)]
+
+
+def class_row_with_confusion(contender: Contender, labels: Tensor) -> Row:
+    row = class_row(contender, labels, CLASS_NAMES)
+    row.details["confusion"] = confusion(contender.scores, labels).tolist()
+    return row
+
+
+def as_dicts(tables: dict[str, list[Row]]) -> dict[str, Any]:
+    """The tables as results files hold them."""
+    return {name: [row.as_dict() for row in rows] for name, rows in tables.items()}
 
 
 def per_token(matrix: ScoreMatrix) -> ScoreMatrix:
@@ -141,16 +161,18 @@ def per_token(matrix: ScoreMatrix) -> ScoreMatrix:
 def evaluate_contrastive(model: ContrastiveModel, data: TestData) -> dict[str, Any]:
     """The same tables, with one row each."""
     classes = model.embed_texts(CLASS_TEXTS)
-    tables: dict[str, Any] = {}
+    tables: dict[str, list[Row]] = {}
     for name, part in zip(("CIFAR-10 held out", "CIFAR-10"), data.cifar10, strict=True):
         scores = model.embed_images(part.images, BATCH_SIZE) @ classes.T
-        tables[name] = [class_row("CLIP", scores, torch.tensor(part.labels), CLASS_NAMES)]
+        tables[name] = [class_row_with_confusion(Contender("CLIP", scores), torch.tensor(part.labels))]
     for name, part in zip(("held out", "image to text"), data.flickr8k, strict=True):
         scores = model.embed_images(part.images, BATCH_SIZE) @ model.embed_texts(part.labels).T
         is_true = true_pairs([[caption] for caption in part.labels], part.labels)
-        tables[f"Flickr8k {name}"] = [image_to_text_row("CLIP", scores, is_true)]
-    tables["Flickr8k text to image"] = [text_to_image_row("CLIP", scores, is_true, torch.arange(len(is_true)))]
-    return tables
+        tables[f"Flickr8k {name}"] = [image_to_text_row(Contender("CLIP", scores), is_true)]
+    tables["Flickr8k text to image"] = [
+        text_to_image_row(Contender("CLIP", scores), is_true, torch.arange(len(is_true)))
+    ]
+    return as_dicts(tables)
 
 
 # What learning rates are chosen by

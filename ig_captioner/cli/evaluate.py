@@ -1,11 +1,12 @@
 """The parser of `ig-captioner evaluate`: zero-shot, retrieval, compositional, captioning, linear-probe and lit.
 
-Each writes `results.json`, `results.md` and `model-index.yml` into a folder, and prints the tables; see
-`evaluation/tasks.py` and `evaluation/transfer.py`, which are imported when one of them runs.
+Each task is a file of that name in `evaluation/`, imported when the task runs. Its `run` goes from the arguments to
+`results.json`, `results.md` and `model-index.yml` in a folder, and to the printed tables.
 """
 
 import argparse
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from .arguments import MODEL_HELP, add_command, add_device, add_strict, number, positive_integer
@@ -45,8 +46,6 @@ examples:
   ig-captioner evaluate lit --train captioned/ --labelled photos/ --class-names imagenet --output out
 """
 DATA_HELP = "shards (pattern or folder), a folder of images, or a folder of the datasets library"
-
-TRANSFER = ("linear_probe", "lit")
 
 rate = number("a positive number", lambda value: 0 < value < float("inf"))
 fraction = number("between 0 and 1", lambda value: 0 < value < 1)
@@ -139,11 +138,11 @@ def _run_later(name: str) -> Callable[[argparse.Namespace], int]:
     """The task of that name; what it needs is imported when it runs."""
 
     def run(arguments: argparse.Namespace) -> int:
-        from ..evaluation import tasks, transfer
         from ..evaluation.processes import sharing
 
+        task = import_module(f"..evaluation.{name}", __package__)
         with sharing():
-            return getattr(transfer if name in TRANSFER else tasks, name)(arguments)
+            return task.run(arguments)
 
     run.__name__ = name
     return run

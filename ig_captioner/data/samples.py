@@ -269,3 +269,15 @@ def labelled_decoder(find_label: FindLabel) -> Callable[[str, dict[str, bytes]],
 def captioned(key: str, files: dict[str, bytes]):
     """The image and the captions of a sample, for `Samples`."""
     return image_of(files), read_captions(files)
+
+
+def separate(samples: Iterable[tuple[PIL.Image.Image, T]]) -> tuple[Iterator[PIL.Image.Image], list[T]]:
+    """Images, to be read once, and what comes with them: a list that fills while the images are read."""
+    others: list[T] = []
+
+    def images() -> Iterator[PIL.Image.Image]:
+        for image, other in samples:
+            others.append(other)
+            yield image
+
+    return images(), others

@@ -5,32 +5,30 @@ temperature is fitted by the negative log-likelihood of the right classes on sam
 ranking (Guo et al. 2017, arXiv 1706.04599). Abstaining means to answer "none of these" where the best class has less
 information gain than a threshold.
 
-Classes of one name are one answer, `merge_equal_names`; ties count against, as everywhere (see `scores`).
+Classes of one name are one answer, `merge_equal_names`; ties count against, as everywhere (see `ranking`).
 
 Legend: B images, C classes. Scores s and thresholds are in nats.
 """
 
-import json
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import TINY_CHECKPOINT, IGCaptionerConfig
+from .. import IGCaptionerConfig
+from .ranking import ranks
 from .rows import Metrics, Row, bootstrap, weights_of_rows
-from .scores import ScoreMatrix, ranks
+from .scores import ScoreMatrix
 
 
 TEMPERATURES = (0.01, 100.0)
 """Where temperatures are looked for."""
 BINS = 15
 FEWEST_HELD_OUT = 100
-"""Images, below which what is fitted to them is not saved."""
+"""Minimum held-out images for saving a fit."""
 SHARES = (0.95, 0.9, 0.8, 0.5)
 """Of images that are kept while the least certain are given up."""
 Split = tuple[list[int], list[int]]
@@ -201,7 +199,7 @@ def calibration_rows(matrix: ScoreMatrix, labels: Tensor, split: Split, tuned: f
         ):
             metrics = _calibration_metrics(scores[test], labels[test], temperature)
             estimate |= bootstrap(metrics, len(test), centred=("ece",))
-            rows.append({"name": row, "prior_weight": weight, "baseline": False, "metrics": estimate})
+            rows.append(Row(row, estimate, weight))
     return rows
 
 
@@ -243,7 +241,7 @@ def abstaining_rows(ways: dict[str, tuple[Answers, Tensor]], prior_weight: float
             return {**accuracy, "none_auroc": auroc(sample.certainty, nothing[drawn])}
 
         estimates = bootstrap(metrics, len(nothing))
-        rows.append({"name": name, "prior_weight": prior_weight, "baseline": False, "metrics": estimates})
+        rows.append(Row(name, estimates, prior_weight))
     return rows
 
 
@@ -310,7 +308,13 @@ def calibrate(
     tuned: float,
     config: IGCaptionerConfig,
 ) -> Calibration:
-    """Args: see `evaluation.zero_shot_rows`; `tuned` is the tuned prior weight, `config` that of the model."""
+    """Fits to the held-out images and measures on the others.
+
+    Args:
+        matrix, labels: scores of C classes under B images, and the class of each, int [B].
+        tuned: the tuned prior weight.
+        config: of the model.
+    """
     matrix, labels = merge_equal_names(matrix, labels, class_names)
     scores = matrix.information_gain(config.prior_weight)
     held_out, test = ((scores[part], labels[part]) for part in split)
@@ -332,29 +336,3 @@ def calibrate(
         "Thresholds of information gain": threshold_table(by_gain, coverage["by information gain"]),
     }
     return Calibration(fitted, by_gain, tables, details, reliability, coverage)
-
-
-# Into a checkpoint
-
-
-def check_checkpoint_folder(model: str) -> None:
-    """Raises ValueError if `model` is no folder whose configuration may be changed."""
-    path = Path(model)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"a calibration can be saved into the folder of a checkpoint alone, got {model!r}")
-    if path.resolve() == Path(TINY_CHECKPOINT).resolve():
-        raise ValueError("the checkpoint in the package is not changed: `ig-captioner release DIR` makes a copy of it")
-
-
-def save_calibration(folder: str | Path, **fields: float) -> None:
-    """Writes `score_temperature` and `abstain_threshold` into a checkpoint's `config.json`; all else stays as it is.
-
-    Raises:
-        StrictDataclassError: for values that the configuration refuses.
-    """
-    path = Path(folder) / "config.json"
-    content = {**json.loads(path.read_text(encoding="utf-8")), **fields}
-    IGCaptionerConfig.from_dict(content)
-    partial = path.with_name("config.json.partial")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -8,25 +8,80 @@ from Meteor 1.5, in Java: they are close, not equal.
 Legend: B images; n-grams are tuples of words.
 """
 
+import argparse
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .processes import map_batches
-from .rows import Row, make_row
+from .. import IGCaptionerForConditionalGeneration
+from ..checkpoint import caption_tokens, load_on_device, load_processor
+from ..data.samples import Samples, captioned, separate
+from .processes import is_first, map_batches
+from .rows import Row, bootstrap
 from .scores import to_pixels
+from .task import describe_samples, finish
 
 
 LONGEST = 4  # words of an n-gram
 SIGMA = 6.0  # words by which lengths may differ
 
 Ngrams = Counter[tuple[str, ...]]
+
+
+# From arguments to results
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """CIDEr-D, BLEU-4 and METEOR of generated captions; the captions go to `captions.jsonl`."""
+    model = load_on_device(IGCaptionerForConditionalGeneration, arguments.model, arguments.device)
+    processor = load_processor(arguments.model)
+    options = {
+        "num_beams": arguments.num_beams,
+        "max_new_tokens": caption_tokens(arguments.max_new_tokens, model.config.text_config),
+    }
+    samples = Samples(arguments.data, captioned, arguments.limit)
+    images, references = separate(samples)
+    captions = generate_captions(model, processor, images, arguments.batch_size, **options)
+    row = captioning_row(f"{arguments.num_beams} beams" if arguments.num_beams > 1 else "greedy", captions, references)
+    if is_first():
+        write_captions(arguments.output, samples.keys, captions, references)
+    data = {**describe_samples(arguments, samples), "different captions": len(set(captions))}
+    finish(arguments, model, "Captioning", {"Captions": [row]}, notes_on(row.metrics), data)
+    return 0
+
+
+def write_captions(folder: Path, keys: list[str], captions: list[str], references: list[list[str]]) -> None:
+    """Writes `captions.jsonl`: key, caption and references of each image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
+        for key, caption, own in zip(keys, captions, references, strict=True):
+            file.write(json.dumps({"key": key, "caption": caption, "references": own}, ensure_ascii=False) + "\n")
+
+
+def notes_on(metrics: Collection[str]) -> list[str]:
+    """Notes on the metrics that are there, and why others are not."""
+    notes = [
+        "CIDEr-D at most 1000 %. Words are split without Stanford's PTB tokenizer, so that published figures are not "
+        "strictly comparable; the weights of words come from these images' references."
+    ]
+    if "bleu4" not in metrics:
+        notes.append("No BLEU: sacrebleu is not installed.")
+    if "meteor" in metrics:
+        notes.append("METEOR is that of nltk (2007: exact words, stems, WordNet's synonyms), not Meteor 1.5 in Java.")
+    else:
+        notes.append("No METEOR: nltk or its WordNet is not installed (python -m nltk.downloader wordnet).")
+    return notes
+
+
+# Captions
 
 
 def words(text: str) -> list[str]:
@@ -147,7 +202,7 @@ def captioning_row(name: str, captions: Sequence[str], references: Sequence[Sequ
         bleu = {} if statistics is None else {"bleu4": _bleu(statistics[drawn].sum(dim=0))}
         return {**{metric: scores[drawn].mean().item() for metric, scores in means.items()}, **bleu}
 
-    return make_row(name, metrics, len(captions))
+    return Row(name, bootstrap(metrics, len(captions)))
 
 
 def _bleu_statistics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Tensor | None:

@@ -14,6 +14,7 @@ An item's images are found by file name without extension, which a key may also 
 Legend: M items, I images and K texts of an item. Log-likelihoods are in nats.
 """
 
+import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,12 +26,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..compiled_labels import encode_for
-from ..information_gain import IGNORE_INDEX, linear_loss, shift_right
+from ..data.samples import Samples, describe_skipped, split_by_hash
+from ..data.shards import first_by_hash, image_of
+from ..information_gain import IGNORE_INDEX, information_gain, linear_loss, shift_right
 from .processes import map_batches
-from .rows import Row, bootstrap, weights_of_rows
-from .scores import PRIOR_WEIGHTS, best_of_grid, to_pixels
+from .ranking import share_found_first, tune_prior_weight
+from .rows import Contender, Row, bootstrap, contenders
+from .scores import to_pixels
+from .task import finish, load_models
 
 
+NOTES = [
+    "Shares of items whose right caption scores higher than the wrong ones; ties count against. Blind: the "
+    "likelier text, log P(T), whatever the image; with two images per item it cannot be right.",
+]
 Question = tuple[Image.Image, list[str]]
 """An image and the texts that are asked about it."""
 
@@ -56,10 +65,74 @@ class ItemScores(NamedTuple):
 
     def information_gain(self, prior_weight: float) -> Tensor:
         """log P(T|I) - prior_weight * log P(T), [M, I, K]."""
-        return self.caption_log_likelihood - prior_weight * self.prior_log_likelihood[:, None]
+        return information_gain(self.caption_log_likelihood, self.prior_log_likelihood[:, None], prior_weight)
+
+    def blind(self) -> Tensor:
+        """log P(T) as a score of every image, [M, I, K]."""
+        return self.prior_log_likelihood[:, None].expand_as(self.caption_log_likelihood)
 
     def select(self, items: Sequence[int]) -> "ItemScores":
         return ItemScores(*(values[list(items)] for values in self))
+
+
+# From arguments to results
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Shares of items whose right caption wins: by category, and text alone on all of them."""
+    items = read_items(arguments.format, arguments.pairs)
+    if arguments.limit is not None:
+        chosen = first_by_hash(map(str, range(len(items))), arguments.limit)
+        items = [item for index, item in enumerate(items) if str(index) in chosen]
+    model, processor, clip = load_models(arguments)
+    priors = prior_of_texts(model, processor.tokenizer, items)
+    tables, data = {}, {"data": str(arguments.pairs), "items": len(items)}
+    if arguments.data is not None:
+        tables, data = score_items(arguments, items, priors, model, processor, clip)
+    if len(items[0].images) == 1:
+        tables["All items, text alone"] = [blind_row(priors, [item.category for item in items])]
+    elif arguments.data is None:
+        raise ValueError(f"text alone answers nothing of --format {arguments.format}: --data is missing")
+    finish(arguments, model, f"Compositional understanding: {arguments.format}", tables, NOTES, data)
+    return 0
+
+
+def score_items(
+    arguments: argparse.Namespace, items: Sequence[Item], priors: Sequence[Tensor], model, processor, clip
+) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+    """The table of the items whose images are there, and what is in it."""
+    names = {name for item in items for name in item.images}
+
+    def decode(key: str, files: dict[str, bytes]):
+        name = find_name(key, names)
+        return name, None if name is None else image_of(files)
+
+    samples, size = Samples(arguments.data, decode), arguments.batch_size
+    all_scores = score_images(items, samples, lambda asked: score_own_texts(model, processor, asked, size))
+    there = [index for index, scores in enumerate(all_scores) if scores is not None]
+    if not there:
+        raise ValueError(f"none of {len(items)} items has its images in {arguments.data!r}")
+    priors_there = [priors[index] for index in there]
+    matrix = stack_scores([all_scores[index] for index in there], priors_there)
+    held_out, test = split_by_hash([items[index].images[0] for index in there], arguments.held_out_fraction)
+    others = {}
+    if clip is not None:
+        scores_of_clip = score_images(items, samples, lambda asked: clip.score_own_texts(asked, size))
+        stacked = stack_scores([scores_of_clip[index] for index in there], priors_there)
+        others[arguments.clip] = stacked.caption_log_likelihood[test]
+    categories = [items[there[index]].category for index in test]
+    tested = contenders(matrix.select(test), tune_on(matrix.select(held_out)), others)
+    data = {
+        "data": str(arguments.pairs),
+        "images": arguments.data,
+        "items": len(items),
+        "items skipped for a missing image": len(items) - len(there),
+        "images skipped": describe_skipped(samples.skipped) or "none",
+        "test samples": len(test),
+        "held-out samples": len(held_out),
+        "held-out samples are": "chosen by a hash of the first image's name, and tune the prior weight",
+    }
+    return {"Items with their images": [share_row(each, categories) for each in tested]}, data
 
 
 # Files
@@ -204,11 +277,19 @@ def stack_scores(scores: Sequence[Tensor], priors: Sequence[Tensor]) -> ItemScor
 # Metrics
 
 
-def text_is_right(scores: Tensor) -> Tensor:
-    """Whether all images of an item prefer their own text, bool [M], from [M, I, K]; ties count against."""
+def item_ranks(scores: Tensor) -> Tensor:
+    """How many wrong texts the images of an item do not rank below their own, int [M], from [M, I, K].
+
+    Ties count against, as in `ranking.ranks`.
+    """
     own = scores.diagonal(dim1=1, dim2=2)  # [M, I]
     is_own = torch.eye(*scores.shape[1:], dtype=torch.bool)
-    return ((own[:, :, None] > scores) | is_own).flatten(1).all(dim=1)
+    return (~(own[:, :, None] > scores) & ~is_own).flatten(1).sum(dim=1)
+
+
+def text_is_right(scores: Tensor) -> Tensor:
+    """Whether all images of an item prefer their own text, bool [M], from [M, I, K]."""
+    return item_ranks(scores) < 1
 
 
 def image_is_right(scores: Tensor) -> Tensor:
@@ -216,13 +297,13 @@ def image_is_right(scores: Tensor) -> Tensor:
     return text_is_right(scores[:, :, : scores.shape[1]].transpose(1, 2))
 
 
-def tune_prior_weight(scores: ItemScores, grid: Sequence[float] = PRIOR_WEIGHTS) -> float:
-    """The weight with the most items whose texts are right; the first of equals."""
-    return best_of_grid(grid, lambda weight: text_is_right(scores.information_gain(weight)).double().mean().item())
+def tune_on(scores: ItemScores) -> float:
+    """The prior weight with the most items whose texts are right; the first of equals."""
+    return tune_prior_weight(lambda weight: item_ranks(scores.information_gain(weight)), share_found_first)
 
 
-def share_row(name: str, right: dict[str, Tensor], prior_weight: float | None = None, baseline: bool = False) -> Row:
-    """Shares of right items; intervals are over the items of each column. `right`: bool [M] by column."""
+def share_row(contender: Contender, categories: Sequence[str]) -> Row:
+    """Shares of right items, from scores [M, I, K]; intervals are over the items of each column."""
 
     def interval(values: Tensor) -> dict[str, float]:
         def share(drawn: Tensor) -> dict[str, float]:
@@ -230,8 +311,9 @@ def share_row(name: str, right: dict[str, Tensor], prior_weight: float | None = 
 
         return bootstrap(share, len(values))["share"]
 
+    right = right_by_column(contender.scores, categories)
     metrics = {column: interval(values) for column, values in right.items()}
-    return {"name": name, "prior_weight": prior_weight, "baseline": baseline, "metrics": metrics}
+    return Row(contender.name, metrics, contender.prior_weight, contender.baseline)
 
 
 def right_by_column(scores: Tensor, categories: Sequence[str]) -> dict[str, Tensor]:
@@ -247,34 +329,7 @@ def right_by_column(scores: Tensor, categories: Sequence[str]) -> dict[str, Tens
     return {**columns, "all": by_text} if len(columns) > 1 else columns
 
 
-def compositional_rows(
-    scores: ItemScores,
-    categories: Sequence[str],
-    split: tuple[list[int], list[int]],
-    others: dict[str, Tensor] | None = None,
-) -> list[Row]:
-    """Rows of shares of right items.
-
-    Args:
-        categories: of the M items.
-        split: indices of the items to tune on, and of those to test on.
-        others: scores [M, I, K] of other models, by name.
-    """
-    held_out, test = split
-    tuned = tune_prior_weight(scores.select(held_out))
-    tested, categories = scores.select(test), [categories[index] for index in test]
-    rows = [
-        share_row(name, right_by_column(tested.information_gain(weight), categories), weight)
-        for name, weight in weights_of_rows(tuned).items()
-    ]
-    blind = tested.prior_log_likelihood[:, None].expand_as(tested.caption_log_likelihood)
-    named = {"blind": blind} | {name: values[test] for name, values in (others or {}).items()}
-    return rows + [
-        share_row(name, right_by_column(values, categories), baseline=True) for name, values in named.items()
-    ]
-
-
-def blind_rows(priors: Sequence[Tensor], categories: Sequence[str]) -> list[Row]:
+def blind_row(priors: Sequence[Tensor], categories: Sequence[str]) -> Row:
     """The one row that needs no images, over all items. `priors`: log P(T) [K] of each."""
     scores = pad_sequence(list(priors), batch_first=True, padding_value=float("-inf"))[:, None]
-    return [share_row("blind", right_by_column(scores, categories), baseline=True)]
+    return share_row(Contender("blind", scores), categories)

@@ -3,7 +3,7 @@
 Legend: B images, N texts, C classes, T templates, E width of the embeddings.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
+from ..data.samples import separate
+from ..information_gain import mean_over_templates
 from ..processing_ig_captioner import format_labels
 from .processes import map_batches
 
@@ -65,18 +67,12 @@ class ContrastiveModel:
     def embed_classes(self, class_names: Sequence[str], templates: str | Sequence[str]) -> Tensor:
         """Unit vectors [C, E]: of each class the mean over templates, as in CLIP's evaluation."""
         texts = self.embed_texts(format_labels(list(class_names), templates))
-        return F.normalize(texts.unflatten(0, (-1, len(class_names))).mean(dim=0), dim=-1)
+        return F.normalize(mean_over_templates(texts.T, len(texts) // len(class_names)).T, dim=-1)
 
     def score_own_texts(self, questions: Iterable[tuple[Image.Image, list[str]]], batch_size: int = 16) -> list[Tensor]:
         """Cosines [K] of each image and its own texts."""
-        texts: list[list[str]] = []
-
-        def images() -> Iterator[Image.Image]:
-            for image, own in questions:
-                texts.append(own)
-                yield image
-
-        of_images = self.embed_images(images(), batch_size)
+        images, texts = separate(questions)
+        of_images = self.embed_images(images, batch_size)
         of_texts = self.embed_texts([text for own in texts for text in own]).split([len(own) for own in texts])
         return [own @ image for image, own in zip(of_images, of_texts, strict=True)]
 

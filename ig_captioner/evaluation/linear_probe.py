@@ -7,8 +7,9 @@ held-out images of the test data.
 Legend: B images, S shots in all, C classes, E width of the features.
 """
 
+import argparse
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +17,54 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data.prompts import read_class_names
+from ..data.samples import split_by_hash
 from ..data.shards import first_by_hash
 from .processes import map_batches
-from .rows import Row, make_row
-from .scores import best_of_grid, ranks, to_pixels
-from .zero_shot import accuracies
+from .ranking import accuracies, best_of_grid, ranks, share_found_first
+from .rows import Contender, Row, make_row
+from .scores import to_pixels
+from .task import describe_samples, finish, labelled_samples, load_models
 
 
 PENALTIES = tuple(4.0**power for power in range(-6, 7))
+NOTES = [
+    "Ridge regression onto one-hot labels. The shots are one fixed choice by hash of the key; the intervals do not "
+    "say how much another choice would change.",
+]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Top-1, top-5 and mean per class of a linear map, fitted to a few images per class."""
+    class_names = read_class_names(arguments.class_names)
+    if len(set(class_names)) < len(class_names):
+        raise ValueError(f"{arguments.class_names} has several classes of one name: a probe cannot tell them apart")
+    model, processor, clip = load_models(arguments)
+    train = labelled_samples(arguments, arguments.train, class_names, None)
+    test = labelled_samples(arguments, arguments.data, class_names, arguments.limit)
+    all_labels = [label for _, label in train]
+    shots = choose_shots(train.keys, all_labels, arguments.shots)
+    shot_labels = torch.tensor([all_labels[index] for index in shots])
+    labels = torch.tensor([label for _, label in test])
+    split = split_by_hash(test.keys, arguments.held_out_fraction)
+
+    def row(name: str, embed: Callable[[Iterator[Image.Image]], Tensor], baseline: bool) -> Row:
+        chosen = set(shots)
+        of_shots = embed(image for index, (image, _) in enumerate(train) if index in chosen)
+        of_test = embed(image for image, _ in test)
+        return probe_row(name, (of_shots, shot_labels), (of_test, labels), split, len(class_names), baseline)
+
+    size = arguments.batch_size
+    rows = [row("mean of the patches", lambda images: mean_pooled_features(model, processor, images, size), False)]
+    if clip is not None:
+        rows.append(row(arguments.clip, lambda images: clip.embed_images(images, size), True))
+    data = {
+        **describe_samples(arguments, test, split, tuned="penalty"),
+        "train": arguments.train,
+        "shots": count_shots(shot_labels.tolist()),
+    }
+    finish(arguments, model, "Linear probe", {f"{len(class_names)} classes": rows}, NOTES, data)
+    return 0
 
 
 class LinearProbe(NamedTuple):
@@ -98,10 +139,11 @@ def probe_row(
         scores = fit(*shots, num_classes, penalty)(features[indices])
         return ranks(scores, F.one_hot(labels[indices], num_classes).bool())
 
-    penalty = best_of_grid(PENALTIES, lambda value: (wrong_before(value, split[0]) < 1).double().mean().item())
-    found, true = wrong_before(penalty, split[1]), labels[split[1]]
-    row = make_row(name, lambda drawn: accuracies(found[drawn], true[drawn]), len(true), baseline=baseline)
-    return {**row, "penalty": penalty}
+    held_out, test = split
+    penalty = best_of_grid(PENALTIES, lambda value: share_found_first(wrong_before(value, held_out)))
+    found, true = wrong_before(penalty, test), labels[test]
+    probe = Contender(name, found, baseline=baseline)
+    return make_row(probe, lambda drawn: accuracies(found[drawn], true[drawn]), len(true), penalty=penalty)
 
 
 def count_shots(labels: Sequence[int]) -> str:

@@ -1,16 +1,12 @@
-"""Image-text retrieval: scores of all pairs of images and texts, ranks, recall.
-
-One pass of the model gives log P(T|I) of every pair and log P(T) of every text (`score_pairs`); everything after it is
-arithmetic on that `ScoreMatrix`, at any prior weight.
+"""Images and texts to a `ScoreMatrix`: one pass of the model; all else is arithmetic on it, at any prior weight.
 
 Image to text ranks texts by log P(T|I) - w * log P(T). Text to image ranks images by log P(T|I): for a fixed text the
-prior is a constant. An image may have several true texts, the best of them counts. Ties count against: a wrong answer
-that scores as high as the right one is ranked before it, and so is anything beside a score that is not a number.
+prior is a constant. Of classes in several templates log P(T|I) and log P(T) are means over the templates.
 
-Legend: B images, N texts, L text tokens. Log-likelihoods are in nats.
+Legend: B images, N texts, C classes, T templates. Log-likelihoods are in nats.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..compiled_labels import CompiledLabels, encode_for, is_compiled
-from ..information_gain import information_gain
+from ..data.samples import separate
+from ..information_gain import information_gain, mean_over_templates
+from ..processing_ig_captioner import default_templates, format_labels
 from .processes import map_batches
-
-
-PRIOR_WEIGHTS = tuple(round(0.05 * step, 2) for step in range(31))  # w = 0 ... 1.5
 
 
 class ScoreMatrix(NamedTuple):
@@ -39,8 +34,13 @@ class ScoreMatrix(NamedTuple):
         """log P(T|I) - prior_weight * log P(T), [B, N]."""
         return information_gain(self.caption_log_likelihood, self.prior_log_likelihood, prior_weight)
 
+    def blind(self) -> Tensor:
+        """log P(T) as a score of every image, [B, N]: how far language alone gets."""
+        return self.prior_log_likelihood.expand_as(self.caption_log_likelihood)
 
-# From images and texts to scores
+    def select(self, images: list[int]) -> "ScoreMatrix":
+        """The scores of some of the images."""
+        return self._replace(caption_log_likelihood=self.caption_log_likelihood[images])
 
 
 def text_scorer(
@@ -51,7 +51,7 @@ def text_scorer(
     chunk_size: int | None = None,
     **prior: Any,
 ) -> Callable[[list[Image.Image]], ScoreMatrix]:
-    """A function that scores all texts under each image of a batch; what is in the batch beside it changes nothing.
+    """Makes a function that scores all texts under each image of a batch; its company in the batch changes nothing.
 
     Args:
         model: a model with `score`, in evaluation mode, on any device and of any dtype.
@@ -77,11 +77,12 @@ def text_scorer(
         encoded = encode_for(model, processor.tokenizer, list(given))
         compiled = model.compile_texts(**encoded, chunk_size=chunk_size, with_fingerprint=False, **prior)
 
+    lengths = compiled.trie.lengths.float().cpu()
+
     def score(images: list[Image.Image]) -> ScoreMatrix:
         with torch.no_grad():
             scores = model.score(to_pixels(model, processor, images), compiled, chunk_size=chunk_size)
-        likelihoods = scores.caption_log_likelihood.cpu(), scores.prior_log_likelihood.cpu()
-        return ScoreMatrix(*likelihoods, compiled.trie.lengths.float().cpu())
+        return ScoreMatrix(scores.caption_log_likelihood.cpu(), scores.prior_log_likelihood.cpu(), lengths)
 
     return score
 
@@ -101,7 +102,7 @@ def score_pairs(
     batch_size: int = 16,
     **options: Any,
 ) -> ScoreMatrix:
-    """Scores of every pair of B images and N texts.
+    """Scores every pair of B images and N texts.
 
     Args:
         images: read once, `batch_size` at a time, which changes nothing beyond float error.
@@ -120,75 +121,53 @@ def concatenate(parts: Sequence[ScoreMatrix]) -> ScoreMatrix:
     return parts[0]._replace(caption_log_likelihood=torch.cat([part.caption_log_likelihood for part in parts]))
 
 
-# From scores to metrics
-
-
-def true_pairs(captions: Sequence[Sequence[str]], texts: Sequence[str]) -> Tensor:
-    """Which of N texts are captions of which of B images, bool [B, N]; equal texts are the same answer."""
-    columns: dict[str, list[int]] = {}
-    for column, text in enumerate(texts):
-        columns.setdefault(text, []).append(column)
-    is_true = torch.zeros(len(captions), len(texts), dtype=torch.bool)
-    for row, own in enumerate(captions):
-        is_true[row, [column for caption in own for column in columns.get(caption, [])]] = True
-    return is_true
-
-
-def ranks(scores: Tensor, is_true: Tensor) -> Tensor:
-    """How many wrong answers are ranked before the best true one, int [Q] (0: found first), of Q queries.
+def classify_images(
+    model: Any,
+    processor: Any,
+    samples: Iterable[tuple[Image.Image, int]],
+    class_names: Sequence[str] | CompiledLabels,
+    templates: str | Sequence[str] | None = None,
+    *,
+    batch_size: int = 16,
+    **options: Any,
+) -> tuple[ScoreMatrix, Tensor]:
+    """Scores C classes under B labelled images.
 
     Args:
-        scores: [Q, N], higher is better.
-        is_true: bool [Q, N]; other true answers do not count. Ties and NaN count as ranked before.
+        samples: (image, class index) pairs, read once.
+        class_names: compiled ones bring their templates.
+        templates: one or more, with `{}` in each; the checkpoint's own if not given.
+        batch_size: images per pass; it changes nothing beyond float error.
+        options: see [`text_scorer`].
+
+    Returns:
+        The scores [B, C], means over templates, and the labels int [B].
 
     Raises:
-        ValueError: if a query has no true answer, or shapes differ.
+        ValueError: for no images, a label that is no class index, and wrong class names or templates.
     """
-    if scores.shape != is_true.shape or not is_true.any(dim=1).all():
-        raise ValueError(
-            f"every query needs a true answer: scores {tuple(scores.shape)}, is_true {tuple(is_true.shape)}, "
-            f"{int((~is_true.any(dim=-1)).sum())} queries without one"
-        )
-    best = scores.masked_fill(~is_true, float("-inf")).amax(dim=1, keepdim=True)
-    return (~(scores < best) & ~is_true).sum(dim=1)
+    texts: Any = class_names
+    if is_compiled(texts):
+        if templates is not None:
+            raise ValueError(f"compiled class names have their templates already, got {templates!r} with them")
+        class_names = texts.labels
+    else:
+        texts = format_labels(texts, templates or default_templates(model.config))
+    num_templates = len(texts) // len(class_names)
+    score = text_scorer(model, processor, texts, **options)
+
+    def score_classes(images: list[Image.Image]) -> ScoreMatrix:
+        return ScoreMatrix(*(mean_over_templates(values, num_templates) for values in score(images)))
+
+    images, labels = separate(_with_valid_labels(samples, len(class_names)))
+    parts = map_batches(score_classes, images, batch_size)
+    return concatenate(parts), torch.tensor(labels)
 
 
-def recall_metrics(ranks: Tensor) -> dict[str, float]:
-    """`recall_at_1`, `_5`, `_10` (shares of the queries) and `median_rank` (1 is best), from [`ranks`]."""
-    recalls = {f"recall_at_{k}": (ranks < k).double().mean().item() for k in (1, 5, 10)}
-    return {**recalls, "median_rank": ranks.double().quantile(0.5).item() + 1}
-
-
-def image_to_text_metrics(matrix: ScoreMatrix, is_true: Tensor, prior_weight: float) -> dict[str, float]:
-    """Each image ranks all texts by information gain at `prior_weight`. `is_true`: bool [B, N]."""
-    return recall_metrics(ranks(matrix.information_gain(prior_weight), is_true))
-
-
-def text_to_image_metrics(matrix: ScoreMatrix, is_true: Tensor) -> dict[str, float]:
-    """Each text ranks all images by log P(T|I). `is_true`: bool [B, N]."""
-    return recall_metrics(ranks(matrix.caption_log_likelihood.T, is_true.T))
-
-
-def tune_prior_weight(matrix: ScoreMatrix, is_true: Tensor, grid: Sequence[float] = PRIOR_WEIGHTS) -> float:
-    """The weight with the lowest geometric mean rank, image to text; the first of equals.
-
-    That mean uses every query, where recall at a fixed k only sees those that cross it: less noise on small sets.
-    """
-
-    def mean_log_rank(prior_weight: float) -> float:
-        return (ranks(matrix.information_gain(prior_weight), is_true) + 1).double().log().mean().item()
-
-    return best_of_grid(grid, lambda prior_weight: -mean_log_rank(prior_weight))
-
-
-def best_of_grid(grid: Sequence[float], quality: Callable[[float], Any]) -> float:
-    """The entry of `grid` with the highest `quality`; the first of equals."""
-    if not len(grid):
-        raise ValueError("the grid of prior weights is empty")
-    return max(grid, key=quality)
-
-
-def information_gain_per_token(matrix: ScoreMatrix, is_true: Tensor) -> float:
-    """(log P(T|I) - log P(T)) over all true pairs, divided by their number of tokens: nats per token."""
-    gain = matrix.information_gain(1.0)[is_true].double().sum()
-    return (gain / matrix.text_lengths.expand_as(is_true)[is_true].double().sum()).item()
+def _with_valid_labels(
+    samples: Iterable[tuple[Image.Image, int]], num_classes: int
+) -> Iterator[tuple[Image.Image, int]]:
+    for number, (image, label) in enumerate(samples):
+        if not 0 <= label < num_classes:
+            raise ValueError(f"label {label} of image {number} is no index of {num_classes} classes")
+        yield image, label

@@ -1,4 +1,7 @@
-"""What all tasks of `ig-captioner evaluate` share: what their arguments name, and how their results are told."""
+"""What all tasks of `ig-captioner evaluate` share: what their arguments name, and how their results are told.
+
+A task is a file with a function `run`, from the command's arguments to tables on disk and on the screen.
+"""
 
 import argparse
 import shlex
@@ -7,32 +10,37 @@ from typing import Any
 from .. import TINY_CHECKPOINT, IGCaptionerConfig, IGCaptionerForZeroShotImageClassification
 from ..checkpoint import load_on_device, load_processor
 from ..data.prompts import is_text_file, read_templates
-from ..data.samples import describe_skipped
+from ..data.samples import Samples, describe_skipped, label_from_field, labelled_decoder
 from ..processing_ig_captioner import default_templates
 from .contrastive import ContrastiveModel
 from .processes import is_first, place
 from .report import describe_run, to_markdown, write_results
-from .rows import RESAMPLES
+from .rows import RESAMPLES, Row
 
 
-# In
+# What the arguments name
 
 
 def load_models(arguments: argparse.Namespace):
-    """Model, processor, and the contrastive model if there is one."""
+    """Loads model and processor, and the contrastive model if one is asked for."""
     model = load_on_device(IGCaptionerForZeroShotImageClassification, arguments.model, arguments.device)
     clip = None if arguments.clip is None else ContrastiveModel.load(arguments.clip, model.device)
     return model, load_processor(arguments.model), clip
 
 
 def choose_templates(arguments: argparse.Namespace, config: IGCaptionerConfig) -> list[str]:
-    """Those asked for, or those that come with the class names, or the checkpoint's own."""
+    """Returns the templates asked for, or those that come with the class names, or the checkpoint's own."""
     if arguments.templates is not None:
         return read_templates(arguments.templates)
     return default_templates(config) if is_text_file(arguments.class_names) else read_templates(arguments.class_names)
 
 
-# Out
+def labelled_samples(arguments: argparse.Namespace, data: str, class_names: list[str], limit: int | None) -> Samples:
+    """Images with their class index."""
+    return Samples(data, labelled_decoder(label_from_field(class_names, arguments.label_field)), limit)
+
+
+# How results are told
 
 
 def describe_samples(arguments: argparse.Namespace, samples, split=None, tuned: str = "prior weight") -> dict[str, Any]:
@@ -51,7 +59,13 @@ def describe_samples(arguments: argparse.Namespace, samples, split=None, tuned: 
 
 
 def finish(
-    arguments: argparse.Namespace, model, title: str, tables: dict, notes: list[str], data: dict, **more: Any
+    arguments: argparse.Namespace,
+    model,
+    title: str,
+    tables: dict[str, list[Row]],
+    notes: list[str],
+    data: dict,
+    **more: Any,
 ) -> None:
     """Writes and prints the results; of several processes only the first does."""
     if not is_first():
@@ -64,7 +78,7 @@ def finish(
     results = {
         "task": task,
         "title": title,
-        "tables": tables,
+        "tables": {name: [row.as_dict() for row in rows] for name, rows in tables.items()},
         **more,
         "notes": [*notes, intervals],
         "data": data,

@@ -1,120 +1,152 @@
-"""Zero-shot classification of labelled images: scores of all classes, and accuracy at any prior weight.
+"""Zero-shot classification: labelled images to accuracy, calibration, tables and pictures.
 
-`classify_images` runs the model once; `accuracy` and `tune_prior_weight` are arithmetic on what it returns. Several
-templates are ensembled as in the pipeline: the mean over templates of log P(T|I) and of log P(T).
+Classes of the same name share one score and are the same answer. Other ties count against (see `ranking`).
 
-Classes of the same name share one score and are the same answer. Other ties count against (see `scores`).
-
-Legend: B images, C classes, T templates. Log-likelihoods are in nats.
+Legend: B images, C classes. Log-likelihoods are in nats.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import argparse
+import json
+import os
+from pathlib import Path
 
-import torch
-from PIL import Image
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from ..compiled_labels import CompiledLabels, is_compiled
-from ..processing_ig_captioner import default_templates, format_labels
-from .processes import map_batches
-from .scores import PRIOR_WEIGHTS, ScoreMatrix, best_of_grid, concatenate, ranks, text_scorer, true_pairs
+from .. import TINY_CHECKPOINT, IGCaptionerConfig
+from ..data.prompts import read_class_names
+from ..data.samples import split_by_hash
+from .calibration import BINS, Calibration, abstain_threshold, calibrate, coverage_curve
+from .plots import draw_confusion, draw_coverage, draw_reliability
+from .processes import is_first
+from .ranking import accuracies, ranks, top1_then_mean_rank, true_classes, tune_prior_weight
+from .rows import Contender, Row, contenders, gain_row, make_row
+from .scores import ScoreMatrix, classify_images
+from .task import choose_templates, describe_samples, finish, labelled_samples, load_models
 
 
-# From images to scores
+NOTES = [
+    "Ties count against; classes of one name are one class. Blind: the class with the likeliest text, log P(T), "
+    "whatever the image.",
+    "Calibration is about the score of the best class, the softmax of information gain / temperature. ECE: expected "
+    f"calibration error, {BINS} bins of equal width; its intervals are moved by what resampling alone adds to it. "
+    "Intervals of fitted temperatures are over held-out samples, by one Newton step per resample.",
+    "Abstaining: answers of the surest images alone. Right class there: how often an image is surer with all "
+    "classes than one without its own class.",
+]
 
 
-def classify_images(
-    model: Any,
-    processor: Any,
-    samples: Iterable[tuple[Image.Image, int]],
-    class_names: Sequence[str] | CompiledLabels,
-    templates: str | Sequence[str] | None = None,
-    *,
-    batch_size: int = 16,
-    **options: Any,
-) -> tuple[ScoreMatrix, Tensor]:
-    """Scores of C classes under B labelled images.
+def run(arguments: argparse.Namespace) -> int:
+    """Top-1, top-5 and mean per class, calibration, and pictures of both. May save what was fitted."""
+    saves = arguments.save_temperature or arguments.save_threshold is not None
+    if saves:
+        check_checkpoint_folder(arguments.model)
+    class_names = read_class_names(arguments.class_names)
+    model, processor, clip = load_models(arguments)
+    templates = choose_templates(arguments, model.config)
+    samples = labelled_samples(arguments, arguments.data, class_names, arguments.limit)
+    size = {"batch_size": arguments.batch_size}
+    matrix, labels = classify_images(model, processor, samples, class_names, templates, **size)
+    others = {}
+    if clip is not None:
+        images = clip.embed_images((image for image, _ in samples), **size)
+        others[arguments.clip] = images @ clip.embed_classes(class_names, templates).T
 
-    Args:
-        samples: (image, class index) pairs, read once.
-        class_names: compiled ones bring their templates.
-        templates: one or more, with `{}` in each; the checkpoint's own if not given.
-        batch_size: images per pass; it changes nothing beyond float error.
-        options: see [`text_scorer`].
+    split = held_out, test = split_by_hash(samples.keys, arguments.held_out_fraction)
+    tuned = tune_on(matrix.select(held_out), labels[held_out], class_names)
+    tested = contenders(matrix.select(test), tuned, {name: scores[test] for name, scores in others.items()})
+    calibration = calibrate(matrix, labels, class_names, split, tuned, model.config)
+    tables = {
+        f"{len(class_names)} classes": [class_row(each, labels[test], class_names) for each in tested],
+        "True classes": [gain_row(matrix.select(test), one_hot(labels[test], len(class_names)).bool())],
+        **calibration.tables,
+    }
+    data = {
+        **describe_samples(arguments, samples, split, tuned="prior weight and the temperatures"),
+        "classes": len(class_names),
+        "templates": len(templates),
+    }
+    notes = [*NOTES, *calibration.doubts]
+    finish(arguments, model, "Zero-shot classification", tables, notes, data, details=calibration.details)
+    if is_first():
+        confusions = {each.name: confusion(each.scores, labels[test]).tolist() for each in tested}
+        draw(arguments.output, confusions, class_names, calibration)
+        if saves:
+            save_fitted(arguments, calibration)
+    return 0
 
-    Returns:
-        The scores [B, C], means over templates, and the labels int [B].
+
+# Rows
+
+
+def tune_on(matrix: ScoreMatrix, labels: Tensor, class_names: list[str]) -> float:
+    """The prior weight with the highest top-1 share; of equals that with the lowest geometric mean rank."""
+    is_true = true_classes(labels, class_names)
+    return tune_prior_weight(lambda weight: ranks(matrix.information_gain(weight), is_true), top1_then_mean_rank)
+
+
+def class_row(contender: Contender, labels: Tensor, class_names: list[str]) -> Row:
+    """Top-1, top-5 and mean per class of scores [B, C]; and `predicted`, how often each class is, [C]."""
+    found = ranks(contender.scores, true_classes(labels, class_names))
+
+    def metrics(drawn: Tensor) -> dict[str, float]:
+        return accuracies(found[drawn], labels[drawn])
+
+    predicted = confusion(contender.scores, labels).sum(dim=0).tolist()
+    return make_row(contender, metrics, len(labels), predicted=predicted)
+
+
+def confusion(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many images of each class (rows) are taken for each class (columns): counts int [C, C]."""
+    classes = scores.shape[1]
+    pairs = labels * classes + scores.argmax(dim=1)
+    return pairs.bincount(minlength=classes**2).unflatten(0, (classes, classes))
+
+
+# Pictures, and what may be saved
+
+
+def draw(folder: Path, confusions: dict, class_names: list[str], calibration: Calibration) -> None:
+    """Writes the pictures, or prints that matplotlib is missing."""
+    curves = {name: coverage_curve(answers) for name, answers in calibration.coverage.items()}
+    is_drawn = (
+        draw_confusion(folder / "confusion.png", confusions, class_names)
+        and draw_reliability(folder / "reliability.png", calibration.reliability)
+        and draw_coverage(folder / "coverage.png", curves)
+    )
+    if not is_drawn:
+        print("no pictures: matplotlib is not installed")
+
+
+def save_fitted(arguments: argparse.Namespace, calibration: Calibration) -> None:
+    """Saves the temperature or the threshold. Raises ValueError where there are doubts about what was fitted."""
+    if calibration.doubts:
+        raise ValueError(f"nothing is saved in {arguments.model}. {' '.join(calibration.doubts)}")
+    fields = {"score_temperature": calibration.temperature} if arguments.save_temperature else {}
+    if arguments.save_threshold is not None:
+        fields["abstain_threshold"] = abstain_threshold(calibration.held_out.certainty, arguments.save_threshold)
+    save_calibration(arguments.model, **fields)
+    print(f"saved in {arguments.model}: " + ", ".join(f"{name} {value:.3f}" for name, value in fields.items()))
+
+
+def check_checkpoint_folder(model: str) -> None:
+    """Raises ValueError if `model` is no folder whose configuration may be changed."""
+    path = Path(model)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"a calibration can be saved into the folder of a checkpoint alone, got {model!r}")
+    if path.resolve() == Path(TINY_CHECKPOINT).resolve():
+        raise ValueError("the checkpoint in the package is not changed: `ig-captioner release DIR` makes a copy of it")
+
+
+def save_calibration(folder: str | Path, **fields: float) -> None:
+    """Writes `score_temperature` and `abstain_threshold` into a checkpoint's `config.json`; all else stays as it is.
 
     Raises:
-        ValueError: for no images, a label that is no class index, and wrong class names or templates.
+        StrictDataclassError: for values that the configuration refuses.
     """
-    texts: Any = class_names
-    if is_compiled(texts):
-        if templates is not None:
-            raise ValueError(f"compiled class names have their templates already, got {templates!r} with them")
-        class_names = texts.labels
-    else:
-        texts = format_labels(texts, templates or default_templates(model.config))
-    labels: list[int] = []
-
-    def images() -> Iterator[Image.Image]:
-        for image, label in samples:
-            if not 0 <= label < len(class_names):
-                raise ValueError(f"label {label} of image {len(labels)} is no index of {len(class_names)} classes")
-            labels.append(label)
-            yield image
-
-    score = text_scorer(model, processor, texts, **options)
-    num_classes = len(class_names)
-    batches = map_batches(lambda batch: mean_over_templates(score(batch), num_classes), images(), batch_size)
-    return concatenate(batches), torch.tensor(labels)
-
-
-def mean_over_templates(matrix: ScoreMatrix, num_classes: int) -> ScoreMatrix:
-    """Scores of T x C texts, template by template, to scores of C classes."""
-    return ScoreMatrix(*(values.unflatten(-1, (-1, num_classes)).mean(dim=-2) for values in matrix))
-
-
-# From scores to metrics
-
-
-def class_ranks(matrix: ScoreMatrix, labels: Tensor, class_names: Sequence[str], prior_weight: float) -> Tensor:
-    """How many wrong classes are ranked before the right one, int [B]."""
-    is_true = true_pairs([[name] for name in class_names], class_names)  # [C, C]
-    return ranks(matrix.information_gain(prior_weight), is_true[labels])
-
-
-def accuracy(
-    matrix: ScoreMatrix, labels: Tensor, class_names: Sequence[str], prior_weight: float = 1.0
-) -> dict[str, float]:
-    """`accuracies` at a prior weight."""
-    return accuracies(class_ranks(matrix, labels, class_names, prior_weight), labels)
-
-
-def accuracies(wrong_before: Tensor, labels: Tensor) -> dict[str, float]:
-    """Shares `top1` and `top5`, and `mean_per_class`: the top-1 share of each class that occurs, averaged.
-
-    Args:
-        wrong_before: how many wrong classes are ranked before the right one, int [B].
-    """
-    correct = (wrong_before < 1).double()
-    images_of_class = labels.bincount()
-    per_class = labels.bincount(correct) / images_of_class
-    return {
-        "top1": correct.mean().item(),
-        "top5": (wrong_before < 5).double().mean().item(),
-        "mean_per_class": per_class[images_of_class > 0].mean().item(),
-    }
-
-
-def tune_prior_weight(
-    matrix: ScoreMatrix, labels: Tensor, class_names: Sequence[str], grid: Sequence[float] = PRIOR_WEIGHTS
-) -> float:
-    """The weight with the highest top-1 share; of equals that with the lowest geometric mean rank, then the first."""
-
-    def quality(prior_weight: float) -> tuple[float, float]:
-        wrong_before = class_ranks(matrix, labels, class_names, prior_weight)
-        return (wrong_before < 1).double().mean().item(), -(wrong_before + 1).double().log().mean().item()
-
-    return best_of_grid(grid, quality)
+    path = Path(folder) / "config.json"
+    content = {**json.loads(path.read_text(encoding="utf-8")), **fields}
+    IGCaptionerConfig.from_dict(content)
+    partial = path.with_name("config.json.partial")
+    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, path)
