@@ -92,3 +92,47 @@ def test_models_that_cannot_be_scored_with_are_refused_in_one_line(photos, capsy
     (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoModel": "x.Y"}}', encoding="utf-8")
     error = run(capsys, "classify", photos, "--labels", "cat", "--model", tmp_path, code=1)
     assert "--trust-remote-code" in error
+
+
+def evaluate(capsys, tmp_path, task: str, *arguments: str) -> dict:
+    run(capsys, "evaluate", task, *arguments, "--output", tmp_path / "out")
+    return json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+
+
+def test_evaluate_zero_shot(folder, photos, capsys, tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n", encoding="utf-8")
+    data = ("--data", photos, "--class-names", tmp_path / "names.txt", "--held-out-fraction", 0.5)
+    results = evaluate(capsys, tmp_path, "zero-shot", *data, "--model", folder)
+    rows = results["tables"]["2 classes"]
+    assert [row["prior_weight"] for row in rows[:2]] == [0.0, 1.0]
+    assert 0 <= rows[1]["metrics"]["top1"]["value"] <= 1
+    assert results["data"]["reading mode"].startswith("reading mode tree")
+    assert results["run"]["model"] == folder
+    references = ("--reference-images", photos, "--reference-mean", "geometric")
+    other = evaluate(capsys, tmp_path, "zero-shot", *data, "--model", folder, *references)
+    assert other["tables"]["True classes"] != results["tables"]["True classes"]
+    error = run(
+        capsys, "evaluate", "zero-shot", *data, "--model", folder, "--save-temperature", "--output", tmp_path, code=1
+    )
+    assert "checkpoint of this package alone" in error
+
+
+def test_evaluate_retrieval_captioning_and_compositional(folder, capsys, tmp_path):
+    captioned = tmp_path / "captioned"
+    captioned.mkdir()
+    for index in range(4):
+        photo(index).save(captioned / f"{index}.png")
+        (captioned / f"{index}.txt").write_text(f"photo number {index}\nthe {index} of four", encoding="utf-8")
+    common = ("--data", captioned, "--model", folder)
+    found = evaluate(capsys, tmp_path, "retrieval", *common, "--held-out-fraction", 0.5)
+    assert found["tables"]["Image to text"]
+    written = evaluate(capsys, tmp_path, "captioning", *common, "--max-new-tokens", 4)
+    assert written["data"]["test samples"] == 4
+    pairs = {
+        str(index): {"filename": f"{index}.png", "caption": "a cat on a mat", "negative_caption": "a mat on a cat"}
+        for index in range(4)
+    }
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    asked = ("--format", "sugarcrepe", "--pairs", tmp_path / "pairs.json", "--held-out-fraction", 0.5)
+    items = evaluate(capsys, tmp_path, "compositional", *asked, *common)
+    assert items["tables"]["Items with their images"] and items["tables"]["All items, text alone"]

@@ -11,15 +11,12 @@ from torch import Tensor
 
 from .. import IGCaptionerForConditionalGeneration
 from ..checkpoint import caption_tokens, load_model, load_processor
-from ..compiled_labels import CompiledLabels, compile_labels, is_compiled
+from ..compiled_labels import CompiledLabels, compile_labels, encode_for, is_compiled
 from ..information_gain import information_gain, token_means_over_references
 from ..processing_ig_captioner import default_templates
 from ..scoring_ig_captioner import IGCaptionerScoreOutput
 from .scorer import CaptionScorer, TokenGain, as_images
 from .verification import Verification
-
-
-PRIOR_OPTIONS = ("prior_source", "reference_pixel_values", "reference_mean")
 
 
 class OwnCaptionScorer(CaptionScorer):
@@ -50,14 +47,20 @@ class OwnCaptionScorer(CaptionScorer):
         """As `CaptionScorer.score`; a float tensor [B, channels, height, width] is taken for `pixel_values`."""
         if reference_images is not None:
             options["reference_pixel_values"] = self._pixels(reference_images)
-        if is_compiled(texts):
-            texts = self._verified(texts)
-        else:
-            prior = {name: options.pop(name) for name in PRIOR_OPTIONS if name in options}
-            texts = compile_labels(self.model, self.processor.tokenizer, list(texts), "{}", **prior)
+        given = {"input_ids": self._verified(texts)} if is_compiled(texts) else self._encode(texts)
         with torch.no_grad():
-            scores = self.model.score(self._pixels(images), texts, **options)
+            scores = self.model.score(self._pixels(images), **given, **options)
         return IGCaptionerScoreOutput(*(values.cpu() for values in scores.to_tuple()))
+
+    @torch.no_grad()
+    def log_likelihoods(self, images: Any, texts: Sequence[str]) -> Tensor:
+        """As `CaptionScorer.log_likelihoods`."""
+        return self.model.score(self._pixels(images), **self._encode(texts)).caption_log_likelihood.cpu()
+
+    def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        if not texts:
+            raise ValueError("there must be at least one text, got an empty list")
+        return encode_for(self.model, self.processor.tokenizer, list(texts))
 
     def _verified(self, labels: CompiledLabels) -> CompiledLabels:
         """Labels compared with model and tokenizer; once, as long as the same are scored."""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint import MAX_CAPTION_TOKENS, folder_or_repository, is_own
 from ..compiled_labels import CompiledLabels, CompiledTexts, checksum, is_compiled
@@ -45,7 +45,7 @@ from .readers import read_generated
 from .verification import READING_MODES, Verification, check_length, reader_for, texts_to_compare, verify
 
 
-GREY = (128, 128, 128)
+PLAIN_LEVELS = (0, 128, 255)
 TEST_IMAGE_SIZE = (64, 48)
 BRANCHING_TEXTS = ("a dog in the grass", "a dog on the sofa")
 
@@ -160,7 +160,7 @@ class CaptionScorer:
             prior_weight: weight of log P(T); 0 ranks by likelihood.
             prior_source: "unconditional", log P(T) behind the same prompt without the image, or "reference_images",
                 the mean of P(T|I) over some images; by default the one that is honest for the family.
-            reference_images: those images; one grey image if not given.
+            reference_images: those images; plain ones, black, grey and white, if not given.
             reference_mean: "arithmetic", the mean of P(T|I), or "geometric", the mean of log P(T|I).
             label_prior: a weight or a log-probability of each label, see `label_log_prior`.
             reduction: "sum" for nats per text, "mean" for nats per token.
@@ -173,24 +173,32 @@ class CaptionScorer:
         """
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-        prior = {"prior_source": prior_source, "reference_images": reference_images}
-        if not is_compiled(texts):
-            labels = self.compile_labels(list(texts), "{}", **prior, reference_mean=reference_mean)
+        num_templates = 1
+        if is_compiled(texts):
+            given = {"prior_source": prior_source, "reference_images": reference_images}
+            if named := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f"compiled labels have their prior already, but {named[0]} came with them")
+            trie, dropped = self._checked(texts)
+            prior_log_likelihood, num_templates = texts.texts.prior_log_likelihood.cpu(), len(texts.templates)
         else:
-            if given := [name for name, value in prior.items() if value is not None]:
-                raise ValueError(f"compiled labels have their prior already, but {given[0]} came with them")
-            labels = texts
-        trie, dropped = self._checked(labels)
+            trie, dropped = self._trie_of(list(texts))
+            prior_log_likelihood = self._prior(trie, dropped, prior_source, reference_images, reference_mean)
         caption = trie.to("cpu").sum_over_texts(self._edges(trie, as_images(images), dropped))
-        prior_log_likelihood = labels.texts.prior_log_likelihood.cpu()
         if reduction == "mean":
-            lengths = labels.texts.trie.lengths.cpu()
+            lengths = trie.lengths.cpu()
             caption, prior_log_likelihood = caption / lengths, prior_log_likelihood / lengths
         weight = self.default_prior_weight if prior_weight is None else prior_weight
         gain = information_gain(caption, prior_log_likelihood, weight)
         if label_prior is not None:
-            gain = gain + label_log_prior(label_prior, len(labels.labels)).repeat(len(labels.templates))
+            num_labels = len(prior_log_likelihood) // num_templates
+            gain = gain + label_log_prior(label_prior, num_labels).repeat(num_templates)
         return IGCaptionerScoreOutput(caption, prior_log_likelihood, gain)
+
+    @torch.no_grad()
+    def log_likelihoods(self, images: Any, texts: Sequence[str]) -> Tensor:
+        """log P(T|I) alone, [B, N], float32, on the CPU."""
+        trie, dropped = self._trie_of(list(texts))
+        return trie.to("cpu").sum_over_texts(self._edges(trie, as_images(images), dropped))
 
     @torch.no_grad()
     def compile_labels(
@@ -212,12 +220,10 @@ class CaptionScorer:
         templates = self.default_templates if templates is None else templates
         listed = (templates,) if isinstance(templates, str) else tuple(templates)
         texts = format_labels(list(labels), listed)
-        self._verify(texts)
-        encoded = self.prompt.encode(texts)
-        trie = self._trie(encoded)
-        prior = self._prior(trie, encoded, prior_source, reference_images, reference_mean)
+        trie, dropped = self._trie_of(texts)
+        prior = self._prior(trie, dropped, prior_source, reference_images, reference_mean)
         compiled = CompiledTexts(trie, prior, fingerprint=self.fingerprint())
-        return CompiledLabels(tuple(labels), listed, compiled, encoded.digest())
+        return CompiledLabels(tuple(labels), listed, compiled, self.prompt.encode(texts).digest())
 
     def _checked(self, labels: CompiledLabels) -> tuple[TextTrie, int]:
         """The trie of labels on the model's device, and how many tokens of the prompt are part of the texts.
@@ -253,6 +259,14 @@ class CaptionScorer:
         chosen = EncodedTexts.padded([*texts_to_compare(own), *branching], encoded.dropped)
         self.verification = verify(self.family, self._test_prompts(encoded.dropped), self._trie(chosen))
 
+    def _trie_of(self, texts: list[str]) -> tuple[TextTrie, int]:
+        """The trie of texts, and how many tokens of the prompt are part of them."""
+        if not texts:
+            raise ValueError("there must be at least one text, got an empty list")
+        self._verify(texts)
+        encoded = self.prompt.encode(texts)
+        return self._trie(encoded), encoded.dropped
+
     def _trie(self, encoded: EncodedTexts) -> TextTrie:
         return build_trie(encoded.input_ids, encoded.attention_mask, start_token_id=0).to(self.device)
 
@@ -265,17 +279,15 @@ class CaptionScorer:
         """
         weight = prior.pop("prior_weight", None)
         weight = self.default_prior_weight if weight is None else weight
-        self._verify([text])
-        encoded = self.prompt.encode([text])
-        trie = self._trie(encoded)
+        trie, dropped = self._trie_of([text])
         path = trie.text_edges[0].cpu()
-        caption = self._edges(trie, as_images(image), encoded.dropped)[0, path]
-        without = self._prior_edges(trie, encoded, prior.pop("prior_source", None), prior.pop("reference_images", None))
+        caption = self._edges(trie, as_images(image), dropped)[0, path]
+        without = self._prior_edges(trie, dropped, prior.pop("prior_source", None), prior.pop("reference_images", None))
         of_tokens = token_means_over_references(without[:, path], prior.pop("reference_mean", "arithmetic"))
         if prior:
             raise ValueError(f"unknown arguments {sorted(prior)} with values {list(prior.values())}")
         gains = information_gain(caption, of_tokens, weight)
-        words = [self.processors.tokenizer.decode([token]) for token in encoded.input_ids[0].tolist()]
+        words = [self.processors.tokenizer.decode([token]) for token in trie.edge_tokens.cpu()[path].tolist()]
         columns = (caption.tolist(), of_tokens.tolist(), gains.tolist())
         return [TokenGain(*row) for row in zip(words, *columns, strict=True)]
 
@@ -318,23 +330,23 @@ class CaptionScorer:
     def _prior(
         self,
         trie: TextTrie,
-        encoded: EncodedTexts,
+        dropped: int,
         source: str | None,
         references: Sequence[Any] | None,
         mean: str,
     ) -> Tensor:
         """log P(T), [N]."""
-        edges = self._prior_edges(trie, encoded, source, references)
+        edges = self._prior_edges(trie, dropped, source, references)
         return mean_over_references(trie.to("cpu").sum_over_texts(edges), mean)
 
     def _prior_edges(
-        self, trie: TextTrie, encoded: EncodedTexts, source: str | None, references: Sequence[Any] | None
+        self, trie: TextTrie, dropped: int, source: str | None, references: Sequence[Any] | None
     ) -> Tensor:
         """log P of every edge without the image, [1, E], or under each of R reference images, [R, E]."""
         if source is None:
             source = self.default_prior_source if references is None else "reference_images"
         if source == "reference_images":
-            return self._edges(trie, [grey_image()] if references is None else as_images(references), encoded.dropped)
+            return self._edges(trie, plain_images() if references is None else as_images(references), dropped)
         if source != "unconditional":
             raise ValueError(f"prior_source must be 'unconditional' or 'reference_images', got {source!r}")
         if references is not None:
@@ -344,7 +356,7 @@ class CaptionScorer:
                 f"prior_source 'unconditional': {self.model.config.model_type} models read no text without an image; "
                 "use 'reference_images'"
             )
-        return self._read([self._to_device(self.prompt.inputs(None, encoded.dropped))], trie).cpu()
+        return self._read([self._to_device(self.prompt.inputs(None, dropped))], trie).cpu()
 
     def _test_prompts(self, dropped: int) -> list[dict[str, Tensor]]:
         """What verification reads texts behind: an image of noise, and nothing, where that is an honest prior."""
@@ -361,6 +373,16 @@ class CaptionScorer:
         }
 
     # What it is
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights."""
+        return self.model.dtype
 
     @property
     def device(self) -> torch.device:
@@ -406,9 +428,9 @@ def as_images(images: Any) -> Iterator[Image.Image]:
     return map(load_rgb_image, images if is_many else [images])
 
 
-def grey_image() -> Image.Image:
-    """An image that shows nothing."""
-    return Image.new("RGB", TEST_IMAGE_SIZE[::-1], GREY)
+def plain_images() -> list[Image.Image]:
+    """Images that show nothing, black, grey and white: docs/prior_weight.md says how they compare with others."""
+    return [Image.new("RGB", TEST_IMAGE_SIZE[::-1], (level,) * 3) for level in PLAIN_LEVELS]
 
 
 def _batches(singles: Iterable[dict[str, Tensor]], batch_size: int) -> Iterator[list[dict[str, Tensor]]]:

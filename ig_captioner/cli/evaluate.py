@@ -9,7 +9,16 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from .arguments import MODEL_HELP, add_command, add_device, add_strict, number, positive_integer
+from .arguments import (
+    MODEL_HELP,
+    add_captioner,
+    add_command,
+    add_device,
+    add_prior,
+    add_strict,
+    number,
+    positive_integer,
+)
 
 
 ZERO_SHOT_EXAMPLES = """\
@@ -74,6 +83,8 @@ def add_evaluate(commands) -> None:
     _add_tuning(task)
     _add_batch_size(task)
     _add_saving(task)
+    add_prior(task)
+    add_captioner(task)
 
     summary = "Find captions for images, and images for captions."
     task = add_task("retrieval", "--data DATA", summary, RETRIEVAL_EXAMPLES)
@@ -81,6 +92,8 @@ def add_evaluate(commands) -> None:
     task.add_argument("--captions", type=positive_integer, metavar="N", help=captions)
     _add_tuning(task)
     _add_batch_size(task)
+    add_prior(task)
+    add_captioner(task)
 
     usage = "--format FORMAT --pairs FILE_OR_FOLDER [--data DATA]"
     summary = "Tell the right caption of an image from one that differs in a word or in order."
@@ -89,6 +102,7 @@ def add_evaluate(commands) -> None:
     task.add_argument("--pairs", type=Path, required=True, metavar="FILE_OR_FOLDER", help="the captions")
     _add_tuning(task)
     _add_batch_size(task)
+    add_captioner(task)
 
     summary = "Write captions and compare them with those of people."
     task = add_task("captioning", "--data DATA", summary, CAPTIONING_EXAMPLES)
@@ -96,6 +110,7 @@ def add_evaluate(commands) -> None:
     longest = "longest caption (default: as ig-captioner caption)"
     task.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help=longest)
     _add_batch_size(task)
+    add_captioner(task)
 
     usage = "--train DATA --data DATA --class-names FILE_OR_NAME"
     summary = "Classify labelled images by a linear map of frozen features, fitted to a few images per class."

@@ -8,7 +8,8 @@ import shlex
 from typing import Any
 
 from .. import TINY_CHECKPOINT, IGCaptionerConfig, IGCaptionerForZeroShotImageClassification
-from ..checkpoint import load_on_device, load_processor
+from ..checkpoint import folder_or_repository, is_own, load_on_device, load_processor
+from ..cli.arguments import load_scorer
 from ..data.prompts import is_text_file, read_templates
 from ..data.samples import Samples, describe_skipped, label_from_field, labelled_decoder
 from ..processing_ig_captioner import default_templates
@@ -22,7 +23,14 @@ from .rows import RESAMPLES, Row
 
 
 def load_models(arguments: argparse.Namespace):
-    """Loads model and processor, and the contrastive model if one is asked for."""
+    """Loads model and processor, and the contrastive model if one is asked for.
+
+    The model is a `CaptionScorer` for a captioner that is none of this package's, where the task takes them.
+    """
+    if "prompt" in arguments and not is_own(folder_or_repository(arguments.model)):
+        scorer = load_scorer(arguments)
+        clip = None if arguments.clip is None else ContrastiveModel.load(arguments.clip, scorer.device)
+        return scorer, scorer.processors, clip
     model = load_on_device(IGCaptionerForZeroShotImageClassification, arguments.model, arguments.device)
     clip = None if arguments.clip is None else ContrastiveModel.load(arguments.clip, model.device)
     return model, load_processor(arguments.model), clip
@@ -71,6 +79,8 @@ def finish(
     if not is_first():
         return
     task = arguments.run.__name__.replace("_", "-")
+    if hasattr(model, "describe"):  # a captioner of the Hub
+        data = {**data, **model.describe()}
     intervals = (
         f"In brackets: 95 % bootstrap intervals over test samples ({RESAMPLES} resamples, percentiles, a fixed seed). "
         "They say nothing about other training runs."
