@@ -7,7 +7,8 @@
 - images/s against transformers' VisionEncoderDecoderModel (ViT and GPT-2 with cross-attention) of the same sizes in a
   plain loop;
 - data loading per core against `webdataset` with PIL, and the share of a run that waits for data;
-- the share of the measured matmul peak that a step reaches.
+- the share of the measured matmul peak that a step reaches;
+- what the checksums of a checkpoint cost.
 
 Batches are the same for all contenders, precision is bf16 autocast, and a step includes clipping and AdamW. With a GPU
 the models are B/16 at batch 256, without one S/16. `--data_root` holds `flickr8k-train-*.tar`; without it, JPEG shards
@@ -31,7 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ig_captioner.data.shards import find_shards
 from ig_captioner.information_gain import linear_loss
-from training.config import load_config
+from training.checkpoint import find_problem, list_checkpoints, save_checkpoint
+from training.config import OptimizerConfig, TrainConfig, load_config
+from training.optim import make_optimizers
 
 from . import training_data, training_steps
 from .measure import DEVICE, Row, circumstances, median_ratio, peak_memory, row, take_turns, time_rows, write_report
@@ -203,6 +206,35 @@ def data_rows(data_root: str | None, rounds: int, steps: int) -> list[Row]:
         ]
 
 
+# Checkpoints
+
+
+def checkpoint_rows(size: Size, rounds: int) -> list[Row]:
+    """What the SHA-256 of a checkpoint's files costs: of writing it, and of a run with the default interval."""
+    model = captioner(size, 3)
+    (optimizer,) = make_optimizers(model, OptimizerConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = {"optimizers": [optimizer.state_dict()]}
+    with tempfile.TemporaryDirectory() as folder:
+        steps = iter(range(10**6))
+
+        def write() -> None:
+            save_checkpoint(folder, next(steps), state, model.save_pretrained, keep=1)
+
+        def verify() -> None:
+            assert not find_problem(list_checkpoints(folder)[-1])
+
+        write()
+        written, verified = f"writing a checkpoint of {size.name} with AdamW", "SHA-256 of its files"
+        times = take_turns({written: write, verified: verify}, rounds)
+    seconds = statistics.median(times[verified])
+    interval = 60 * TrainConfig().checkpoint_minutes
+    share = row(f"SHA-256, of a run with a checkpoint per {interval:.0f} s", 100 * seconds / interval, "%")
+    return [*time_rows(times, {verified: written}, "s"), share]
+
+
 # Command
 
 
@@ -213,6 +245,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "loss": lambda options: (
         loss_rows(options.width, options.rounds, low=False) + loss_rows(options.width, options.rounds, low=True)
     ),
+    "checkpoint": lambda options: checkpoint_rows(options.size, options.rounds),
     "data": lambda options: data_rows(options.data_root, options.rounds, 4 * options.rounds),
 }
 

@@ -5,9 +5,6 @@ Importing the package registers its classes with the Auto classes of transformer
 checkpoint as remote code.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -25,6 +22,7 @@ from .configuration_ig_captioner import (
     IGCaptionerWarning,
 )
 from .information_gain import information_gain
+from .installed import TINY_CHECKPOINT, __version__
 from .modeling_ig_captioner import (
     IGCaptionerForConditionalGeneration,
     IGCaptionerForZeroShotImageClassification,
@@ -35,14 +33,6 @@ from .modeling_ig_captioner import (
 from .pipeline_ig_captioner import IGZeroShotImageClassificationPipeline
 from .processing_ig_captioner import IGCaptionerImageProcessor, IGCaptionerProcessor
 
-
-try:
-    __version__ = version("ig_captioner")
-except PackageNotFoundError:  # a checkout on the path, not installed
-    __version__ = "0+unknown"
-
-# The checkpoint that ships with the package, usable wherever a model name or folder is.
-TINY_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "tiny")
 
 AutoConfig.register("ig_captioner", IGCaptionerConfig, exist_ok=True)
 AutoConfig.register("ig_captioner_vision_model", IGCaptionerVisionConfig, exist_ok=True)
@@ -93,6 +83,7 @@ __all__ = [
     "IGCaptionerVisionModel",
     "IGCaptionerWarning",
     "IGZeroShotImageClassificationPipeline",
+    "__version__",
     "compile_labels",
     "information_gain",
     "zero_shot_pipeline",

@@ -25,10 +25,11 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
-from . import IGCaptionerForConditionalGeneration, IGCaptionerPreTrainedModel
 from .checkpoint import load_model
-from .configuration_ig_captioner import REMOTE_CODE_FILES
+from .configuration_ig_captioner import REMOTE_CODE_FILES, IGCaptionerConfig, as_height_width
+from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .evaluation.report import HUB_TASKS, evaluations, to_markdown, weights_digest
+from .modeling_ig_captioner import IGCaptionerForConditionalGeneration
 
 
 CARD_FILE = "README.md"
@@ -200,25 +201,30 @@ def _metadata(repo_id: str, facts: CardFacts, results: Sequence[dict[str, Any]])
 
 
 def _sizes(model: IGCaptionerPreTrainedModel) -> dict[str, Any]:
-    vision, text = model.config.vision_config, model.config.text_config
-
-    def pixels(size) -> str:
-        height, width = (size, size) if isinstance(size, int) else size
-        return f"{height} x {width}"
-
+    text = model.config.text_config
     return {
         "prior_weight": f"{model.config.prior_weight:g}",
         "num_parameters": f"{model.num_parameters():,}",
-        "image_size": pixels(vision.image_size),
-        "patch_size": pixels(vision.patch_size),
-        "vision_layers": vision.num_hidden_layers,
-        "vision_width": vision.hidden_size,
+        **_encoder_in_words(model.config),
         "text_layers": text.num_hidden_layers,
         "text_only_layers": text.num_text_only_layers,
         "text_width": text.hidden_size,
         "fusion": text.fusion.replace("_", " "),
         "max_tokens": text.max_position_embeddings,
         "vocab_size": f"{text.vocab_size:,}",
+    }
+
+
+def _encoder_in_words(config: IGCaptionerConfig) -> dict[str, str]:
+    vision, (height, width) = config.vision_config, config.image_size
+    if not config.has_own_encoder:
+        tokens = f"{height} x {width} pixels, read as {config.num_image_tokens} tokens"
+        name = f"`{vision.model_type}` of transformers, width {config.text_config.encoder_hidden_size}"
+        return {"images": tokens, "image_encoder": name}
+    patch_height, patch_width = as_height_width(vision.patch_size, "patch_size")
+    return {
+        "images": f"{height} x {width} pixels, patches of {patch_height} x {patch_width}",
+        "image_encoder": f"{vision.num_hidden_layers} layers of width {vision.hidden_size}",
     }
 
 

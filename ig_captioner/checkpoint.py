@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import IGCaptionerConfig, IGCaptionerPreTrainedModel, IGCaptionerProcessor
+from .configuration_ig_captioner import IGCaptionerConfig
+from .encoder_ig_captioner import IGCaptionerPreTrainedModel
+from .processing_ig_captioner import IGCaptionerProcessor
 
 
 Model = TypeVar("Model", bound=IGCaptionerPreTrainedModel)

@@ -14,6 +14,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .input_rules import IGCaptionerWarning
 from .vision_ig_captioner import ImageLayout, layout_of, size_of, vision_part
 
 
@@ -52,13 +53,6 @@ CUSTOM_PIPELINES = {
 
 
 PRIOR_SOURCES = ("unconditional", "reference_images")
-
-
-class IGCaptionerWarning(UserWarning):
-    """Something was cut, skipped or guessed, or cannot be meant; the message says what, and how often.
-
-    `warnings.simplefilter("error", IGCaptionerWarning)` makes an error of it.
-    """
 
 
 def copy_remote_code(directory: str | Path) -> list[str]:

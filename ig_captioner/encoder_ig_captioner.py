@@ -36,6 +36,7 @@ from .configuration_ig_captioner import (
     as_height_width,
     copy_remote_code,
 )
+from .vision_ig_captioner import is_frozen
 
 
 KeyValues = tuple[Tensor, Tensor]  # keys and values, [B, H, P, head] each
@@ -219,6 +220,26 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
             init.normal_(module.position_embedding, std=std)
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
+
+    def enable_input_require_grads(self) -> None:
+        """As in transformers, but not for a frozen encoder, which would be run backwards for nothing.
+
+        Embeddings may return more than a tensor, too (Swin's do).
+        """
+
+        def require_grad(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+            (output[0] if isinstance(output, tuple) else output).requires_grad_(True)
+
+        self._require_grads_hooks = []
+        for model in self.modules():
+            if not isinstance(model, PreTrainedModel) or is_frozen(model):
+                continue
+            try:
+                embeddings = model.get_input_embeddings()
+            except NotImplementedError:  # of convolutions
+                continue
+            if embeddings is not None and require_grad not in embeddings._forward_hooks.values():
+                self._require_grads_hooks.append(embeddings.register_forward_hook(require_grad))
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         """As in transformers. A mask token outside the vocabulary comes into a larger one; cut off, it is no more."""

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .processing_ig_captioner import IGCaptionerImageProcessor
 from .vision_ig_captioner import build_encoder, encoder_class, run_encoder, size_of, vision_part
@@ -90,13 +92,27 @@ def as_size(size: int | dict[str, int] | None) -> dict[str, int]:
     return {"height": size, "width": size} if isinstance(size, int) else dict(size or {})
 
 
+def on_meta_device(config: PreTrainedConfig) -> tuple[PreTrainedModel, Tensor]:
+    """An encoder in evaluation mode and one image for it, both without data."""
+    with torch.device("meta"):
+        encoder = build_encoder(config)
+        pixel_values = torch.zeros(1, getattr(config, "num_channels", 3), *size_of(config))
+    return encoder.eval(), pixel_values
+
+
 def unused_parameters(encoder: PreTrainedModel) -> list[str]:
     """Parameters that no feature depends on (a mask token, a norm of the pooled output), found on the meta device.
 
     Trained in several processes they would be waited for in vain.
     """
-    with torch.device("meta"):
-        twin = build_encoder(encoder.config)
-        pixel_values = torch.zeros(1, getattr(encoder.config, "num_channels", 3), *size_of(encoder.config))
-    run_encoder(twin.eval(), pixel_values).sum().backward()
+    twin, pixel_values = on_meta_device(encoder.config)
+    run_encoder(twin, pixel_values).sum().backward()
     return [name for name, parameter in twin.named_parameters() if parameter.grad is None]
+
+
+def forward_flops(config: PreTrainedConfig) -> int:
+    """Floating-point operations of one image's forward pass, in matrix products and convolutions."""
+    encoder, pixel_values = on_meta_device(config)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run_encoder(encoder, pixel_values)
+    return counter.get_total_flops()

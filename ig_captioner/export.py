@@ -299,8 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="folder or Hub name")
     parser.add_argument("folder", type=Path, help="where the files go")
     options = parser.parse_args(arguments)
-    from . import IGCaptionerForZeroShotImageClassification
     from .checkpoint import load_model, load_processor
+    from .modeling_ig_captioner import IGCaptionerForZeroShotImageClassification
 
     try:
         model = load_model(IGCaptionerForZeroShotImageClassification, options.model, dtype=torch.float32)

@@ -57,7 +57,7 @@ WITHOUT_INVISIBLE = dict.fromkeys(map(ord, INVISIBLE))
 
 
 class IGCaptionerWarning(UserWarning):
-    """Something was left out, changed or guessed; the message says what.
+    """Something was cut, skipped or guessed, or cannot be meant; the message says what, and how often.
 
     `warnings.simplefilter("error", IGCaptionerWarning)` makes an error of it.
     """

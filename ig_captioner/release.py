@@ -33,19 +33,14 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import (
-    TINY_CHECKPOINT,
-    IGCaptionerConfig,
-    IGCaptionerForConditionalGeneration,
-    IGCaptionerForZeroShotImageClassification,
-    IGCaptionerPreTrainedModel,
-    IGCaptionerProcessor,
-    __version__,
-)
 from .card import CARD_FILE, FACTS_FILE, RESULTS_FOLDER, CardFacts, add_results, make_card, read_facts, write_facts
 from .checkpoint import folder_or_repository, load_model, load_processor
-from .configuration_ig_captioner import AUTO_MAP, CUSTOM_PIPELINES, REMOTE_CODE_FILES
+from .configuration_ig_captioner import AUTO_MAP, CUSTOM_PIPELINES, REMOTE_CODE_FILES, IGCaptionerConfig
+from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .evaluation.report import weights_digest
+from .installed import TINY_CHECKPOINT, __version__
+from .modeling_ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
+from .processing_ig_captioner import IGCaptionerProcessor
 
 
 # Every released folder holds these and, in one file or in shards, the weights `model*.safetensors`.

@@ -158,7 +158,7 @@ def _extra_arguments(encoder: PreTrainedModel, pixel_values: Tensor) -> dict[str
     if "noise" in known and (patch := patch_size_of(config)):
         # a masked autoencoder shuffles its patches by this noise, even where it masks none
         patches = (height // patch[0]) * (width // patch[1])
-        extra["noise"] = torch.arange(patches, device=pixel_values.device).float().expand(len(pixel_values), -1)
+        extra["noise"] = torch.arange(patches, device=pixel_values.device).float().expand(pixel_values.shape[0], -1)
     return extra
 
 

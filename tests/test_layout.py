@@ -81,16 +81,83 @@ def test_a_model_file_brings_all_others_along():
     }
 
 
-ARROWS = {  # folder: what it must not import
-    "ig_captioner": {"training", "conversion", "tests", "benchmarks", "examples"},
-    "training": {"conversion", "tests", "benchmarks", "examples"},
-    "conversion": {"training", "tests", "benchmarks", "examples"},
+# Folders and files beside them, and what each may import beside itself; a file that is not named may be imported by all
+# but the remote-code files. `ig_captioner/__init__.py` names what the package offers, and nothing in it imports that.
+PACKAGE_FOLDERS = {
+    "ig_captioner.data": set(),
+    "ig_captioner.captioners": {"ig_captioner.data"},
+    "ig_captioner.evaluation": {"ig_captioner.data", "ig_captioner.captioners"},
+    "ig_captioner.demo": {"ig_captioner.data", "ig_captioner.captioners"},
+    "ig_captioner.cli": {
+        *("ig_captioner.data", "ig_captioner.captioners", "ig_captioner.evaluation", "ig_captioner.demo"),
+    },
 }
+REPORTS = {"ig_captioner.evaluation.report"}  # of an evaluation, which cards and releases read
+ARROWS = {  # folder: what it may import of the repository
+    "ig_captioner": set(),
+    "training": {"ig_captioner"},
+    "conversion": {"ig_captioner"},
+    "metrics": set(),
+}
+REPOSITORY = {*ARROWS, "tests", "benchmarks", "examples", "docs"}
+
+
+def modules_below(*folders: str) -> dict[str, Path]:
+    """Paths of all files by the names that they are imported under."""
+    paths = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+MODULES = modules_below(*ARROWS)
+
+
+def imported_modules(name: str) -> set[str]:
+    """What a file imports of the files in `MODULES`, wherever in it."""
+    path, found = MODULES[name], set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names}
+    return found & MODULES.keys() - {name}
+
+
+def folder_of(name: str) -> str | None:
+    """The folder of the package that a file is in, if it is in one."""
+    return next((folder for folder in PACKAGE_FOLDERS if name == folder or name.startswith(f"{folder}.")), None)
+
+
+def test_no_circles_between_files():
+    imports_of = {name: imported_modules(name) for name in MODULES}
+    while free := [name for name, others in imports_of.items() if not others & imports_of.keys()]:
+        for name in free:
+            del imports_of[name]
+    assert not imports_of, f"each of these imports another of them: {sorted(imports_of)}"
 
 
 @pytest.mark.parametrize("folder", ARROWS)
 def test_import_arrows_run_one_way(folder):
+    forbidden = REPOSITORY - ARROWS[folder] - {folder}
     for path in (ROOT / folder).rglob("*.py"):
         for level, module in imports(path):
-            assert level or module.split(".")[0] not in ARROWS[folder], f"{path.name} imports {module}"
+            assert level or module.split(".")[0] not in forbidden, f"{path.name} imports {module}"
             assert level or folder != "ig_captioner" or module.split(".")[0] != "ig_captioner", path.name
+
+
+def test_arrows_between_the_folders_of_the_package():
+    for name in MODULES:
+        if not name.startswith("ig_captioner.") or name == "ig_captioner.__main__":
+            continue
+        own, imported = folder_of(name), imported_modules(name)
+        assert "ig_captioner" not in imported, f"{name} imports the package itself, not the file of a name"
+        others = {folder_of(other) for other in imported - REPORTS} - {own, None}
+        assert others <= PACKAGE_FOLDERS.get(own, set()), f"{name} imports {sorted(others)}"
+
+
+def test_every_folder_is_known():
+    folders = {path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE, PACKAGE / "data" / "prompts"}
+    assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} == set(PACKAGE_FOLDERS)

@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerImageProcessor, IGCaptionerProcessor
 from tests.tiny import padded, random_images, random_texts, tiny_config
+from training.config import UsageError
 from training.train_tokenizer import train_tokenizer
 
 
@@ -131,6 +132,16 @@ def test_resumed_run_has_the_same_weights(checkpoint, by_folder, tmp_path, monke
     assert len(micro_steps) == 6, "steps 4 to 6, in two parts each"
     resumed = load_file(tmp_path / "run" / "final" / "model.safetensors")
     assert max((whole[name] - resumed[name]).abs().max().item() for name in whole) == 0.0
+    with pytest.raises(UsageError, match="label_smoothing: 0.1 -> 0.2; seed: 0 -> 3"):
+        finetune(checkpoint, by_folder, tmp_path / "run", **{**options, "label_smoothing": 0.2}, seed=3, resume=True)
+
+
+def test_a_data_set_without_captions_is_one_line(by_folder, tmp_path, capsys, checkpoint):
+    arguments = ["--data", str(by_folder), "--output_dir", str(tmp_path), "--model", str(checkpoint), "--cpu"]
+    with pytest.raises(SystemExit) as ended:
+        finetuning.main([*arguments, "--caption_column", "title"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("training.finetune: error: no column title in the data")
 
 
 def test_both_scripts_report_the_loss_of_the_model(checkpoint, by_folder, tmp_path, monkeypatch):

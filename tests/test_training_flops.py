@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from tiny_encoders import SMALL_VIT, encoder_config, encoder_model, images_for
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
-from ig_captioner import IGCaptionerForConditionalGeneration
+from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerVisionConfig
 from tests.test_training import COLORS, run_config, workspace  # noqa: F401
-from tests.tiny import VARIANTS, padded, random_images, random_texts, tiny_model
+from tests.tiny import VARIANTS, padded, random_images, random_texts, tiny_config, tiny_model
 from training.flops import decoder_flops, encoder_flops, head_flops, main, measure_peak_flops, training_flops
 from training.train import train
 
@@ -41,6 +42,28 @@ def test_forward_pass_is_counted_exactly(variant, parallel, weight):
         expected = counted(lambda: model(**batch()))
     body = images * (encoder_flops(model.config.vision_config) + decoder_flops(model.config, length))
     assert body + head_flops(model.config, labelled()) == expected
+
+
+@pytest.mark.parametrize("name", ["siglip2", "efficientnet", "swin"])
+def test_encoders_of_transformers_are_counted_on_the_meta_device(name):
+    model = encoder_model(name, attn="eager", image_token_grids=[2, 1])
+    pixels = images_for(model)
+    with torch.no_grad():
+        expected = counted(lambda: model.model.vision_model(pixels))
+        features = model.model.encode_features(pixels)
+        (ids, mask), number = padded(random_texts((5, 2, 7))), len(pixels)
+        decoding = counted(lambda: model.train()(image_features=features, labels=ids.masked_fill(mask == 0, -100)))
+    config, tokens = model.config, int(mask.sum())
+    assert number * encoder_flops(config.vision_config) == expected > 0
+    assert number * decoder_flops(config, ids.shape[1]) + head_flops(config, tokens) == decoding
+
+
+def test_a_vit_of_transformers_costs_what_ours_does():
+    """The blocks are the same; a ViT-MAE has one token more, that of the class."""
+    ours = tiny_config(vision=SMALL_VIT).vision_config
+    with_class_token = encoder_flops(IGCaptionerVisionConfig(**{**ours.to_dict(), "num_register_tokens": 1}))
+    assert encoder_flops(encoder_config("vit_mae").vision_config) == with_class_token
+    assert encoder_flops(encoder_config("siglip2").vision_config) == encoder_flops(ours)
 
 
 def test_step_takes_three_forward_passes_but_for_the_pixels():

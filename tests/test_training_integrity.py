@@ -8,6 +8,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
+from benchmarks import damage_checkpoint
 from tests.test_training import run_config, workspace  # noqa: F401
 from training.checkpoint import (
     CheckpointError,
@@ -118,6 +119,14 @@ def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_good_ones(tmp_pa
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["1", "2", "4"]
     save_checkpoint(tmp_path, 4, {}, save_model, keep=2)
     assert newest_intact(tmp_path).name == "checkpoint-00000004"
+
+
+def test_random_damage_is_reported_by_file_name(capsys):
+    """The script that does it 250 times, on few."""
+    damage_checkpoint.main(["--flips", "40", "--truncations", "20", "--runs", "1"])
+    outcomes = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sum(row["times"] for row in outcomes) == 60
+    assert {row["outcome"] for row in outcomes} <= {"reported", "without effect"}
 
 
 # The log

@@ -38,11 +38,12 @@ def test_accelerate_configuration_starts_and_resumes(tmp_path, path):
     config = make_workspace(tmp_path, "cached", 4, 0)
     sharded = yaml.safe_load(path.read_text())["distributed_type"] == "FSDP"
     command = ["accelerate.commands.launch", "--config_file", str(path), "--num_processes", "2"]
-    command += ["-m", "training.train", "--config", str(config), "--output_dir", str(tmp_path / "run"), "--resume"]
+    command += ["-m", "training.train", "--config", str(config), "--output_dir", str(tmp_path / "run")]
+    command += ["--resume_with_changes"]  # of the number of steps
     for steps in (3, 4):
         finish(launch([*command, "--max_steps", str(steps)], tmp_path / "log"), tmp_path / "log")
     assert len(load_state(list_checkpoints(tmp_path / "run")[-1])["random_states"]) == 2, "processes"
-    assert [row["step"] for row in read_rows(tmp_path / "run" / "log.jsonl")] == [4]
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "log.jsonl")] == [3, 4]
     assert ("FSDPIGCaptioner" in (tmp_path / "log").read_text()) == sharded, "torch warns of its classes by name"
 
 

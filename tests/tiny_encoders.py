@@ -64,10 +64,10 @@ def encoder_config(name: str, text: dict | None = None, **kwargs) -> IGCaptioner
     return IGCaptionerConfig(vision_config=ENCODERS[name][0], text_config=fields, **kwargs)
 
 
-def encoder_model(name: str, model_class=IGCaptionerForConditionalGeneration, **kwargs):
+def encoder_model(name: str, model_class=IGCaptionerForConditionalGeneration, attn="sdpa", **kwargs):
     """A random model in evaluation mode, with batch norms that have seen something."""
     torch.manual_seed(0)
-    model = model_class(encoder_config(name, **kwargs)).eval()
+    model = model_class.from_config(encoder_config(name, **kwargs), attn_implementation=attn).eval()
     for module_name, buffer in model.named_buffers():
         if module_name.endswith("running_var"):
             buffer.uniform_(0.5, 2.0)

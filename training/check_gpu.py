@@ -44,7 +44,7 @@ TRAINED = ("step", "loss", "information_gain", "images_per_second", "tokens_per_
 
 def run(launcher: tuple[str, ...], config: Path, output_dir: Path, **options: Any) -> list[dict[str, Any]]:
     """Trains in processes of its own; returns the rows of the log."""
-    values = {"output_dir": output_dir, "resume": True, **options}
+    values = {"output_dir": output_dir, "resume_with_changes": True, **options}
     arguments = [f"--{name.replace('__', '.')}={json.dumps(value, default=str)}" for name, value in values.items()]
     command = [sys.executable, "-m", *launcher, "-m", "training.train", "--config", str(config), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -11,6 +11,8 @@ per class, a folder written by `datasets`' `save_to_disk`, or the Hub name of a 
 """
 
 import argparse
+import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,12 @@ from transformers import AutoProcessor, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerProcessor
 from ig_captioner.information_gain import IGNORE_INDEX
 
+from .checkpoint import write_text_atomically
+from .config import UsageError
 
+
+SETTINGS = "finetune.json"  # in output_dir
+HARMLESS = ("output_dir", "resume", "cpu", "eval_steps", "save_steps")  # where, how often; not what is learnt
 LORA_TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|up_proj|down_proj|gate_proj)"
 
 
@@ -52,13 +59,13 @@ def add_captions(data: datasets.DatasetDict, column: str | None, template: str) 
     """A column `captions`, a list of texts per image; class labels go into the template.
 
     Raises:
-        ValueError: there is no such column.
+        UsageError: there is no such column.
     """
     features = data["train"].features
     names = [column] if column else ["captions", "caption", "text", "label"]
     found = next((name for name in names if name in features), None)
     if found is None:
-        raise ValueError(f"no column {' or '.join(names)} in the data, which has {', '.join(features)}")
+        raise UsageError(f"no column {' or '.join(names)} in the data, which has {', '.join(features)}")
 
     def captions(value: Any) -> list[str]:
         if isinstance(features[found], datasets.ClassLabel):
@@ -135,27 +142,53 @@ def make_compute_metrics(processor: IGCaptionerProcessor) -> Any:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--model", default=TINY_CHECKPOINT, help="folder or Hub name (default: the shipped checkpoint)")
-    parser.add_argument("--caption_column", help="texts, lists of texts or classes; found by its name if not given")
-    parser.add_argument("--template", default="a photo of a {}.", help="caption of a class")
-    parser.add_argument("--eval_fraction", type=float, default=0.1, help="held out if the data have no test split")
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--max_steps", type=int, default=-1, help="instead of epochs; -1 disables")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="with LoRA, about ten times as much")
-    parser.add_argument("--label_smoothing", type=float, default=0.0, help="of CE(T|I); 0 disables")
-    parser.add_argument("--max_length", type=int, default=32, help="longest caption in tokens")
-    parser.add_argument("--lora_rank", type=int, default=0, help="0 trains all weights")
-    parser.add_argument("--eval_steps", type=int, default=0, help="steps between evaluations; 0: once per epoch")
-    parser.add_argument("--save_steps", type=int, default=500)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--data", required=True, help="folder of images, folder of `save_to_disk`, or Hub name of a data set")
+    add("--output_dir", required=True, help="folder of checkpoints and of the final model")
+    add("--model", default=TINY_CHECKPOINT, help="folder or Hub name of the captioner to start from")
+    add("--caption_column", help="texts, lists of texts or classes; found by its name if not given")
+    add("--template", default="a photo of a {}.", help="caption of a class")
+    add("--eval_fraction", type=float, default=0.1, help="share held out if the data have no test split")
+    add("--epochs", type=float, default=3.0, help="passes over the data")
+    add("--max_steps", type=int, default=-1, help="optimiser steps, instead of epochs; -1 disables")
+    add("--batch_size", type=int, default=32, help="samples per process and forward pass")
+    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimiser step")
+    add("--learning_rate", type=float, default=1e-4, help="peak of AdamW's; with LoRA, take about ten times as much")
+    add("--label_smoothing", type=float, default=0.0, help="of CE(T|I); 0 disables")
+    add("--max_length", type=int, default=32, help="longest caption in tokens")
+    add("--lora_rank", type=int, default=0, help="rank of the adapters; 0 trains all weights")
+    add("--eval_steps", type=int, default=0, help="steps between evaluations; 0: once per epoch")
+    add("--save_steps", type=int, default=500, help="steps between checkpoints")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in output_dir, with the same settings")
+    add("--cpu", action="store_true", help="use no GPU")
+    add("--seed", type=int, default=0, help="of the split, the order of the samples and dropout")
     return parser
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is written, and the default behind the help of each option."""
+
+
+def check_settings(options: argparse.Namespace) -> None:
+    """Keeps the settings in `output_dir`; a resumed run must have those it began with.
+
+    Trainer itself takes learning rate, decay and schedule from its checkpoint, whatever it is told.
+
+    Raises:
+        UsageError: naming the settings that differ.
+    """
+    path = Path(options.output_dir) / SETTINGS
+    given = {name: value for name, value in vars(options).items() if name not in HARMLESS}
+    if options.resume and path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        names = [name for name in given if given[name] != saved.get(name)]
+        if names:
+            changes = "; ".join(f"{name}: {saved.get(name)!r} -> {given[name]!r}" for name in names)
+            raise UsageError(f"--resume with other settings than the run's: {changes}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, json.dumps(given, indent=1))
 
 
 def training_arguments(options: argparse.Namespace) -> Seq2SeqTrainingArguments:
@@ -193,6 +226,7 @@ def add_lora(model: Any, rank: int) -> Any:
 
 def finetune(options: argparse.Namespace) -> dict[str, float]:
     """Trains and saves; returns the metrics on the held-out images."""
+    check_settings(options)
     set_seed(options.seed)
     processor = AutoProcessor.from_pretrained(options.model)
     model = IGCaptionerForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
@@ -225,5 +259,14 @@ def finetune(options: argparse.Namespace) -> dict[str, float]:
     return metrics
 
 
+def main(arguments: list[str] | None = None) -> None:
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        finetune(options)
+    except UsageError as error:
+        parser.exit(2, f"training.finetune: error: {error}\n")
+
+
 if __name__ == "__main__":
-    finetune(build_parser().parse_args())
+    main()

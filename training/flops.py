@@ -14,6 +14,7 @@ import argparse
 import time
 
 import torch
+from transformers import PreTrainedConfig
 
 from ig_captioner.configuration_ig_captioner import (
     IGCaptionerConfig,
@@ -21,6 +22,7 @@ from ig_captioner.configuration_ig_captioner import (
     IGCaptionerVisionConfig,
     as_height_width,
 )
+from ig_captioner.encoders import forward_flops
 
 from .config import load_config
 
@@ -32,17 +34,14 @@ def block_flops(config: IGCaptionerVisionConfig | IGCaptionerTextConfig, queries
     return 2 * queries * projections + 4 * queries * (queries + others) * size
 
 
-def encoder_flops(config: IGCaptionerVisionConfig) -> int:
-    """The forward pass of the encoder, for one image."""
+def encoder_flops(config: PreTrainedConfig) -> int:
+    """The forward pass of the encoder, for one image. One of transformers is run on the meta device and counted."""
+    if not isinstance(config, IGCaptionerVisionConfig):
+        return forward_flops(config)
     rows, columns = config.grid_size
     height, width = as_height_width(config.patch_size, "patch_size")
     patches = 2 * rows * columns * config.num_channels * height * width * config.hidden_size
-    return patches + config.num_hidden_layers * block_flops(config, image_tokens(config))
-
-
-def image_tokens(config: IGCaptionerVisionConfig) -> int:
-    rows, columns = config.grid_size
-    return rows * columns + config.num_register_tokens
+    return patches + config.num_hidden_layers * block_flops(config, config.layout.tokens)
 
 
 def decoder_flops(config: IGCaptionerConfig, length: int) -> int:
@@ -50,7 +49,7 @@ def decoder_flops(config: IGCaptionerConfig, length: int) -> int:
 
     The two paths share the text-only layers, unless some texts may be predicted in parallel.
     """
-    text, tokens = config.text_config, image_tokens(config.vision_config)
+    text, tokens = config.text_config, config.num_image_tokens
     size, fusion_layers = text.hidden_size, text.num_hidden_layers - text.num_text_only_layers
     text_only = text.num_text_only_layers * block_flops(text, length)
     if text.fusion == "prefix":

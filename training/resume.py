@@ -41,6 +41,7 @@ IMPOSSIBLE = {
     "optimizer.name": "the optimiser's state in the checkpoint belongs to the other one",
     "freeze": "the optimiser's state in the checkpoint belongs to other parameters",
     "init_from": "the weights come from the checkpoint",
+    "encoder_from": "the weights come from the checkpoint",
     "data.streams": "a run keeps the number of streams that it started with",
     "model.*": "the weights in the checkpoint have this architecture",
 }

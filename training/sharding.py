@@ -8,14 +8,16 @@ optimiser step, or from an evaluation with the moving average, would be out of d
 In a checkpoint everything is whole, so that a run may be resumed with or without FSDP2, on any number of processes.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 
@@ -36,15 +38,32 @@ def shard(model: PreTrainedModel, mixed_precision: str) -> None:
     Under "bf16" weights are gathered and used in bfloat16, gradients are summed in float32.
     """
     plugin = FullyShardedDataParallelPlugin()
-    policy = (
-        MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed_precision == "bf16" else MixedPrecisionPolicy()
-    )
-    options = {"mp_policy": policy, "offload_policy": plugin.cpu_offload}
-    for module in model.modules():
-        if type(module).__name__ in model._no_split_modules:
-            fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **options)
-    fully_shard(model, reshard_after_forward=True, **options)
+    for module in units(model):
+        fully_shard(
+            module,
+            reshard_after_forward=module is model or plugin.reshard_after_forward,
+            mp_policy=precision_of(module, mixed_precision),
+            offload_policy=plugin.cpu_offload,
+        )
     register_fsdp_forward_method(model, "score")
+
+
+def precision_of(module: nn.Module, mixed_precision: str) -> MixedPrecisionPolicy:
+    """A batch norm's weights stay in float32, as its running statistics do: PyTorch takes no others together."""
+    if mixed_precision == "bf16" and not isinstance(module, _BatchNorm):
+        return MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    return MixedPrecisionPolicy()
+
+
+def units(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The layers of encoder and decoder, as their classes name them, inner ones first, and the model itself.
+
+    Batch norms are units of their own, because their precision is.
+    """
+    for module in reversed([*model.modules()]):
+        is_layer = type(module).__name__ in model._no_split_modules
+        if module is model or is_layer or (isinstance(module, _BatchNorm) and module.affine):
+            yield module
 
 
 def gathered(value: Any, keep: bool = True) -> Any:

@@ -67,27 +67,46 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int = 
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output_dir")
-    parser.add_argument("--shards", nargs="+", required=True, help="paths, globs or brace patterns of shards")
-    parser.add_argument("--data_root", default="", help="folder of relative shard paths")
-    parser.add_argument("--vocab_size", type=int, default=3000)
-    parser.add_argument("--max_length", type=int, default=64, help="model_max_length in tokens, [EOS] included")
-    parser.add_argument("--holdout_fraction", type=float, default=0.0, help="as in the training configuration")
-    options = parser.parse_args(arguments)
+    add = parser.add_argument
+    add("output_dir", help="folder of the tokenizer, for AutoTokenizer.from_pretrained")
+    add("--shards", nargs="+", required=True, help="paths, globs or brace patterns of shards")
+    add("--data_root", default="", help="folder of relative shard paths (default: the present one)")
+    add("--vocab_size", type=int, default=3000, help="most tokens, bytes and special ones included (default: 3000)")
+    add("--max_length", type=int, default=64, help="model_max_length in tokens, [EOS] included (default: 64)")
+    add(
+        "--holdout_fraction",
+        type=float,
+        default=0.0,
+        help="share of the keys whose captions are left out, as in the training configuration (default: 0)",
+    )
+    return parser
+
+
+def write_tokenizer(options: argparse.Namespace) -> str:
+    """Trains and saves the tokenizer; returns a line about it. Raises ValueError where there are no captions."""
     captions = list(read_all_captions(find_shards(options.shards, options.data_root), options.holdout_fraction))
     if not captions:
-        parser.error(f"no captions in {options.shards}")
+        raise ValueError(f"no captions in {options.shards}")
     # Templated captions repeat by the thousand; each distinct text counts once, in order of first appearance.
     distinct = list(dict.fromkeys(captions))
     tokenizer = train_tokenizer(distinct, options.vocab_size, options.max_length)
     tokenizer.save_pretrained(options.output_dir)
     lengths = [len(ids) for ids in tokenizer(distinct)["input_ids"]]
-    print(
+    return (
         f"{options.output_dir}: {len(tokenizer)} tokens from {len(distinct)} distinct captions "
         f"({len(captions)} in all); length mean {sum(lengths) / len(lengths):.1f}, longest {max(lengths)}"
     )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        print(write_tokenizer(options))
+    except (OSError, ValueError) as error:  # no shard, no caption, a vocabulary that is too small
+        parser.exit(2, f"training.train_tokenizer: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,8 @@ class CaptionScorer:
         self.verification = None if reading_mode is None else Verification(reading_mode)
         self._last_checked: tuple[CompiledLabels, TextTrie, int] | None = None
 
+    own_class: Any = None
+    """The class for captioners of this package; `own`, which builds on this file, sets it."""
     verification: Verification | None
     """How texts are read, and how exact that was found to be; None until texts are first scored or compiled."""
 
@@ -129,11 +131,9 @@ class CaptionScorer:
             kwargs["dtype"] = dtype
         name = folder_or_repository(name)
         if is_own(name, **hub_options(kwargs)):
-            from .own import OwnCaptionScorer
-
             if prompt is not None:
                 raise ValueError(f"the captioners of this package have no prompt, got {prompt!r}")
-            return OwnCaptionScorer.load(name, device=device, **kwargs)
+            return cls.own_class.load(name, device=device, **kwargs)
         model, processors = load_captioner(name, device=device, trust_remote_code=trust_remote_code, **kwargs)
         return cls(model, processors, prompt=prompt, reading_mode=reading_mode, batch_size=batch_size)
 

@@ -116,31 +116,6 @@ def add_prior(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference-mean", choices=("arithmetic", "geometric"), help=mean)
 
 
-def read_prior(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `add_prior` has read, for `compile_labels` of a scorer; nothing that was not given."""
-    given = {name: getattr(arguments, name) for name in ("prior_source", "reference_images", "reference_mean")}
-    if given["reference_images"] is not None:
-        given["reference_images"] = [photo for name in given["reference_images"] for photo in _photos_of(name)]
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _photos_of(name: str) -> list[str]:
-    def stop(error: OSError) -> None:
-        raise error
-
-    return find_photos(name, stop)
-
-
-def load_scorer(arguments: argparse.Namespace) -> Any:
-    """The captioner that `--model` names, of this package or any other, on its device."""
-    from ..captioners import CaptionScorer
-    from ..checkpoint import choose_device, dtype_on
-
-    device = choose_device(arguments.device)
-    options = {"prompt": arguments.prompt, "trust_remote_code": arguments.trust_remote_code}
-    return CaptionScorer.from_pretrained(arguments.model, device=device, dtype=dtype_on(device), **options)
-
-
 def add_labels(parser: argparse.ArgumentParser) -> None:
     quoting = "quote a label of several words"
     parser.add_argument("--labels", nargs="+", action="extend", default=[], metavar="LABEL", help=quoting)

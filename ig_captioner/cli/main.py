@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .. import TINY_CHECKPOINT, __version__
+from ..installed import TINY_CHECKPOINT, __version__
 from .arguments import Parser, UsageError, add_command
 from .evaluate import add_evaluate
 from .output import one_line, quiet, report

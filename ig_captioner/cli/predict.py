@@ -25,10 +25,8 @@ from .arguments import (
     add_strict,
     add_texts,
     integer_up_to,
-    load_scorer,
     positive_integer,
     read_labels,
-    read_prior,
     read_texts,
     read_texts_file,
     threshold,
@@ -171,7 +169,8 @@ def add_demo(commands) -> None:
 
 def classify(arguments: argparse.Namespace) -> int:
     """Prints the ranked labels of each photo."""
-    from .. import zero_shot_pipeline
+    from ..captioners.arguments import load_scorer, read_prior
+    from ..captioners.pipelines import zero_shot_pipeline
 
     labels, templates = _read_candidates(arguments)
     photos = Photos(arguments.photos, streams=True)
@@ -201,6 +200,8 @@ def classify(arguments: argparse.Namespace) -> int:
 
 def caption(arguments: argparse.Namespace) -> int:
     """Prints a caption for each photo."""
+    from ..captioners.arguments import load_scorer
+
     photos = Photos(arguments.photos, streams=True)
     scorer = load_scorer(arguments)
     options = {} if arguments.num_beams is None else {"num_beams": arguments.num_beams}
@@ -217,6 +218,8 @@ def caption(arguments: argparse.Namespace) -> int:
 
 def score(arguments: argparse.Namespace) -> int:
     """Prints the scores of each photo with each text: a table of information gain in the end, or all as they come."""
+    from ..captioners.arguments import load_scorer
+
     texts = read_texts(arguments.texts, arguments.texts_file, "--texts", read_texts_file)
     as_table = arguments.format == "table"
     photos = Photos(arguments.photos, streams=not as_table)
@@ -236,6 +239,8 @@ def score(arguments: argparse.Namespace) -> int:
 
 def retrieve(arguments: argparse.Namespace) -> int:
     """Prints the best photos of each text, or the best texts of each photo."""
+    from ..captioners.arguments import load_scorer
+
     texts = read_texts(arguments.query or [], arguments.texts_file, "--query", read_texts_file)
     photos = Photos(arguments.photos, streams=arguments.query is None)
     scorer = load_scorer(arguments)
@@ -333,6 +338,8 @@ def _captions(scorer, images: list[Any], max_new_tokens: int | None, options: di
 def _figures(arguments: argparse.Namespace, scorer, photos: Photos, texts: list[str]) -> Iterator[Any]:
     """The `SCORE_FIELDS` of N texts for each photo as it comes: float32 [N, 3], on the CPU."""
     import torch
+
+    from ..captioners.arguments import read_prior
 
     compiled = scorer.compile_labels(texts, "{}", **read_prior(arguments))
     weight = _prior_weight(arguments, scorer)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .. import TINY_CHECKPOINT
+from ..installed import TINY_CHECKPOINT
 from .arguments import (
     MODEL_HELP,
     add_captioner,
@@ -14,9 +14,7 @@ from .arguments import (
     add_labels,
     add_prior,
     add_strict,
-    load_scorer,
     read_labels,
-    read_prior,
 )
 from .output import print_csv, print_json, printable, table
 
@@ -114,6 +112,7 @@ def info(arguments: argparse.Namespace) -> int:
 
 def compile_labels(arguments: argparse.Namespace) -> int:
     """Writes compiled labels, for `classify --labels-file` and `CompiledLabels.load`."""
+    from ..captioners.arguments import load_scorer, read_prior
     from ..release import new_folder
 
     labels, templates = read_labels(arguments)
@@ -153,8 +152,8 @@ def push(arguments: argparse.Namespace) -> int:
 
 def describe_checkpoint(model: str) -> dict[str, Any]:
     """Sizes, architecture and settings by name."""
-    from .. import IGCaptionerConfig
     from ..checkpoint import folder_or_repository, is_own, load_processor
+    from ..configuration_ig_captioner import IGCaptionerConfig
     from ..processing_ig_captioner import default_templates
     from ..release import read_in_short
 
@@ -162,16 +161,13 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
         return _describe_captioner(model)
     processor = load_processor(model)
     config = IGCaptionerConfig.from_pretrained(model)
-    vision, text = config.vision_config, config.text_config
+    text = config.text_config
     return {
         "checkpoint": str(model),
         "in_short": read_in_short(model) or "unknown",
         "licence": _read_licence(model),
         **_describe_weights(model),
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "image_layers": vision.num_hidden_layers,
-        "image_width": vision.hidden_size,
+        **_describe_encoder(config),
         "text_layers": text.num_hidden_layers,
         "text_width": text.hidden_size,
         "text_only_layers": text.num_text_only_layers,
@@ -195,6 +191,23 @@ def _describe_captioner(model: str) -> dict[str, Any]:
         "licence": _read_licence(model),
         **_describe_weights(model),
         **describe_captioner(model),
+    }
+
+
+def _describe_encoder(config: Any) -> dict[str, Any]:
+    vision = config.vision_config
+    if config.has_own_encoder:
+        return {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "image_layers": vision.num_hidden_layers,
+            "image_width": vision.hidden_size,
+        }
+    return {
+        "image_size": config.image_size,
+        "image_encoder": f"{vision.model_type} of transformers",
+        "image_width": config.text_config.encoder_hidden_size,
+        "image_tokens": config.num_image_tokens,
     }
 
 

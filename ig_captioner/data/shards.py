@@ -1,8 +1,8 @@
 """WebDataset shards to decoded samples, for training and evaluation.
 
 A shard is a `.tar` or `.tar.gz`, a local file or a URL (see `remote`), whose consecutive members `key.jpg` (or another
-of `IMAGE_EXTENSIONS`), `key.txt` and `key.json` form a sample. Its captions are the `captions` of the JSON where there
-are any, else the text file.
+of `IMAGE_EXTENSIONS`), `key.txt` and `key.json` form a sample (`group_members` has the rule). Its captions are the
+`captions` of the JSON where there are any, else the text file.
 
 A broken sample is skipped, never fatal: it comes out as `Skipped(key, reason)`, and is logged, and so is the rest of a
 shard that breaks off or cannot be reached. A shard set without a single usable sample is an `EmptySourceError` with
@@ -19,8 +19,6 @@ import json
 import logging
 import os
 import re
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -30,6 +28,8 @@ from PIL import Image
 
 from ..input_rules import IMAGE_EXTENSIONS, MAX_PIXELS, ImageError, clean_text, read_image_file, tell
 from ..processing_ig_captioner import gives_scored_form
+from .archive import MAX_BYTES, TOO_LARGE, Archive, Member
+from .fingerprints import Fingerprint, HashingFile, name_of
 from .remote import UnreachableError, check_url, is_url, open_url
 from .texts import decode_text
 
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 BROKEN_SHARD, UNREACHABLE_SHARD = "broken shard", "unreachable shard"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+MAX_FILES = 64  # of a sample
 SHARD_REASONS = (BROKEN_SHARD, UNREACHABLE_SHARD)  # of a Skipped that stands for the rest of a shard
 
 T = TypeVar("T")
@@ -128,45 +129,122 @@ def find_shards(patterns: Iterable[str], root: str = "") -> list[str]:
     return paths
 
 
-class CheckedTarInfo(tarfile.TarInfo):
-    """tarfile takes a header that is cut short for the end of the archive, and says nothing."""
+def read_shard(path: str, fingerprints: list[Fingerprint] | None = None) -> Iterator[RawSample | Skipped]:
+    """Yields (key, {extension: content}) for each sample of a shard, or Skipped where the archive breaks off.
 
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> Any:
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.TruncatedHeaderError as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(str(error)) from error
+    Args:
+        fingerprints: gets that of the shard when it has been read.
+    """
+    last, name = "", os.path.basename(path)
+    hashing = None
 
+    def members(archive: Archive) -> Iterator[Member]:
+        nonlocal last
+        for member in archive.members():
+            last = split_name(member.name)[0]
+            yield member
 
-def read_shard(path: str) -> Iterator[RawSample | Skipped]:
-    """Yields (key, {extension: content}) for each sample of a shard, or Skipped where the archive breaks off."""
-    key, files = "", dict[str, bytes]()
     try:
-        with (
-            open_url(path) if is_url(path) else open(path, "rb") as file,
-            tarfile.open(fileobj=file, mode="r|*", tarinfo=CheckedTarInfo) as archive,
-        ):
-            for member in archive:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                member_key = f"{folder}/{stem}" if folder else stem
-                if member_key != key:
-                    if files:
-                        yield key, files
-                    key, files = member_key, {}
-                stream = archive.extractfile(member)
-                files[extension.lower()] = stream.read() if stream else b""
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        with open_url(path) if is_url(path) else open(path, "rb") as file:
+            if fingerprints is not None:
+                hashing = HashingFile(file)
+                file = io.BufferedReader(hashing, 2**20)
+            archive = Archive(file)
+            yield from group_members(members(archive), name)
+            archive.check_end()
+            if hashing is not None and fingerprints is not None:
+                fingerprints.append(hashing.fingerprint(path))
+    except Exception as error:  # broad on purpose: on garbage tarfile and the decompressors raise many kinds
         # What was read of the current sample may be cut short, so it goes with the rest of the shard.
-        logger.warning("%s breaks off at %r: %s: %s", path, key, type(error).__name__, error)
+        logger.warning("%s breaks off at %r: %s: %s", path, last, type(error).__name__, error)
         reason = UNREACHABLE_SHARD if isinstance(error, UnreachableError) else BROKEN_SHARD
-        yield Skipped(f"{os.path.basename(path)}:{key}", reason)
-        return
-    if files:
-        yield key, files
+        if fingerprints is not None:
+            fingerprints.append(_fingerprint_of_broken(path))
+        yield Skipped(f"{name}:{last}", reason)
+
+
+def _fingerprint_of_broken(path: str) -> Fingerprint:
+    """The fingerprint of a shard that could not be read to its end: of a local file all the same."""
+    if is_url(path) or not os.path.isfile(path):
+        return Fingerprint(name_of(path))
+    with open(path, "rb") as file:
+        return HashingFile(file).fingerprint(path)
+
+
+# Members to samples
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Splits a member's name at its last dot into folder and stem, and extension: `a/22.00.JPG` to `a/22.00`, `jpg`.
+
+    The extension of hidden files, such as those that macOS puts into archives, is "", as where there is none.
+    """
+    stem, dot, extension = name.rpartition(".")
+    is_hidden = any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+    return (name, "") if is_hidden or not dot or "/" in extension else (stem, extension.lower())
+
+
+def base_of(stem: str) -> str:
+    """Takes words of letters behind dots off a stem: `key.seg` is of the sample `key`, `22.00` is one of its own."""
+    while match := re.fullmatch(r"(.*[^/])\.[A-Za-z][A-Za-z_-]*", stem, flags=re.DOTALL):
+        stem = match[1]
+    return stem
+
+
+def group_members(members: Iterable[Member], archive: str = "") -> Iterator[RawSample | Skipped]:
+    """Puts consecutive files into samples.
+
+    The key is all before the last dot. Where files stand beside them whose names have a word more, as in `key.jpg`,
+    `key.seg.png`, `key.txt`, those belong to the sample as `seg.png`; without `key.*` they are samples themselves.
+    Hidden files are passed over, and so are files without an extension, which is logged.
+    """
+    group: list[File] = []
+    others: list[str] = []
+    for member in members:
+        stem, extension = split_name(member.name)
+        if not extension:
+            if not any(part.startswith(".") for part in member.name.split("/")):
+                others.append(member.name)
+            continue
+        if group and (base_of(stem) != base_of(group[0].stem) or (len(group) >= MAX_FILES and stem != group[-1].stem)):
+            yield from _samples_of(group)
+            group = []
+        refused = member.refused
+        if sum(len(file.content) for file in group) + member.size > MAX_BYTES:
+            refused = refused or TOO_LARGE
+        group.append(File(stem, extension, b"" if refused else member.read(), refused))
+    yield from _samples_of(group)
+    if others:
+        logger.warning("%s: %d files without an extension are in no sample: %s", archive, len(others), others[:3])
+
+
+class File(NamedTuple):
+    """A file of a sample, read, or why it is not."""
+
+    stem: str
+    extension: str
+    content: bytes
+    refused: str
+
+
+def _samples_of(group: list[File]) -> Iterator[RawSample | Skipped]:
+    """The samples of files whose names have the same base."""
+    whole = next((file.stem for file in group if base_of(file.stem) == file.stem), None)
+    samples: dict[str, dict[str, bytes]] = {}
+    refused: dict[str, str] = {}
+    for file in group:
+        key, extension = file.stem, file.extension
+        if whole is not None and file.stem != whole:
+            key, extension = whole, f"{file.stem[len(whole) + 1 :]}.{extension}"
+        files = samples.setdefault(key, {})
+        if file.refused or extension in files:
+            refused[key] = file.refused or "two files of one name"
+        files[extension] = file.content
+    for key, files in samples.items():
+        yield Skipped(key, refused[key]) if key in refused else (key, files)
+
+
+# Which samples
 
 
 def is_held_out(key: str, fraction: float) -> bool:

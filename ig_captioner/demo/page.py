@@ -8,7 +8,7 @@ import html
 import unicodedata
 from collections.abc import Sequence
 
-from .. import TINY_CHECKPOINT
+from ..installed import TINY_CHECKPOINT
 from .scores import Caption, Piece, Row
 
 

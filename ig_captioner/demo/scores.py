@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration
 from ..checkpoint import caption_tokens, load_on_device, load_processor
 from ..compiled_labels import CompiledLabels, compile_labels
 from ..data.prompts import load_prompts
+from ..installed import TINY_CHECKPOINT
+from ..modeling_ig_captioner import IGCaptionerForConditionalGeneration
 from ..processing_ig_captioner import default_templates, format_labels
 from ..release import read_in_short
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import IGCaptionerConfig
+from ..configuration_ig_captioner import IGCaptionerConfig
 from .ranking import ranks
 from .rows import Metrics, Row, bootstrap, weights_of_rows
 from .scores import ScoreMatrix

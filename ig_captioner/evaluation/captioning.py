@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..captioners import CaptionScorer
-from ..cli.arguments import load_scorer
+from ..captioners.arguments import load_scorer
+from ..captioners.scorer import CaptionScorer
 from ..data.samples import Samples, captioned, separate
 from .processes import is_first, map_batches
 from .rows import Row, bootstrap

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..captioners import CaptionScorer
+from ..captioners.scorer import CaptionScorer
 from ..compiled_labels import encode_for
 from ..data.samples import Samples, describe_skipped, split_by_hash
 from ..data.shards import first_by_hash, image_of

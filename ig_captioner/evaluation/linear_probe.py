@@ -86,7 +86,7 @@ def mean_pooled_features(model: Any, processor: Any, images: Iterable[Image.Imag
 
     def features(batch: list[Image.Image]) -> Tensor:
         with torch.no_grad():
-            return model.model.vision_model(to_pixels(model, processor, batch)).pooler_output.float().cpu()
+            return model.model.pooled_features(to_pixels(model, processor, batch)).float().cpu()
 
     parts = map_batches(features, images, batch_size)
     if not parts:

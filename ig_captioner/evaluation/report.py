@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from .. import __version__
+from ..installed import __version__
 from .processes import place
 
 

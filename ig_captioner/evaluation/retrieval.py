@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from PIL import Image
 from torch import Tensor, tensor
 
-from ..cli.arguments import read_prior
+from ..captioners.arguments import read_prior
 from ..data.samples import Samples, captioned, split_by_hash
 from .ranking import ranks, recall_metrics, true_pairs, tune_prior_weight
 from .rows import Contender, Row, contenders, gain_row, make_row

@@ -7,11 +7,13 @@ import argparse
 import shlex
 from typing import Any
 
-from .. import TINY_CHECKPOINT, IGCaptionerConfig, IGCaptionerForZeroShotImageClassification
+from ..captioners.arguments import load_scorer
 from ..checkpoint import folder_or_repository, is_own, load_on_device, load_processor
-from ..cli.arguments import load_scorer
+from ..configuration_ig_captioner import IGCaptionerConfig
 from ..data.prompts import is_text_file, read_templates
 from ..data.samples import Samples, describe_skipped, label_from_field, labelled_decoder
+from ..installed import TINY_CHECKPOINT
+from ..modeling_ig_captioner import IGCaptionerForZeroShotImageClassification
 from ..processing_ig_captioner import default_templates
 from .contrastive import ContrastiveModel
 from .processes import is_first, place

@@ -13,11 +13,12 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .. import TINY_CHECKPOINT, IGCaptionerConfig
+from ..captioners.arguments import read_prior
 from ..checkpoint import is_own
-from ..cli.arguments import read_prior
+from ..configuration_ig_captioner import IGCaptionerConfig
 from ..data.prompts import read_class_names
 from ..data.samples import split_by_hash
+from ..installed import TINY_CHECKPOINT
 from .calibration import BINS, Calibration, abstain_threshold, calibrate, coverage_curve
 from .plots import draw_confusion, draw_coverage, draw_reliability
 from .processes import is_first
