@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.damage_labels [--flips 200] [--truncations 50] [--seed 0]
 
 Labels are compiled for the checkpoint in the package. Then, on a fresh copy each time, one bit of one of the two files
-is flipped, or one file is cut short. `CompiledLabels.load` must refuse with the folder's name; what it accepts must give
-the very scores of the intact labels (as after a flip in the white space of the JSON).
+is flipped, or one file is cut short. `CompiledLabels.load` must refuse with the folder's name; what it accepts must
+give the very scores of the intact labels (as after a flip in the white space of the JSON).
 """
 
 import argparse

@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration
+from ig_captioner.data.prompts import load_prompts
 from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
-from ig_captioner.prompts import load_prompts
 
 from .measure import DEVICE, circumstances
 

@@ -3,6 +3,9 @@
     python -m benchmarks.evaluate_checkpoint [--model DIR] [--data_root DATA] [--only TASK...] [--output_dir DIR]
 
 The folders are named below. Their results say which command would repeat them alone, with paths as they are given here.
+The files `results.json` are kept once, in the folder of the checkpoint:
+
+    python -m ig_captioner.card ig_captioner/checkpoints/tiny benchmarks/results/evaluation/*/results.json
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""An encoder of transformers as this package's: which weight becomes which, and whether the features stay the same.
+"""An encoder of transformers, as it is or rewritten as this package's: which weight becomes which, and whether the
+features stay the same.
 
 What the sources have and our encoder has not is rewritten so that the features of the patches do not change: a class
 token becomes one more register token with its position added (attention does not mind the order of tokens), and
@@ -17,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ig_captioner import IGCaptionerVisionConfig, IGCaptionerVisionModel
 from ig_captioner.configuration_ig_captioner import as_height_width
+from ig_captioner.encoders import load_encoder
 
 from .reading import ConversionError
 
@@ -26,12 +28,15 @@ MAX_DIFFERENCE = 1e-3  # of outputs, relative to the largest one
 
 @dataclass
 class Taken:
-    """What was taken from a source. loaded and dropped: its names. difference: of outputs, relative to the largest."""
+    """What was taken from a source. loaded and dropped: its names.
+
+    difference: of outputs, relative to the largest one; None where nothing was rewritten.
+    """
 
     source: str
     loaded: list[str]
     dropped: list[str]
-    difference: float = 0.0
+    difference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,17 +105,11 @@ FAMILIES = {
     "dinov2": Family("Dinov2Model", *DINO_PARTS, *DINO_TOKENS),
     "dinov2_with_registers": Family("Dinov2WithRegistersModel", *DINO_PARTS, *DINO_TOKENS),
 }
-NAFLEX = "its NaFlex patches are cut and placed differently (fixed-resolution SigLIP 2 works)"
-REFUSED = {"siglip2": NAFLEX, "siglip2_vision_model": NAFLEX}
 
 
-def find_family(encoder: str | Path) -> Family:
-    """Raises ConversionError naming the model type if it is none of `FAMILIES`."""
-    model_type = AutoConfig.from_pretrained(encoder).model_type
-    if model_type not in FAMILIES:
-        reason = REFUSED.get(model_type, f"known are {', '.join(FAMILIES)}")
-        raise ConversionError(f"an encoder of type {model_type!r} cannot be used: {reason}")
-    return FAMILIES[model_type]
+def find_family(encoder: str | Path) -> Family | None:
+    """Returns how an encoder is rewritten as ours, or None if it can only be taken as it is."""
+    return FAMILIES.get(AutoConfig.from_pretrained(encoder).model_type)
 
 
 def load_source(
@@ -216,13 +215,21 @@ def feature_difference(family: Family, source: PreTrainedModel, ours: IGCaptione
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def load_encoder(encoder: str | Path) -> tuple[IGCaptionerVisionModel, Taken]:
+def load_as_it_is(encoder: str | Path) -> tuple[PreTrainedModel, Taken]:
+    """The source's encoder. Raises ConversionError for one that cannot be used, and why."""
+    try:
+        model = load_encoder(encoder)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    return model, Taken(str(encoder), sorted(model.state_dict()), [])
+
+
+def load_converted(encoder: str | Path, family: Family) -> tuple[IGCaptionerVisionModel, Taken]:
     """Our encoder with the source's weights.
 
     Raises:
-        ConversionError: another kind of encoder, an incomplete one, or features that differ from the source's.
+        ConversionError: an incomplete encoder, or features that differ from the source's.
     """
-    family = find_family(encoder)
     source, beside = load_source(getattr(transformers, family.model), encoder, family.dropped)
     weights = source.state_dict()
     dropped = {name for name in weights if name.startswith(family.dropped)}

@@ -61,7 +61,7 @@ def digests(model: torch.nn.Module) -> dict[str, str]:
     """Weight name -> digest of dtype, shape and bytes: equal digests are equal weights."""
     result = {}
     for name, weight in model.state_dict().items():
-        data = weight.detach().contiguous().view(torch.uint8).numpy()
+        data = weight.detach().contiguous().flatten().view(torch.uint8).numpy()
         result[name] = f"{weight.dtype} {tuple(weight.shape)} {hashlib.sha256(data).hexdigest()}"
     return result
 

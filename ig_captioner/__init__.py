@@ -19,9 +19,9 @@ from .configuration_ig_captioner import (
     IGCaptionerConfig,
     IGCaptionerTextConfig,
     IGCaptionerVisionConfig,
-    IGCaptionerWarning,
 )
 from .information_gain import information_gain
+from .input_rules import IGCaptionerWarning
 from .installed import TINY_CHECKPOINT, __version__
 from .modeling_ig_captioner import (
     IGCaptionerForConditionalGeneration,

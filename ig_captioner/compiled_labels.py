@@ -218,18 +218,44 @@ def digest_of_tokens(input_ids: Tensor, attention_mask: Tensor) -> str:
 def fingerprint_of(model: Any) -> str:
     """SHA-256 of all that scores depend on: weights and `_circumstances`.
 
-    Of each weight a checksum is hashed: one pass over the weights, at the speed of memory. Offloaded weights cannot be
-    read; then the fingerprint is that of this very object.
+    Of each weight a checksum is hashed: one pass over the weights, at the speed of memory (of the disk, for weights
+    that accelerate has offloaded there).
     """
     digest = hashlib.sha256(repr(_circumstances(model)).encode())
-    for name, parameter in model.state_dict().items():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        if parameter.is_meta:
-            digest.update(str(id(model)).encode())
-        else:
-            for part in checksum(parameter.detach()):
-                digest.update(part)
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.is_meta:
+            value = offloaded_weight(model, name)
+        for part in _parts_of(value):
+            digest.update(name.encode())
+            digest.update(part)
     return digest.hexdigest()
+
+
+def _parts_of(value: Any) -> Iterator[Any]:
+    """What is hashed of an entry of a state dict: of a tensor its form and checksum; of packed weights all parts."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _parts_of(part)
+    elif isinstance(value, Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield from checksum(value.detach().dequantize() if value.is_quantized else value.detach())
+    else:
+        yield repr(value).encode()
+
+
+def offloaded_weight(model: nn.Module, name: str) -> Tensor:
+    """The weight behind a meta tensor of a model that accelerate has offloaded.
+
+    Raises:
+        ValueError: nobody knows where it is.
+    """
+    path, _, own_name = name.rpartition(".")
+    hook = getattr(model.get_submodule(path), "_hf_hook", None)
+    for part in getattr(hook, "hooks", [hook]):
+        weights = getattr(part, "weights_map", None)
+        if weights is not None:
+            return weights[own_name]
+    raise ValueError(f"the weight {name} is a meta tensor without content: load the model before it scores texts")
 
 
 def checksum(tensor: Tensor) -> Iterator[Any]:

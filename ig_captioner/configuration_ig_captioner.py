@@ -14,7 +14,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .input_rules import IGCaptionerWarning
 from .vision_ig_captioner import ImageLayout, layout_of, size_of, vision_part
 
 
@@ -469,4 +468,4 @@ for _name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_tok
 IGCaptionerVisionConfig.register_for_auto_class("AutoConfig")  # an encoder saved alone brings its code along
 
 
-__all__ = ["IGCaptionerConfig", "IGCaptionerTextConfig", "IGCaptionerVisionConfig", "IGCaptionerWarning"]
+__all__ = ["IGCaptionerConfig", "IGCaptionerTextConfig", "IGCaptionerVisionConfig"]

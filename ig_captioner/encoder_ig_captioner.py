@@ -206,6 +206,17 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
         """
         return build_from_config(cls, config, **kwargs)
 
+    @property
+    def device(self) -> torch.device:
+        """As in transformers; of a model whose weights are offloaded (accelerate), where it computes."""
+        device = super().device
+        if device.type != "meta":
+            return device
+        hooks = [getattr(module, "_hf_hook", None) for module in self.modules()]
+        parts = [part for hook in hooks for part in getattr(hook, "hooks", [hook])]
+        places = (getattr(part, "execution_device", None) for part in parts)
+        return next((torch.device(place) for place in places if place is not None), device)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         std = getattr(self.config.get_text_config(), "initializer_range", 0.02)

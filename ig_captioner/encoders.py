@@ -30,16 +30,23 @@ def load_encoder(source: str | Path) -> PreTrainedModel:
     """
     config = vision_part(AutoConfig.from_pretrained(source))
     model_class = encoder_class(config)
-    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         loaded, report = model_class.from_pretrained(source, config=config, **options)
     except SafetensorError as error:
         raise ValueError(f"the weights of {source} are truncated or damaged: {error}") from error
     weights, encoder = loaded.state_dict(), build_encoder(config)
     wanted = encoder.state_dict().keys()
-    wrong = {str(key) for key in report["missing_keys"]} | {str(key) for key, *_ in report["mismatched_keys"]}
-    if wrong := sorted(wanted & wrong):
-        raise ValueError(f"the weights of {source} do not fill {model_class.__name__}: {', '.join(wrong[:3])}")
+    wrong = {
+        "is missing": {str(key) for key in report["missing_keys"]},
+        "has the wrong shape": {str(key) for key, *_ in report["mismatched_keys"]},
+        "is not finite": {key for key, weight in weights.items() if not bool(weight.isfinite().all())},
+    }
+    lines = [f"{key} {reason}" for reason, keys in wrong.items() for key in sorted(keys & wanted)]
+    if lines:
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise ValueError(f"the weights of {source} do not fill {model_class.__name__}: {', '.join(lines[:3])}{more}")
     encoder.load_state_dict({name: weights[name] for name in wanted}, strict=True)
     return encoder.eval()
 

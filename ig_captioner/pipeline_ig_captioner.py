@@ -5,12 +5,13 @@ Shapes: B images, C candidate labels, T templates, N = T x C texts, L text token
 Deliberate differences from the stock pipeline: the texts are tokenised and compiled once per call (not once per
 image); `tokenizer_kwargs` reach the tokenizer; every argument is checked, and a wrong one
 is a ValueError that names it; transparent images are put on white; tuples of images and empty lists are
-accepted (a list in, a list out). A captioner of the Hub, which has no `score`, is scored with by
-a `CaptionScorer` where the package is installed.
+accepted (a list in, a list out); a model in training mode is asked in evaluation mode. A captioner of the
+Hub, which has no `score`, is scored with by a `CaptionScorer` where the package is installed.
 """
 
 import math
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -244,7 +245,8 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         if isinstance(image, (list, Dataset)) and isinstance(image, Sized) and len(image) == 0:
             _texts_of(settings, self.model.config)  # wrong labels are wrong for no image, too
             return []  # the base class looks at the first image
-        candidates = self._compile(settings)
+        with in_evaluation(self.model):
+            candidates = self._compile(settings)
         # Past the parent, whose `__call__` wants candidate_labels by position.
         return super(ZeroShotImageClassificationPipeline, self).__call__(image, candidates=candidates, **parameters)
 
@@ -274,7 +276,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         added = None if label_prior is None else label_log_prior(label_prior, len(labels))
         if self.scorer is not None:
             compiled = self._compile_for_scorer(given, labels, templates, settings)
-            return _Candidates(labels, len(templates), compiled, added)
+            return _Candidates(labels, 1, compiled, added)  # a scorer averages over the templates itself
         if is_compiled(given):
             if prior_source is not None or references is not None:
                 asked = "reference_images" if prior_source is None else f"prior_source {prior_source!r}"
@@ -322,7 +324,8 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
     def _forward(self, model_inputs, candidates: "_Candidates", prior_weight: float | None = None):
         """Scores [B, C], means over T templates; the prior [C] is repeated for each image."""
         score, images = (self.model.score, "pixel_values") if self.scorer is None else (self.scorer.score, "images")
-        scores = score(model_inputs[images], candidates.texts, prior_weight=prior_weight)
+        with in_evaluation(self.model):
+            scores = score(model_inputs[images], candidates.texts, prior_weight=prior_weight)
         means = {name: mean_over_templates(values, candidates.num_templates) for name, values in scores.items()}
         if candidates.label_prior is not None:
             gain = means["information_gain"]
@@ -358,6 +361,19 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
             for entry, i in zip(entries, order, strict=True):
                 entry.update({name: values[i] if i < len(values) else None for name, values in fields.items()})
         return entries
+
+
+@contextmanager
+def in_evaluation(model: Any) -> Iterator[None]:
+    """A model without dropout for a while: modules in training mode are in evaluation mode, and back in the end."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _check_gains(gains: list[float], labels: list[str]) -> None:

@@ -37,8 +37,16 @@ else:
     _Backend = PilBackend
 
 DEFAULT_TEMPLATE = "a photo of a {}."
-TEXT_RULES = {"padding": True, "padding_side": "right", "truncation": True}
+# Words like "[PAD]" in a text are words, not the special tokens of that name.
+TEXT_RULES = {"padding": True, "padding_side": "right", "truncation": True, "split_special_tokens": True}
 IMAGE_CHANNELS = (1, 3, 4)
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as an array, with float32 in place of the formats that numpy lacks (bfloat16, float8)."""
+    tensor = tensor.detach().cpu()
+    is_known = tensor.dtype in (torch.float16, torch.float32, torch.float64) or not tensor.is_floating_point()
+    return (tensor if is_known else tensor.float()).numpy()
 
 
 def array_to_pil(array: np.ndarray | torch.Tensor) -> PIL.Image.Image:
@@ -47,7 +55,7 @@ def array_to_pil(array: np.ndarray | torch.Tensor) -> PIL.Image.Image:
     Where both ends could be the channels, a tensor is read as channels first and an array as channels last.
     """
     channels_first = isinstance(array, torch.Tensor)
-    pixels = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    pixels = as_numpy(array) if isinstance(array, torch.Tensor) else array
     name = f"{type(array).__name__} of {pixels.dtype}, shape {tuple(array.shape)}"
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     first, last = (pixels.ndim == 3 and pixels.shape[axis] in IMAGE_CHANNELS for axis in (0, -1))
@@ -171,7 +179,7 @@ class IGCaptionerImageProcessor(_Backend):
         if isinstance(image, PIL.Image.Image):
             image = to_rgb(image) if do_convert_rgb else PIL.ImageOps.exif_transpose(image)
         elif isinstance(image, torch.Tensor) and self.backend == "pil":
-            image = image.detach().cpu()
+            image = torch.from_numpy(as_numpy(image))
         if isinstance(image, (np.ndarray, torch.Tensor)) and kwargs.get("do_rescale", self.do_rescale):
             _check_span(image)
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
@@ -242,20 +250,43 @@ def encode_texts(
 ) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` [N, L] of N texts, by the text rules; `kwargs` override the rules.
 
+    Texts that are too long are cut, and told as an [`IGCaptionerWarning`], unless `kwargs` say where to cut.
+
     Args:
         max_positions: how many tokens the model has positions for; a text is cut there, or where the tokenizer says.
 
     Raises:
         ValueError: if the arguments make the tokenizer return another number of rows than texts.
     """
+    asked = kwargs
+    limit = min(tokenizer.model_max_length, max_positions or tokenizer.model_max_length)
     if max_positions is not None:
-        kwargs = {"max_length": min(tokenizer.model_max_length, max_positions), **kwargs}
+        kwargs = {"max_length": limit, **kwargs}
     fixed = {"return_tensors": "pt", "return_attention_mask": True}
     encoded = tokenizer(texts, **{**TEXT_RULES, **kwargs, **fixed})
     rows = len(encoded["input_ids"])
     if rows != len(texts):
         raise ValueError(f"{len(texts)} texts became {rows} rows with tokenizer_kwargs {kwargs!r}")
+    if not {"max_length", "truncation"} & set(asked):
+        tell_of_cut_texts(tokenizer, texts, encoded["attention_mask"].sum(dim=-1).tolist(), limit)
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def tell_of_cut_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], lengths: Sequence[int], limit: int
+) -> None:
+    """Warns of texts that have lost tokens: `lengths` are those of N texts cut at `limit` tokens."""
+    full = [text for text, length in zip(texts, lengths, strict=True) if length == limit]
+    if full:
+        cut = cut_texts(tokenizer, full, limit)
+        if cut:
+            tell(f"texts are longer than the {limit} tokens that the model reads, and were cut", cut)
+
+
+def cut_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int) -> list[str]:
+    """The texts that have more than `limit` tokens, end-of-sequence included."""
+    whole = tokenizer(list(texts), split_special_tokens=True, verbose=False)["input_ids"]
+    return [text for text, ids in zip(texts, whole, strict=True) if len(ids) > limit]
 
 
 def gives_scored_form(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -290,10 +321,16 @@ class IGCaptionerProcessor(ProcessorMixin):
             )
 
     def __call__(self, images=None, text=None, **kwargs):
-        """As in transformers, with the text rules as defaults."""
+        """As in transformers, with the text rules as defaults. Warns of texts that are cut, unless it was asked to."""
         rules = {name: value for name, value in TEXT_RULES.items() if name not in kwargs}
+        asked = {*kwargs, *kwargs.get("text_kwargs", {})}
         kwargs["text_kwargs"] = {**rules, **kwargs.get("text_kwargs", {})}
-        return super().__call__(images=images, text=text, **kwargs)
+        encoded = super().__call__(images=images, text=text, **kwargs)
+        if text is not None and "attention_mask" in encoded and not {"max_length", "truncation"} & asked:
+            texts = [text] if isinstance(text, str) else text
+            lengths = [int(sum(mask)) for mask in encoded["attention_mask"]] if len(texts) else []
+            tell_of_cut_texts(self.tokenizer, texts, lengths, self.tokenizer.model_max_length)
+        return encoded
 
 
 # A folder saved from these classes carries this file, so that it loads where the package is not installed.

@@ -20,7 +20,8 @@ from .compiled_labels import CompiledLabels, CompiledTexts, fingerprint_of, is_c
 from .configuration_ig_captioner import PRIOR_SOURCES, IGCaptionerConfig
 from .decoder_ig_captioner import TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, KeyValues
-from .information_gain import information_gain, label_log_prior, mean_over_references
+from .information_gain import information_gain, label_log_prior, mean_over_references, mean_over_templates
+from .input_rules import tell
 from .label_trie import TextTrie, build_trie
 from .text_rules import scored_form
 
@@ -74,7 +75,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         Args:
             pixel_values: [B, channels, height, width]; None with `image_features`.
             input_ids: [C, L], exactly the tokens that are scored: end-of-sequence included, start token excluded; or
-                what `compile_texts` or `compile_labels` returned.
+                what `compile_texts` or `compile_labels` returned. The start token of texts that all have one, as
+                `generate` returns them, is left out.
             attention_mask: [C, L] of 0 and 1, padding on either side; found from the padding id if not given, on the
                 right where that is an end-of-sequence id, too.
             image_features: [B, P, E], what `model.encode_features` made of the images.
@@ -91,12 +93,13 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
                 speed, not scores. Where gradients are asked for, autograd keeps every pass.
 
         Returns:
-            [`IGCaptionerScoreOutput`], float32.
+            [`IGCaptionerScoreOutput`], float32. Of labels in several templates, C labels, it has means over templates.
 
         Raises:
             ValueError: for an empty text, a token outside the vocabulary, a shape or a chunk size that does not fit, an
                 unknown reduction or prior, or texts that were compiled with other weights.
         """
+        self._tell_of_dropout()
         positions = self._positions_per_pass(chunk_size)
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
@@ -119,12 +122,15 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         if reduction == "mean":
             caption_log_likelihood = caption_log_likelihood / texts.trie.lengths
             prior_log_likelihood = prior_log_likelihood / texts.trie.lengths
+        if is_compiled(input_ids):
+            caption_log_likelihood, prior_log_likelihood = (
+                mean_over_templates(values, len(input_ids.templates))
+                for values in (caption_log_likelihood, prior_log_likelihood)
+            )
         prior_weight = self.config.prior_weight if prior_weight is None else prior_weight
         gain = information_gain(caption_log_likelihood, prior_log_likelihood, prior_weight)
         if label_prior is not None:
-            num_templates = len(getattr(input_ids, "templates", (None,)))
-            added = label_log_prior(label_prior, len(prior_log_likelihood) // num_templates)
-            gain = gain + added.to(gain.device).repeat(num_templates)
+            gain = gain + label_log_prior(label_prior, len(prior_log_likelihood)).to(gain.device)
         return IGCaptionerScoreOutput(caption_log_likelihood, prior_log_likelihood, gain)
 
     def compile_texts(
@@ -168,6 +174,12 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         image_tokens = self.model.read_features(pixel_values)
         texts = texts.verified_for(self).to(image_tokens.device)
         return torch.cat(list(self._edges_by_image(texts, image_tokens, positions)))
+
+    def _tell_of_dropout(self) -> None:
+        sections = (self.config.vision_config, self.config.text_config)
+        rates = [getattr(section, name, 0.0) for section in sections for name in ("dropout", "attention_dropout")]
+        if self.training and not torch.is_grad_enabled() and any(rates):
+            tell("the model is in training mode, so that dropout makes other scores in every call: call eval()")
 
     def fingerprint(self) -> str:
         """Identifies all that scores depend on: weights, architecture, autocast, hooks and the state of adapters."""
@@ -265,4 +277,4 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         return chunk_size
 
     def _numbers_at_once(self) -> int:
-        return MAX_NUMBERS_PER_CHUNK.get(self.lm_head.weight.device.type, MAX_NUMBERS_PER_CHUNK["other"])
+        return MAX_NUMBERS_PER_CHUNK.get(self.device.type, MAX_NUMBERS_PER_CHUNK["other"])

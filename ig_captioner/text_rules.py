@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .configuration_ig_captioner import IGCaptionerTextConfig, IGCaptionerWarning
+from .configuration_ig_captioner import IGCaptionerTextConfig
 from .information_gain import IGNORE_INDEX, shift_right
+from .input_rules import IGCaptionerWarning
 
 
 @dataclass(frozen=True)

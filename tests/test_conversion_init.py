@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_conversion_tokenizer import write_model
+from tiny_encoders import ENCODERS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModel,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
@@ -136,6 +138,30 @@ def test_another_image_size_and_the_command(tmp_path, tokenizer, capsys):
         script.main(arguments)
 
 
+@pytest.mark.parametrize("name", ["resnet", "efficientnet", "dinov2_registers", "siglip"])
+def test_encoders_as_they_are(tmp_path, tokenizer, name, capsys):
+    """Those that could not be rewritten, and with `--as_is` the others, too."""
+    sources = {kind: lambda kind=kind: AutoModel.from_config(ENCODERS[kind][0]) for kind in ("resnet", "efficientnet")}
+    source = save_source(tmp_path / "source", {**SOURCES, **sources}[name])
+    pixels = {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": 24, "image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "source" / "preprocessor_config.json").write_text(json.dumps(pixels))
+    (tmp_path / "text.json").write_text(json.dumps(TEXT))
+    arguments = ["--encoder", str(tmp_path / "source"), "--tokenizer", str(tokenizer), "--image_token_grids", "2", "1"]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--text_config", str(tmp_path / "text.json")]
+    script.main([*arguments, "--image_token_norm", *(["--as_is"] if name in SOURCES else [])])
+    assert f"tensors of the encoder {tmp_path / 'source'}; as it is" in capsys.readouterr().out
+    model = load_model(IGCaptionerForConditionalGeneration, tmp_path / "out")
+    assert not model.config.has_own_encoder
+    assert model.config.image_token_grids == [2, 1] and model.config.image_token_norm
+    weights = getattr(source, "vision_model", source).state_dict()
+    for key, weight in model.model.vision_model.state_dict().items():
+        assert torch.equal(weight, weights[key]), key
+    image_processor = load_processor(tmp_path / "out").image_processor
+    assert dict(image_processor.size) == {"height": 24, "width": 24} and image_processor.crop_pct == 0.75
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| image encoder | `{model.config.vision_config.model_type}` of transformers, width" in card
+
+
 def stretched(table: np.ndarray, length: int) -> np.ndarray:
     """`table` [rows, ...] at `length` points between its first and its last row."""
     at = np.linspace(0, len(table) - 1, length)
@@ -159,10 +185,10 @@ def test_positions_are_resampled_and_nothing_else_changes(tmp_path, tokenizer, n
 
 def test_what_cannot_be_used_is_refused(tmp_path, tokenizer):
     Siglip2VisionConfig(**MLP).save_pretrained(tmp_path / "naflex")
-    with pytest.raises(ConversionError, match="'siglip2_vision_model' cannot be used: its NaFlex patches"):
+    with pytest.raises(ConversionError, match="'siglip2_vision_model': .*as NaFlex does"):
         init_from_pretrained(tmp_path / "naflex", tokenizer, tmp_path / "out")
     OPTConfig().save_pretrained(tmp_path / "opt")
-    with pytest.raises(ConversionError, match="an encoder of type 'opt' cannot be used: known are siglip, "):
+    with pytest.raises(ConversionError, match="vision_config of type 'opt': OPTModel does not take pixel_values"):
         init_from_pretrained(tmp_path / "opt", tokenizer, tmp_path / "out")
     Dinov2Model(Dinov2Config(**SIZES, qkv_bias=False)).save_pretrained(tmp_path / "dinov2")
     with pytest.raises(ConversionError, match="qkv_bias=False is not supported"):

@@ -48,7 +48,7 @@ from ig_captioner.demo.inputs import (
     read_upload,
 )
 from ig_captioner.demo.page import caption_view, label_bars, number, token_view, visible
-from ig_captioner.demo.scores import Captioner, Piece, Row, Scores, TextTokens, as_code, large_set
+from ig_captioner.demo.scores import Captioner, Piece, RankedLabel, Scores, TextTokens, as_code, large_set
 from tiny import naive_log_likelihoods
 
 
@@ -408,7 +408,7 @@ def test_limits_of_downloads(site, monkeypatch):
 # Scores
 
 
-def by_label(rows: list[Row]) -> dict[str, tuple]:
+def by_label(rows: list[RankedLabel]) -> dict[str, tuple]:
     return {row.label: tuple(row)[1:] for row in rows}
 
 
@@ -423,7 +423,7 @@ def expected_rows(captioner, photo, labels, template, prior_weight) -> list[dict
     return classify(photo, candidate_labels=list(labels), **settings)
 
 
-def check_rows(rows: list[Row], expected: list[dict]) -> None:
+def check_rows(rows: list[RankedLabel], expected: list[dict]) -> None:
     assert [row.label for row in rows] == [entry["label"] for entry in expected]
     for row, entry in zip(rows, expected, strict=True):
         assert row._asdict() == pytest.approx(entry, abs=1e-4)
@@ -582,7 +582,7 @@ class Elements(HTMLParser):
         return [{key: float(value) for key, value in re.findall(r"(\w+):([-\d.]+)%", style)} for style in styles]
 
 
-def rows_of(*pairs: tuple[float, float], weight: float = 1.0) -> list[Row]:
+def rows_of(*pairs: tuple[float, float], weight: float = 1.0) -> list[RankedLabel]:
     names = tuple(f"label {i}" for i in range(len(pairs)))
     return Scores(names, "{}", [pair[0] for pair in pairs], [pair[1] for pair in pairs]).ranked(weight)
 
@@ -616,7 +616,7 @@ def test_the_choice_of_each_column_is_marked():
 
 @pytest.mark.parametrize("label", ODD_LABELS)
 def test_what_visitors_type_stays_text(captioner, label):
-    row = Row(label, -1.0, -2.0, 1.0, 1.0)
+    row = RankedLabel(label, -1.0, -2.0, 1.0, 1.0)
     views = [label_bars([row], 1, 1.0), token_view([Piece(label, -1.0, -2.0), Piece("", -0.1, -0.1)])]
     tokens = TextTokens([5, 2], [-1.0, -0.1], [-2.0, -0.1])
     views.append(caption_view(demo_page.Caption(label, tokens), [Piece(label, -1.0, -2.0), Piece("", -0.1, -0.1)]))

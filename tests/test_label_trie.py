@@ -269,3 +269,15 @@ def test_single_damaged_bits_are_named_or_without_effect(compiled, tmp_path):
 def test_compiled_labels_are_shown_in_a_line(compiled):
     assert repr(compiled).startswith("CompiledLabels(3 labels ('cat', ") and "in 2 templates" in repr(compiled)
     assert "tensor" not in repr(compiled) and "\n" not in repr(compiled)
+
+
+def test_score_of_compiled_labels_has_one_number_per_label(classifier, compiled, photos):
+    pixels = classifier.image_processor(photos, return_tensors="pt")["pixel_values"]
+    for reduction in ("sum", "mean"):
+        with torch.no_grad():
+            scores = classifier.model.score(pixels, compiled, reduction=reduction)
+            texts = classifier.model.score(pixels, compiled.texts, reduction=reduction)
+        assert scores.information_gain.shape == (3, 3) and texts.information_gain.shape == (3, 6)
+        for name in ("caption_log_likelihood", "prior_log_likelihood", "information_gain"):
+            expected = (texts[name][..., :3] + texts[name][..., 3:]) / 2
+            assert torch.allclose(scores[name], expected, atol=1e-6)

@@ -161,3 +161,12 @@ def test_arrows_between_the_folders_of_the_package():
 def test_every_folder_is_known():
     folders = {path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE, PACKAGE / "data" / "prompts"}
     assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} == set(PACKAGE_FOLDERS)
+
+
+def test_contributing_has_a_row_for_every_folder_and_the_reading_order():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    folders = [folder.replace(".", "/") for folder in (*ARROWS, *PACKAGE_FOLDERS)]
+    assert [folder for folder in folders if f"| `{folder}/` |" not in text] == []
+    assert re.findall(r"^\d+\. `(\w+)\.py`", text, flags=re.MULTILINE) == READING_ORDER
+    for path in re.findall(r"`(ig_captioner/[\w/]+\.py)`", text):
+        assert (ROOT / path).is_file(), path

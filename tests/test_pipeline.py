@@ -591,6 +591,7 @@ def test_the_file_can_be_remote_code():
     assert sorted(get_relative_imports(path)) == own
     assert set(get_imports(path)) <= {
         "collections",
+        "contextlib",
         "dataclasses",
         "math",
         "numbers",

@@ -33,6 +33,7 @@ from ..information_gain import (
     information_gain,
     label_log_prior,
     mean_over_references,
+    mean_over_templates,
     token_means_over_references,
 )
 from ..label_trie import TextTrie, build_trie
@@ -166,7 +167,7 @@ class CaptionScorer:
             reduction: "sum" for nats per text, "mean" for nats per token.
 
         Returns:
-            [`IGCaptionerScoreOutput`], float32, on the CPU.
+            [`IGCaptionerScoreOutput`], float32, on the CPU. Of labels in several templates it has means over templates.
 
         Raises:
             ValueError: naming the value, for wrong arguments and images, and for labels compiled for something else.
@@ -187,11 +188,13 @@ class CaptionScorer:
         if reduction == "mean":
             lengths = trie.lengths.cpu()
             caption, prior_log_likelihood = caption / lengths, prior_log_likelihood / lengths
+        caption, prior_log_likelihood = (
+            mean_over_templates(values, num_templates) for values in (caption, prior_log_likelihood)
+        )
         weight = self.default_prior_weight if prior_weight is None else prior_weight
         gain = information_gain(caption, prior_log_likelihood, weight)
         if label_prior is not None:
-            num_labels = len(prior_log_likelihood) // num_templates
-            gain = gain + label_log_prior(label_prior, num_labels).repeat(num_templates)
+            gain = gain + label_log_prior(label_prior, len(prior_log_likelihood))
         return IGCaptionerScoreOutput(caption, prior_log_likelihood, gain)
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from ..input_rules import IMAGE_EXTENSIONS, MAX_PIXELS, ImageError, clean_text, read_image_file, tell
+from ..input_rules import IMAGE_EXTENSIONS, MAX_PIXELS, ImageError, check_unicode, clean_text, read_image_file, tell
 from ..processing_ig_captioner import gives_scored_form
 from .archive import MAX_BYTES, TOO_LARGE, Archive, Member
 from .fingerprints import Fingerprint, HashingFile, name_of
@@ -295,8 +295,8 @@ def read_captions(files: dict[str, bytes]) -> list[str]:
         raise BrokenSampleError("captions that are not texts")
     try:
         captions = captions or [read_caption_file(files.get("txt", b""))]
-        "".join(captions).encode("utf-8")  # JSON may hold halves of surrogate pairs, which no tokenizer takes
-    except UnicodeError as error:
+        check_unicode("".join(captions), "a caption")  # JSON may hold halves of surrogate pairs
+    except ValueError as error:
         raise BrokenSampleError("caption is not UTF-8") from error
     captions = [caption for caption in map(clean_text, captions) if caption]
     if not captions:

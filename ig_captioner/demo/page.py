@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from ..installed import TINY_CHECKPOINT
-from .scores import Caption, Piece, Row
+from .scores import Caption, Piece, RankedLabel
 
 
 MAX_SHOWN = 20  # labels
@@ -104,7 +104,7 @@ def placeholder(content: str) -> str:
 # Labels
 
 
-def label_bars(rows: Sequence[Row], num_labels: int, prior_weight: float, temperature: float = 1.0) -> str:
+def label_bars(rows: Sequence[RankedLabel], num_labels: int, prior_weight: float, temperature: float = 1.0) -> str:
     """Three bars per label, best label first; `rows` are those to be shown of `num_labels`.
 
     log P(T|I) and -log P(T) share a scale. Of -log P(T) the part that the prior weight counts is filled.
@@ -135,7 +135,7 @@ def label_bars(rows: Sequence[Row], num_labels: int, prior_weight: float, temper
     )
 
 
-def threshold_note(best: Row, abstain_threshold: float | None) -> str:
+def threshold_note(best: RankedLabel, abstain_threshold: float | None) -> str:
     """What the pipeline would say of a photo whose best label is `best`, if the checkpoint may abstain."""
     if abstain_threshold is None:
         return ""
