@@ -22,7 +22,7 @@ import transformers as hf
 from torch import Tensor
 
 from benchmarks.measure import row
-from ig_captioner import TINY_CHECKPOINT, IGCaptionerProcessor
+from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerProcessor
 from ig_captioner.captioners.families import Family, family_of
 from ig_captioner.captioners.readers import read_rows, read_tree, tokens_of
 from ig_captioner.data.prompts import load_prompts
@@ -72,7 +72,7 @@ MODELS = {"LLaVA-like": like_llava, "BLIP-like": like_blip}
 
 def load(name: str, number: int) -> tuple[Family, dict[str, Tensor], TextTrie]:
     torch.manual_seed(0)
-    tokenizer = IGCaptionerProcessor.from_pretrained(TINY_CHECKPOINT).tokenizer
+    tokenizer = IGCaptionerProcessor.from_pretrained(DEFAULT_CHECKPOINT).tokenizer
     labels = load_prompts("imagenet").class_names[:number]
     encoded = tokenizer([TEMPLATE.replace("{}", label) for label in labels], padding=True, return_tensors="pt")
     model, inputs = MODELS[name](len(tokenizer))

@@ -33,7 +33,7 @@ from torch import Tensor
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, TorchAoConfig
 
-from ig_captioner import TINY_CHECKPOINT, IGCaptionerImageProcessor
+from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerImageProcessor
 from ig_captioner.compiled_labels import encode_for
 from ig_captioner.export import TRIE_FIELDS, export_onnx
 from ig_captioner.label_trie import build_trie
@@ -159,11 +159,11 @@ def tokens_of(checkpoint: str, model: Any, labels: list[str], template: str) -> 
 
 def tiny_rows(options: argparse.Namespace, folder: Path) -> list[Measurement]:
     """All rows of the shipped checkpoint."""
-    made = contenders(TINY_CHECKPOINT, folder)
-    model, processor = made[REFERENCE][0].args[0], AutoProcessor.from_pretrained(TINY_CHECKPOINT)  # type: ignore[attr-defined]
+    made = contenders(DEFAULT_CHECKPOINT, folder)
+    model, processor = made[REFERENCE][0].args[0], AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)  # type: ignore[attr-defined]
 
     def calls(labels: list[str], template: str = DEFAULT_TEMPLATE) -> dict[str, Call]:
-        tokens = tokens_of(TINY_CHECKPOINT, model, labels, template)
+        tokens = tokens_of(DEFAULT_CHECKPOINT, model, labels, template)
         return {name: make(tokens) for name, (make, _) in made.items()}
 
     photos = processor(images=[Image.fromarray(getattr(data, name)()) for name in PHOTOS], return_tensors="pt")
@@ -186,11 +186,11 @@ def large_rows(options: argparse.Namespace, folder: Path) -> list[Measurement]:
     """Size and speed at B/16; the tokenizer is that of the shipped checkpoint, whose ids the model has, too."""
     model = captioner("fast", torch.float32)
     model.save_pretrained(folder / "checkpoint")
-    processor = AutoProcessor.from_pretrained(TINY_CHECKPOINT)
+    processor = AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)
     processor.image_processor = IGCaptionerImageProcessor(size={"height": 224, "width": 224})
     processor.save_pretrained(folder / "checkpoint")
     made = contenders(str(folder / "checkpoint"), folder)
-    tokens = tokens_of(TINY_CHECKPOINT, model, imagenet_labels(100), DEFAULT_TEMPLATE)
+    tokens = tokens_of(DEFAULT_CHECKPOINT, model, imagenet_labels(100), DEFAULT_TEMPLATE)
     calls = {name: make(tokens) for name, (make, _) in made.items()}
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     return size_and_speed("B/16", calls, {name: size for name, (_, size) in made.items()}, images, options.rounds)

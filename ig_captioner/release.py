@@ -38,7 +38,7 @@ from .checkpoint import folder_or_repository, load_model, load_processor
 from .configuration_ig_captioner import AUTO_MAP, CUSTOM_PIPELINES, REMOTE_CODE_FILES, IGCaptionerConfig
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .evaluation.report import weights_digest
-from .installed import TINY_CHECKPOINT, __version__
+from .installed import DEFAULT_CHECKPOINT, __version__
 from .modeling_ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
 from .processing_ig_captioner import IGCaptionerProcessor
 
@@ -87,7 +87,7 @@ def read_in_short(model: str | Path) -> str | None:
 
 def save_release(
     directory: str | Path,
-    model: str | Path = TINY_CHECKPOINT,
+    model: str | Path = DEFAULT_CHECKPOINT,
     *,
     overwrite: bool = False,
     repo_id: str | None = None,

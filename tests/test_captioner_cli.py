@@ -5,7 +5,7 @@ import json
 import pytest
 from captioner_folders import photo, save_folder
 
-from ig_captioner import TINY_CHECKPOINT, CaptionScorer
+from ig_captioner import DEFAULT_CHECKPOINT, CaptionScorer
 from ig_captioner.cli.main import main
 
 
@@ -81,7 +81,7 @@ def test_info_says_family_prompt_reading_mode_and_prior(folder, capsys):
     prior = {"blip": "reference_images", "llava": "unconditional"}[name]
     assert f"prior source:    {prior}" in told or prior in told
     assert ("Describe the image" in told) == (name == "llava")
-    own = lines(run(capsys, "info", TINY_CHECKPOINT, "--format", "jsonl"))[0]
+    own = lines(run(capsys, "info", DEFAULT_CHECKPOINT, "--format", "jsonl"))[0]
     assert own["prior_source"] == "unconditional"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from captioner_folders import FOLDERS, captioner, photo, save_folder
 
-from ig_captioner import TINY_CHECKPOINT, CaptionScorer, CompiledLabels
+from ig_captioner import DEFAULT_CHECKPOINT, CaptionScorer, CompiledLabels
 from ig_captioner.captioners.readers import forced_log_likelihoods
 from ig_captioner.captioners.scorer import plain_images
 from ig_captioner.information_gain import label_log_prior, mean_over_references, token_means_over_references
@@ -105,7 +105,7 @@ def test_the_default_references_are_plain_images():
 
 
 def test_likelihoods_alone_are_those_of_scores():
-    for scorer in (scorer_of("llava"), CaptionScorer.from_pretrained(TINY_CHECKPOINT)):
+    for scorer in (scorer_of("llava"), CaptionScorer.from_pretrained(DEFAULT_CHECKPOINT)):
         expected = scorer.score(PHOTOS, TEXTS).caption_log_likelihood
         assert close(scorer.log_likelihoods(PHOTOS, TEXTS), expected)
         with pytest.raises(ValueError, match="at least one text"):
@@ -242,7 +242,7 @@ def test_compiled_labels_are_bound_to_weights():
 
 
 def test_labels_of_our_own_models_are_not_taken_for_those_of_others():
-    own = CaptionScorer.from_pretrained(TINY_CHECKPOINT).compile_labels(["cat"])
+    own = CaptionScorer.from_pretrained(DEFAULT_CHECKPOINT).compile_labels(["cat"])
     with pytest.raises(ValueError, match="compiled for model None, not 'blip'"):
         scorer_of("blip").score(PHOTOS, own)
 
@@ -290,7 +290,7 @@ def test_training_mode_and_unknown_reading_modes_are_refused():
 
 
 def test_our_own_checkpoints_load_through_the_same_call(tmp_path):
-    scorer = CaptionScorer.from_pretrained(TINY_CHECKPOINT)
+    scorer = CaptionScorer.from_pretrained(DEFAULT_CHECKPOINT)
     photos = [photo(1, (64, 64)), photo(2, (64, 64))]
     pixels = scorer.processor(images=photos, return_tensors="pt")["pixel_values"]
     encoded = scorer.processor(text=TEXTS, return_tensors="pt")
@@ -308,7 +308,7 @@ def test_our_own_checkpoints_load_through_the_same_call(tmp_path):
     assert len(scorer.caption(photos)) == 2
     assert scorer.verification.mode == "tree" and "own" in scorer.describe()["family"]
     with pytest.raises(ValueError, match="have no prompt"):
-        CaptionScorer.from_pretrained(TINY_CHECKPOINT, prompt="What is it?")
+        CaptionScorer.from_pretrained(DEFAULT_CHECKPOINT, prompt="What is it?")
 
 
 # Folders

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_hub import save_checkpoint
 
-from ig_captioner import TINY_CHECKPOINT, IGZeroShotImageClassificationPipeline
+from ig_captioner import DEFAULT_CHECKPOINT, IGZeroShotImageClassificationPipeline
 from ig_captioner.compiled_labels import encode_for
 from ig_captioner.demo import inputs
 from ig_captioner.demo import page as demo_page
@@ -496,7 +496,7 @@ def test_captions_are_scored_as_texts(captioner, pixel_values):
 
 @pytest.fixture(scope="module")
 def shipped() -> Captioner:
-    return Captioner(TINY_CHECKPOINT, "cpu")
+    return Captioner(DEFAULT_CHECKPOINT, "cpu")
 
 
 @pytest.mark.parametrize("text", ["a cat.", "émile's 🐱 cup of coffee, 猫", "שלום", "\x00\x1b", "\ufffd\ufffd x", ""])
@@ -547,7 +547,7 @@ def test_code_of_a_calibrated_checkpoint_gives_the_scores_of_the_page(photo, tmp
 
 def test_code_of_the_shipped_checkpoint_shows_no_path(shipped):
     code = as_code(shipped.name, Scores(("cat",), ("{}",), [-1.0], [-1.0]), 1)
-    assert "model=TINY_CHECKPOINT,\n" in code and TINY_CHECKPOINT not in code
+    assert "model=DEFAULT_CHECKPOINT,\n" in code and DEFAULT_CHECKPOINT not in code
     compile(code, "code", "exec")
 
 
@@ -889,7 +889,7 @@ def test_the_space_is_complete(monkeypatch):
     calls = []
     monkeypatch.setattr(demo, "launch", lambda model, **options: calls.append((model, options)))
     runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
-    assert calls == [(TINY_CHECKPOINT, {"host": "0.0.0.0", "port": 7860})]
+    assert calls == [(DEFAULT_CHECKPOINT, {"host": "0.0.0.0", "port": 7860})]
     about = yaml.safe_load((SPACE / "README.md").read_text("utf-8").split("---")[1])
     assert about["sdk"] == "gradio" and about["app_file"] == "app.py" and about["sdk_version"] == gradio.__version__
     setup = ConfigParser()

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
+from ig_captioner.data.fingerprints import Fingerprint, list_fingerprints
 from ig_captioner.data.shards import (
     SHARD_REASONS,
     EmptySourceError,
@@ -44,6 +45,7 @@ from .mixtures import (
     StreamedMixture,
     StreamedSource,
     StreamState,
+    refuse_if_strict,
 )
 
 
@@ -139,6 +141,8 @@ class TrainingData:
     """How many streams there are over all processes; 0 for cached sources."""
     states: dict[int, StreamState] = field(default_factory=dict)
     """Where this process's streams stand; the training loop updates it with each batch's."""
+    shards: dict[str, list[Fingerprint]] = field(default_factory=dict)
+    """What the shards of each source are: with their content where they were read, else with names and sizes."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,7 @@ class DecodedSources:
     """`Sample`s, or `FeatureSample`s."""
     held_out: dict[str, list[Sample]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
+    shards: dict[str, list[Fingerprint]] = field(default_factory=dict)
 
 
 def load_training_data(
@@ -197,6 +202,7 @@ def load_training_data(
         decoded = read_features(config, features, encode, max_held_out)
     else:
         decoded = decode_sources(config, paths, encode, settings, max_held_out, shows_progress=share.process == 0)
+    shards = {name: list_fingerprints(paths[name]) for name in paths} | decoded.shards
     mixture: CachedMixture | StreamedMixture
     if features or config.cache_in_memory:
         mixture = cached_mixture(config, decoded.training, settings, seed, features)
@@ -207,11 +213,11 @@ def load_training_data(
             batch_sampler=DrawSampler(position.draws, share.batch_size, share.process, share.processes),
         )
         sizes = {name: len(samples) for name, samples in decoded.training.items()}
-        return TrainingData(loader, decoded.held_out, decoded.skipped, sizes)
+        return TrainingData(loader, decoded.held_out, decoded.skipped, sizes, shards=shards)
     mixture = streamed_mixture(config, paths, encode, settings, seed, share, position)
     loader = make_loader(mixture, config, settings, batch_size=share.batch_size)
     states = dict(position.states) if share.process == 0 else {}
-    return TrainingData(loader, decoded.held_out, decoded.skipped, {}, mixture.streams, states)
+    return TrainingData(loader, decoded.held_out, decoded.skipped, {}, mixture.streams, states, shards)
 
 
 def cached_mixture(
@@ -305,9 +311,12 @@ def decode_sources(
     decoded = DecodedSources()
     for name, source in config.sources.items():
         if config.cache_in_memory or (source.holdout_fraction and max_held_out):
+            fingerprints: list[Fingerprint] | None = [] if config.cache_in_memory else None
             training, held_out, skipped = read_cache(
-                name, paths[name], source, config, encode, settings, shows_progress
+                name, paths[name], source, config, encode, settings, shows_progress, fingerprints
             )
+            if fingerprints is not None:
+                decoded.shards[name] = fingerprints
             decoded.training[name] = training
             decoded.held_out[name] = choose_held_out(held_out, max_held_out)
             decoded.skipped += skipped
@@ -322,6 +331,7 @@ def read_cache(
     encode: Encode,
     settings: ImageSettings,
     shows_progress: bool = False,
+    fingerprints: list[Fingerprint] | None = None,
 ) -> tuple[list[Sample], list[Sample], list[Skipped]]:
     """Decodes a source: (training samples, held-out samples, skipped).
 
@@ -334,11 +344,19 @@ def read_cache(
     training: list[Sample] = []
     held_out: list[Sample] = []
     skipped: list[Skipped] = []
-    cached = {"size": config.cache_size, "keep_proportions": settings.crop_pct is not None}
-    items = read_samples(paths, encode, max_pixels=config.max_image_pixels, keep=keep, **cached)
+    items = read_samples(
+        paths,
+        encode,
+        max_pixels=config.max_image_pixels,
+        size=config.cache_size,
+        keep_proportions=settings.crop_pct is not None,
+        keep=keep,
+        fingerprints=fingerprints,
+    )
     shown = {"unit": " samples", "delay": SILENT_SECONDS, "mininterval": 1.0, "disable": not shows_progress}
     for item in tqdm(items, desc=f"decoding {name} ({len(paths)} shards)", **shown):
         if isinstance(item, Skipped):
+            refuse_if_strict(item, config)
             if config.cache_in_memory or item.reason not in SHARD_REASONS:
                 skipped.append(item)
         else:

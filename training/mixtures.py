@@ -35,7 +35,7 @@ from ig_captioner.data.shards import (
 
 from .augmentation import ImageSettings, augment
 from .captions import draw_caption
-from .config import AugmentationConfig, DataConfig, SourceConfig
+from .config import AugmentationConfig, DataConfig, SourceConfig, UsageError
 from .feature_cache import FeatureStore
 
 
@@ -137,6 +137,12 @@ class Position(NamedTuple):
     drawn: int = 0
 
 
+def refuse_if_strict(item: Skipped, data: DataConfig) -> None:
+    """Raises UsageError for a sample or shard that cannot be used, where the configuration wants all of them."""
+    if data.strict:
+        raise UsageError(f"{item.key} cannot be used: {item.reason} (data.strict is set)")
+
+
 class StreamedSource:
     """One shard set as endless, shuffled streams that share out its samples."""
 
@@ -164,6 +170,7 @@ class StreamedSource:
                 for drawn in range(start.drawn, len(block)):
                     item = decode_item(block[order[drawn]], self.decode)
                     if isinstance(item, Skipped):
+                        refuse_if_strict(item, self.data)
                         reasons[item.reason] += 1
                     usable = usable or not isinstance(item, Skipped)
                     yield item, Position(turn, shard, sample, drawn + 1)

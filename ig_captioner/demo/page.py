@@ -8,7 +8,7 @@ import html
 import unicodedata
 from collections.abc import Sequence
 
-from ..installed import TINY_CHECKPOINT
+from ..installed import DEFAULT_CHECKPOINT
 from .scores import Caption, Piece, RankedLabel
 
 
@@ -82,7 +82,7 @@ def number(value: float, sign: str = "") -> str:
 
 def header(model: str, in_short: str | None) -> str:
     """The head of the page, in HTML: what the demo does, and which checkpoint it asks."""
-    name = "the checkpoint that comes with the package" if model == TINY_CHECKPOINT else visible(model)
+    name = "the checkpoint that comes with the package" if model == DEFAULT_CHECKPOINT else visible(model)
     about = f" {visible(in_short)}" if in_short else ""
     return f"""\
 <div class="ig-head"><h1>ig_captioner</h1><p>An image captioner as a zero-shot classifier. It ranks your labels by

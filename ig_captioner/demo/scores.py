@@ -20,7 +20,7 @@ from ..checkpoint import caption_tokens, load_on_device, load_processor
 from ..compiled_labels import CompiledLabels, compile_labels
 from ..data.prompts import load_prompts
 from ..information_gain import information_gain
-from ..installed import TINY_CHECKPOINT
+from ..installed import DEFAULT_CHECKPOINT
 from ..modeling_ig_captioner import IGCaptionerForConditionalGeneration
 from ..processing_ig_captioner import default_templates, format_labels
 from ..release import read_in_short
@@ -214,12 +214,12 @@ def large_set() -> tuple[str, ...]:
 
 def as_code(model: str, scores: Scores, prior_weight: float) -> str:
     """Python that gives the same scores: a call of the pipeline on `photo.jpg`."""
-    is_shipped = model == TINY_CHECKPOINT
+    is_shipped = model == DEFAULT_CHECKPOINT
     never_abstain = "" if scores.abstain_threshold is None else '    abstain_threshold=float("-inf"),\n'
     template = scores.templates[0] if len(scores.templates) == 1 else list(scores.templates)
     names = ["IGZeroShotImageClassificationPipeline"]
     if is_shipped:
-        names.insert(0, "TINY_CHECKPOINT")
+        names.insert(0, "DEFAULT_CHECKPOINT")
     return f"""\
 from transformers import pipeline
 
@@ -227,7 +227,7 @@ from ig_captioner import {", ".join(names)}
 
 classify = pipeline(
     "zero-shot-image-classification",
-    model={"TINY_CHECKPOINT" if is_shipped else repr(model)},
+    model={"DEFAULT_CHECKPOINT" if is_shipped else repr(model)},
     pipeline_class=IGZeroShotImageClassificationPipeline,
 )
 predictions = classify(

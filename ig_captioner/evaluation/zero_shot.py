@@ -18,7 +18,7 @@ from ..checkpoint import is_own
 from ..configuration_ig_captioner import IGCaptionerConfig
 from ..data.prompts import read_class_names
 from ..data.samples import split_by_hash
-from ..installed import TINY_CHECKPOINT
+from ..installed import DEFAULT_CHECKPOINT
 from .calibration import BINS, Calibration, abstain_threshold, calibrate, coverage_curve
 from .plots import draw_confusion, draw_coverage, draw_reliability
 from .processes import is_first
@@ -140,7 +140,7 @@ def check_checkpoint_folder(model: str) -> None:
         raise ValueError(f"a calibration can be saved into the folder of a checkpoint alone, got {model!r}")
     if not is_own(model):
         raise ValueError(f"a calibration can be saved into a checkpoint of this package alone, got {model!r}")
-    if path.resolve() == Path(TINY_CHECKPOINT).resolve():
+    if path.resolve() == Path(DEFAULT_CHECKPOINT).resolve():
         raise ValueError("the checkpoint in the package is not changed: `ig-captioner release DIR` makes a copy of it")
 
 
