@@ -14,7 +14,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .input_rules import IGCaptionerWarning
 from .vision_ig_captioner import ImageLayout, layout_of, size_of, vision_part
 
 
