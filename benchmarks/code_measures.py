@@ -3,7 +3,7 @@
     python -m benchmarks.code_measures [FOLDER ...]      # default: ig_captioner training conversion metrics
 
 Lengths are lines from `def` to the last statement, docstring included, and lines of a file. A packed line assigns
-several values at once, `a, b = x, y`. A comment line holds a comment and nothing else. Blank lines do not count in shares.
+several values at once, `a, b = x, y`. A comment line holds nothing but a comment. Blank lines do not count in shares.
 """
 
 import argparse

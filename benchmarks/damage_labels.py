@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ig_captioner import TINY_CHECKPOINT, CompiledLabels, IGCaptionerForZeroShotImageClassification, compile_labels
+from ig_captioner import DEFAULT_CHECKPOINT, CompiledLabels, IGCaptionerForZeroShotImageClassification, compile_labels
 from ig_captioner.checkpoint import load_model, load_processor
 
 
@@ -56,8 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     rng = random.Random(options.seed)
-    model = load_model(IGCaptionerForZeroShotImageClassification, TINY_CHECKPOINT, dtype="float32")
-    intact = compile_labels(model, load_processor(TINY_CHECKPOINT).tokenizer, LABELS, TEMPLATES)
+    model = load_model(IGCaptionerForZeroShotImageClassification, DEFAULT_CHECKPOINT, dtype="float32")
+    intact = compile_labels(model, load_processor(DEFAULT_CHECKPOINT).tokenizer, LABELS, TEMPLATES)
     size = model.config.vision_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     pixel_values = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))

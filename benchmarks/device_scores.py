@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
-from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration
+from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForConditionalGeneration
+from ig_captioner.data.prompts import load_prompts
 from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
-from ig_captioner.prompts import load_prompts
 
 from .measure import DEVICE, circumstances
 
@@ -134,7 +134,7 @@ def check(folder: str, images: int, labels: int) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY_CHECKPOINT), help="default: the shipped checkpoint")
+    parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT), help="default: the shipped checkpoint")
     parser.add_argument("--quick", action="store_true", help="4 images and 20 texts in place of 32 and 200")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     arguments = sys.argv[1:] if arguments is None else arguments

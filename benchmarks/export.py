@@ -33,14 +33,14 @@ from torch import Tensor
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, TorchAoConfig
 
-from ig_captioner import TINY_CHECKPOINT, IGCaptionerImageProcessor
+from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerImageProcessor
 from ig_captioner.compiled_labels import encode_for
 from ig_captioner.export import TRIE_FIELDS, export_onnx
 from ig_captioner.label_trie import build_trie
 from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 
 from .evaluate_checkpoint import CIFAR10_CLASSES, CIFAR10_TEMPLATE, load, read_labelled
-from .measure import Row, circumstances, row, take_turns, time_rows, write_report
+from .measure import Measurement, circumstances, row, take_turns, time_rows, write_report
 from .scoring import captioner, imagenet_labels
 
 
@@ -120,7 +120,7 @@ def megabytes(folder: Path, pattern: str) -> float:
 
 def size_and_speed(
     model: str, calls: dict[str, Call], sizes: dict[str, float], images: Tensor, rounds: int
-) -> list[Row]:
+) -> list[Measurement]:
     rows = []
     for name, size in sizes.items():
         ratio = size / sizes[REFERENCE]
@@ -130,7 +130,7 @@ def size_and_speed(
     return rows + time_rows(times, dict.fromkeys(times, f"{prefix}, {REFERENCE}"), "s")
 
 
-def shifts(what: str, scores: dict[str, Tensor]) -> list[Row]:
+def shifts(what: str, scores: dict[str, Tensor]) -> list[Measurement]:
     rows = []
     for name, score in scores.items():
         if name != REFERENCE:
@@ -140,7 +140,7 @@ def shifts(what: str, scores: dict[str, Tensor]) -> list[Row]:
     return rows
 
 
-def accuracies(scores: dict[str, Tensor], labels: Tensor) -> list[Row]:
+def accuracies(scores: dict[str, Tensor], labels: Tensor) -> list[Measurement]:
     rows = []
     for name, score in scores.items():
         correct, same = (score.argmax(dim=-1) == other for other in (labels, scores[REFERENCE].argmax(dim=-1)))
@@ -157,13 +157,13 @@ def tokens_of(checkpoint: str, model: Any, labels: list[str], template: str) -> 
     return encode_for(model, AutoProcessor.from_pretrained(checkpoint).tokenizer, format_labels(labels, template))
 
 
-def tiny_rows(options: argparse.Namespace, folder: Path) -> list[Row]:
+def tiny_rows(options: argparse.Namespace, folder: Path) -> list[Measurement]:
     """All rows of the shipped checkpoint."""
-    made = contenders(TINY_CHECKPOINT, folder)
-    model, processor = made[REFERENCE][0].args[0], AutoProcessor.from_pretrained(TINY_CHECKPOINT)  # type: ignore[attr-defined]
+    made = contenders(DEFAULT_CHECKPOINT, folder)
+    model, processor = made[REFERENCE][0].args[0], AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)  # type: ignore[attr-defined]
 
     def calls(labels: list[str], template: str = DEFAULT_TEMPLATE) -> dict[str, Call]:
-        tokens = tokens_of(TINY_CHECKPOINT, model, labels, template)
+        tokens = tokens_of(DEFAULT_CHECKPOINT, model, labels, template)
         return {name: make(tokens) for name, (make, _) in made.items()}
 
     photos = processor(images=[Image.fromarray(getattr(data, name)()) for name in PHOTOS], return_tensors="pt")
@@ -182,15 +182,15 @@ def tiny_rows(options: argparse.Namespace, folder: Path) -> list[Row]:
     return rows
 
 
-def large_rows(options: argparse.Namespace, folder: Path) -> list[Row]:
+def large_rows(options: argparse.Namespace, folder: Path) -> list[Measurement]:
     """Size and speed at B/16; the tokenizer is that of the shipped checkpoint, whose ids the model has, too."""
     model = captioner("fast", torch.float32)
     model.save_pretrained(folder / "checkpoint")
-    processor = AutoProcessor.from_pretrained(TINY_CHECKPOINT)
+    processor = AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)
     processor.image_processor = IGCaptionerImageProcessor(size={"height": 224, "width": 224})
     processor.save_pretrained(folder / "checkpoint")
     made = contenders(str(folder / "checkpoint"), folder)
-    tokens = tokens_of(TINY_CHECKPOINT, model, imagenet_labels(100), DEFAULT_TEMPLATE)
+    tokens = tokens_of(DEFAULT_CHECKPOINT, model, imagenet_labels(100), DEFAULT_TEMPLATE)
     calls = {name: make(tokens) for name, (make, _) in made.items()}
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     return size_and_speed("B/16", calls, {name: size for name, (_, size) in made.items()}, images, options.rounds)
@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     for name, measure in (("tiny", tiny_rows), ("B/16", large_rows)):
         if name in options.models:
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():

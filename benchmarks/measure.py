@@ -26,10 +26,10 @@ from ig_captioner.evaluation.report import cpu_model, git_commit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-Row = dict[str, Any]
+Measurement = dict[str, Any]
 
 
-def row(name: str, value: float, unit: str, ratio_to: str | None = None, ratio: float | None = None) -> Row:
+def row(name: str, value: float, unit: str, ratio_to: str | None = None, ratio: float | None = None) -> Measurement:
     rounded = {"value": float(f"{value:.4g}"), "ratio": None if ratio is None else float(f"{ratio:.4g}")}
     return {"name": name, "value": rounded["value"], "unit": unit, "ratio_to": ratio_to, "ratio": rounded["ratio"]}
 
@@ -61,7 +61,9 @@ def median_ratio(values: list[float], references: list[float]) -> float:
     return statistics.median(value / reference for value, reference in zip(values, references, strict=True))
 
 
-def time_rows(times: dict[str, list[float]], references: dict[str, str], unit: str, amount: float = 0) -> list[Row]:
+def time_rows(
+    times: dict[str, list[float]], references: dict[str, str], unit: str, amount: float = 0
+) -> list[Measurement]:
     """Rows of `take_turns`: seconds, or with `amount` what was done in them, per second.
 
     Args:
@@ -125,7 +127,7 @@ def circumstances(command: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def write_report(path: Path, rows: list[Row], run: dict[str, Any]) -> str:
+def write_report(path: Path, rows: list[Measurement], run: dict[str, Any]) -> str:
     """Writes the rows as JSON, and as a Markdown table with the circumstances beside it; returns the Markdown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

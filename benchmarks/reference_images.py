@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ig_captioner import TINY_CHECKPOINT, CaptionScorer, CompiledLabels
+from ig_captioner import DEFAULT_CHECKPOINT, CaptionScorer, CompiledLabels
 from ig_captioner.data.prompts import load_prompts
 from ig_captioner.data.samples import Samples, captioned, label_from_field, labelled_decoder
 from ig_captioner.evaluation.ranking import ranks, true_pairs
@@ -113,7 +113,7 @@ def _cell(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=TINY_CHECKPOINT)
+    parser.add_argument("--model", default=DEFAULT_CHECKPOINT)
     parser.add_argument("--classes", help="labelled images: shards, a folder or a data set")
     parser.add_argument("--class-names", default="cifar10", help="names and templates of the classes")
     parser.add_argument("--captions", help="images with captions: shards, a folder or a data set")

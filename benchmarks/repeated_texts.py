@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from ig_captioner import (
-    TINY_CHECKPOINT,
+    DEFAULT_CHECKPOINT,
     IGCaptionerConfig,
     IGCaptionerForZeroShotImageClassification,
     IGCaptionerImageProcessor,
@@ -33,9 +33,9 @@ BASE = {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1536, "num_
 
 def load(base: bool) -> tuple[Any, Any, Any]:
     """Model, tokenizer and image processor."""
-    processor = IGCaptionerProcessor.from_pretrained(TINY_CHECKPOINT)
+    processor = IGCaptionerProcessor.from_pretrained(DEFAULT_CHECKPOINT)
     if not base:
-        model = IGCaptionerForZeroShotImageClassification.from_pretrained(TINY_CHECKPOINT, dtype=torch.float32)
+        model = IGCaptionerForZeroShotImageClassification.from_pretrained(DEFAULT_CHECKPOINT, dtype=torch.float32)
         return model.eval(), processor.tokenizer, processor.image_processor
     torch.manual_seed(0)
     config = IGCaptionerConfig(text_config=BASE)

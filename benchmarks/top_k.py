@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration, compile_labels
+from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForConditionalGeneration, compile_labels
 from ig_captioner.checkpoint import load_model, load_processor
 from ig_captioner.data.shards import Skipped, image_of, read_decoded
 from ig_captioner.label_trie import TextTrie
@@ -118,7 +118,7 @@ def searches(tree: Tree, likelihoods: np.ndarray, prior: np.ndarray, weight: flo
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=TINY_CHECKPOINT, metavar="DIR")
+    parser.add_argument("--model", default=DEFAULT_CHECKPOINT, metavar="DIR")
     parser.add_argument("--shards", nargs="+", required=True, metavar="FILE.tar", help="photos")
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="photos read (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")

@@ -37,7 +37,17 @@ from training.config import OptimizerConfig, TrainConfig, load_config
 from training.optim import make_optimizers
 
 from . import training_data, training_steps
-from .measure import DEVICE, Row, circumstances, median_ratio, peak_memory, row, take_turns, time_rows, write_report
+from .measure import (
+    DEVICE,
+    Measurement,
+    circumstances,
+    median_ratio,
+    peak_memory,
+    row,
+    take_turns,
+    time_rows,
+    write_report,
+)
 from .training_steps import BASE, LENGTH, SMALL, VOCABULARY, Size, captioner, captioner_step
 
 
@@ -47,7 +57,7 @@ TINY_RECIPE = Path(__file__).parent.parent / "training" / "configs" / "tiny.yaml
 # The step
 
 
-def step_rows(size: Size, rounds: int) -> list[Row]:
+def step_rows(size: Size, rounds: int) -> list[Measurement]:
     """Steps of a model whose upper three decoder layers of six read the image."""
     batch = training_steps.random_batch(size.batch, 16, 32)
     model = f"{size.name}, batch {size.batch}, captions of 16 to 32 tokens"
@@ -60,7 +70,7 @@ def step_rows(size: Size, rounds: int) -> list[Row]:
     return [*time_rows(times, {gain: captioning}, "s"), *mfu_rows(gain, steps[gain], times[gain])]
 
 
-def tiny_rows(rounds: int) -> list[Row]:
+def tiny_rows(rounds: int) -> list[Measurement]:
     """The shipped recipe, where text is a larger share of the step: 64 x 64 pixels, width 192, vocabulary 3,000."""
     config = load_config(TINY_RECIPE)
     batch = training_steps.random_batch(config.batch_size, 5, 24, side=64, vocabulary=3000)
@@ -74,7 +84,7 @@ def tiny_rows(rounds: int) -> list[Row]:
     return time_rows(take_turns(steps, rounds), {gain: captioning}, "s")
 
 
-def mfu_rows(name: str, step: Callable[[], None], times: list[float]) -> list[Row]:
+def mfu_rows(name: str, step: Callable[[], None], times: list[float]) -> list[Measurement]:
     """Matrix multiplications and attention only, counted as they run; the peak is a large bf16 product's."""
     with FlopCounterMode(display=False) as counter:
         step()
@@ -89,7 +99,7 @@ def mfu_rows(name: str, step: Callable[[], None], times: list[float]) -> list[Ro
     ]
 
 
-def peer_rows(size: Size, rounds: int) -> list[Row]:
+def peer_rows(size: Size, rounds: int) -> list[Measurement]:
     """The same work: captioning only, every decoder layer with cross-attention."""
     batch = training_steps.random_batch(size.batch, 8, 24)
     model = f"{size.name}, captions of 8 to 24 tokens"
@@ -149,7 +159,7 @@ def prepare_loss(loss: Callable[..., Tensor], width: int, low: bool) -> Callable
     return run
 
 
-def loss_rows(width: int, rounds: int, low: bool) -> list[Row]:
+def loss_rows(width: int, rounds: int, low: bool) -> list[Measurement]:
     contenders = loss_contenders()
     if low:  # torch's knows no autocast
         contenders = dict(list(contenders.items())[:2])
@@ -169,7 +179,7 @@ def loss_rows(width: int, rounds: int, low: bool) -> list[Row]:
 # Data
 
 
-def loading_rows(paths: list[str], folder: Path, rounds: int, batches: int = 16) -> list[Row]:
+def loading_rows(paths: list[str], folder: Path, rounds: int, batches: int = 16) -> list[Measurement]:
     """Samples per second of one process."""
 
     def reader(stream: Iterator[Any]) -> Callable[[], None]:
@@ -189,7 +199,7 @@ def loading_rows(paths: list[str], folder: Path, rounds: int, batches: int = 16)
     return time_rows(times, references, "samples/s", batches * training_data.BATCH)
 
 
-def data_rows(data_root: str | None, rounds: int, steps: int) -> list[Row]:
+def data_rows(data_root: str | None, rounds: int, steps: int) -> list[Measurement]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         training_data.write_tokenizer(folder / "tokenizer")
@@ -209,7 +219,7 @@ def data_rows(data_root: str | None, rounds: int, steps: int) -> list[Row]:
 # Checkpoints
 
 
-def checkpoint_rows(size: Size, rounds: int) -> list[Row]:
+def checkpoint_rows(size: Size, rounds: int) -> list[Measurement]:
     """What the SHA-256 of a checkpoint's files costs: of writing it, and of a run with the default interval."""
     model = captioner(size, 3)
     (optimizer,) = make_optimizers(model, OptimizerConfig())
@@ -238,7 +248,7 @@ def checkpoint_rows(size: Size, rounds: int) -> list[Row]:
 # Command
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+SECTIONS: dict[str, Callable[[argparse.Namespace], list[Measurement]]] = {
     "step": lambda options: step_rows(options.size, options.rounds),
     "tiny": lambda options: tiny_rows(options.rounds),
     "peer": lambda options: peer_rows(options.size, options.rounds),
@@ -250,7 +260,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
 }
 
 
-def main(arguments: list[str] | None = None) -> list[Row]:
+def main(arguments: list[str] | None = None) -> list[Measurement]:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON; a Markdown table is written beside it")

@@ -19,7 +19,7 @@ from PIL import Image
 from skimage import data
 from transformers import pipeline
 
-from ig_captioner import TINY_CHECKPOINT, IGZeroShotImageClassificationPipeline
+from ig_captioner import DEFAULT_CHECKPOINT, IGZeroShotImageClassificationPipeline
 
 
 LABELS = ["cat", "dog", "woman", "cup of coffee", "rocket", "motorcycle"]
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "images" / "prior_weight.png")
     options = parser.parse_args()
     classify = pipeline(
-        "zero-shot-image-classification", model=TINY_CHECKPOINT, pipeline_class=IGZeroShotImageClassificationPipeline
+        "zero-shot-image-classification", model=DEFAULT_CHECKPOINT, pipeline_class=IGZeroShotImageClassificationPipeline
     )
     photos = {"cat": data.chelsea(), "motorcycle": data.stereo_motorcycle()[0]}
     settings = {"candidate_labels": LABELS, "hypothesis_template": "a {}", "return_log_likelihoods": True}

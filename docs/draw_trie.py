@@ -22,7 +22,7 @@ from skimage import data
 from torch import Tensor
 from transformers import AutoProcessor
 
-from ig_captioner import TINY_CHECKPOINT, IGCaptionerForZeroShotImageClassification, compile_labels
+from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForZeroShotImageClassification, compile_labels
 
 
 LABELS, TEMPLATE = ["cat", "dog", "dog in the snow", "woman"], "a {}"
@@ -72,8 +72,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "images" / "trie.png")
     options = parser.parse_args()
-    processor = AutoProcessor.from_pretrained(TINY_CHECKPOINT)
-    model = IGCaptionerForZeroShotImageClassification.from_pretrained(TINY_CHECKPOINT).eval()
+    processor = AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)
+    model = IGCaptionerForZeroShotImageClassification.from_pretrained(DEFAULT_CHECKPOINT).eval()
     labels = compile_labels(model, processor.tokenizer, LABELS, TEMPLATE)
     pixel_values = processor(images=data.chelsea(), return_tensors="pt")["pixel_values"]
     with torch.no_grad():

@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from skimage import data
 
-from ig_captioner import TINY_CHECKPOINT, demo
+from ig_captioner import DEFAULT_CHECKPOINT, demo
 
 
 LABELS = ["cat", "dog", "woman", "cup of coffee", "rocket", "motorcycle"]
@@ -30,7 +30,7 @@ def main() -> None:
     file = io.BytesIO()
     Image.fromarray(data.chelsea()).save(file, "PNG")
     photo = {"name": "chelsea.png", "mimeType": "image/png", "buffer": file.getvalue()}
-    app = demo.build_app(TINY_CHECKPOINT)
+    app = demo.build_app(DEFAULT_CHECKPOINT)
     with sync_playwright() as running:
         browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": options.width, "height": 800})

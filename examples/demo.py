@@ -13,7 +13,7 @@ from PIL import Image
 from skimage import data
 from transformers import pipeline
 
-from ig_captioner import TINY_CHECKPOINT, IGZeroShotImageClassificationPipeline
+from ig_captioner import DEFAULT_CHECKPOINT, IGZeroShotImageClassificationPipeline
 
 
 PHOTOS = {
@@ -38,7 +38,7 @@ def print_table(name: str, predictions: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=TINY_CHECKPOINT)
+    parser.add_argument("--model", default=DEFAULT_CHECKPOINT)
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
     options = parser.parse_args()
     classify = pipeline(

@@ -8,7 +8,7 @@ import argparse
 import torch
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
-from ig_captioner import TINY_CHECKPOINT
+from ig_captioner import DEFAULT_CHECKPOINT
 from ig_captioner.processing_ig_captioner import load_rgb_image
 
 
@@ -16,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("photo")
     parser.add_argument("text")
-    parser.add_argument("--model", default=TINY_CHECKPOINT)
+    parser.add_argument("--model", default=DEFAULT_CHECKPOINT)
     options = parser.parse_args()
     model = AutoModelForZeroShotImageClassification.from_pretrained(options.model, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(options.model)

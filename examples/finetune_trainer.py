@@ -12,7 +12,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
-from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration
+from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForConditionalGeneration
 
 
 def main() -> None:
@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     options = parser.parse_args()
-    processor = AutoProcessor.from_pretrained(TINY_CHECKPOINT)
-    model = IGCaptionerForConditionalGeneration.from_pretrained(TINY_CHECKPOINT, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)
+    model = IGCaptionerForConditionalGeneration.from_pretrained(DEFAULT_CHECKPOINT, dtype=torch.float32)
     data = load_dataset("imagefolder", data_dir=options.photos, split="train")
     names = [name.replace("_", " ") for name in data.features["label"].names]
 

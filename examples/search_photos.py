@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
-from ig_captioner import TINY_CHECKPOINT
+from ig_captioner import DEFAULT_CHECKPOINT
 from ig_captioner.processing_ig_captioner import load_rgb_image
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("texts", nargs="+")
-    parser.add_argument("--model", default=TINY_CHECKPOINT)
+    parser.add_argument("--model", default=DEFAULT_CHECKPOINT)
     parser.add_argument("--batch_size", type=int, default=16)
     options = parser.parse_args()
     model = AutoModelForZeroShotImageClassification.from_pretrained(options.model, dtype=torch.float32).eval()

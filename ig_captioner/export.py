@@ -63,6 +63,8 @@ OUTPUTS = {
     "text_prior": "prior_log_likelihood",
     "label_scorer": "caption_log_likelihood",
 }
+# The fused attention of some encoders of transformers (Swin) becomes no ONNX graph.
+SPELLED_OUT = {"vision_config": "eager", "text_config": "sdpa"}
 MIN_SHARED_BYTES = 1024  # smaller tensors stay in their graphs, where they may be shapes
 
 
@@ -218,7 +220,7 @@ def export_onnx(model: IGCaptionerScorer, processor: Any, folder: str | Path) ->
     reads image files and cleans texts, for Pillow and numpy.
 
     Args:
-        model: in evaluation mode and float32.
+        model: in evaluation mode and float32, loaded with `attn_implementation=SPELLED_OUT`.
         processor: an [`IGCaptionerProcessor`]; its image size is that of the encoder.
 
     Raises:
@@ -303,7 +305,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .modeling_ig_captioner import IGCaptionerForZeroShotImageClassification
 
     try:
-        model = load_model(IGCaptionerForZeroShotImageClassification, options.model, dtype=torch.float32)
+        model = load_model(
+            IGCaptionerForZeroShotImageClassification,
+            options.model,
+            dtype=torch.float32,
+            attn_implementation=SPELLED_OUT,
+        )
         export_onnx(model, load_processor(options.model), options.folder)
     except (ValueError, OSError, ImportError) as error:
         parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split())}\n")

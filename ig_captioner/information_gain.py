@@ -14,10 +14,14 @@ A text is always given as exactly the tokens that are scored: its end-of-sequenc
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+Figures = TypeVar("Figures", Tensor, float)
 
 
 IGNORE_INDEX = -100
@@ -45,8 +49,10 @@ def token_log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
     return -nll.view(labels.shape)
 
 
-def information_gain(caption_log_likelihood: Tensor, prior_log_likelihood: Tensor, prior_weight: float = 1.0) -> Tensor:
-    """log P(T|I) - prior_weight * log P(T) in nats, [B, C] (pointwise mutual information at weight 1).
+def information_gain(
+    caption_log_likelihood: Figures, prior_log_likelihood: Figures, prior_weight: float = 1.0
+) -> Figures:
+    """log P(T|I) - prior_weight * log P(T) in nats, [B, C] or one figure (pointwise mutual information at weight 1).
 
     Args:
         caption_log_likelihood: log P(T|I), [B, C].

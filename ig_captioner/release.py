@@ -40,7 +40,7 @@ from .configuration_ig_captioner import AUTO_MAP, CUSTOM_PIPELINES, REMOTE_CODE_
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .evaluation.report import weights_digest
 from .input_rules import tell
-from .installed import TINY_CHECKPOINT, __version__
+from .installed import DEFAULT_CHECKPOINT, __version__
 from .modeling_ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
 from .processing_ig_captioner import IGCaptionerProcessor
 
@@ -96,7 +96,7 @@ def read_in_short(model: str | Path) -> str | None:
 
 def save_release(
     directory: str | Path,
-    model: str | Path = TINY_CHECKPOINT,
+    model: str | Path = DEFAULT_CHECKPOINT,
     *,
     overwrite: bool = False,
     repo_id: str | None = None,

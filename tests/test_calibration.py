@@ -30,7 +30,7 @@ from test_evaluation_cli import (  # noqa: F401 (fixtures)
 )
 
 from ig_captioner import (
-    TINY_CHECKPOINT,
+    DEFAULT_CHECKPOINT,
     IGCaptionerConfig,
     IGCaptionerForZeroShotImageClassification,
     IGZeroShotImageClassificationPipeline,
@@ -373,7 +373,7 @@ def test_what_is_fitted_is_saved_and_used(run, room, processor, class_scores, tm
 def test_only_a_folder_of_ones_own_is_changed(run, room, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     arguments = ["--data", str(room / "shards"), "--class-names", str(room / "prompts.json"), "--output", "out"]
-    for model_name, message in ((TINY_CHECKPOINT, "in the package"), ("someone/model", "'someone/model'")):
+    for model_name, message in ((DEFAULT_CHECKPOINT, "in the package"), ("someone/model", "'someone/model'")):
         code, lines, errors = run("evaluate", "zero-shot", *arguments, "--model", model_name, "--save-temperature")
         assert (code, lines, len(errors)) == (1, [], 1) and message in errors[0]
     code, _, errors = run("evaluate", "zero-shot", *arguments, "--save-threshold", "95")

@@ -7,7 +7,7 @@ from captioner_folders import captioner, photo, save_folder
 from transformers import pipeline
 
 from ig_captioner import (
-    TINY_CHECKPOINT,
+    DEFAULT_CHECKPOINT,
     CaptionScorer,
     CompiledLabels,
     IGZeroShotImageClassificationPipeline,
@@ -132,10 +132,10 @@ def test_abstaining_and_many_labels_work_as_for_our_own(folder):
 
 
 def test_our_own_checkpoint_takes_the_same_call():
-    classify = zero_shot_pipeline(TINY_CHECKPOINT)
+    classify = zero_shot_pipeline(DEFAULT_CHECKPOINT)
     assert classify.scorer is None
     stock = pipeline(
-        "zero-shot-image-classification", model=TINY_CHECKPOINT, pipeline_class=IGZeroShotImageClassificationPipeline
+        "zero-shot-image-classification", model=DEFAULT_CHECKPOINT, pipeline_class=IGZeroShotImageClassificationPipeline
     )
     assert gains_of(ask(classify)) == pytest.approx(gains_of(ask(stock)), abs=1e-4)
     plain, shifted = gains_of(ask(classify)), gains_of(ask(classify, label_prior=[1, 1, 2]))

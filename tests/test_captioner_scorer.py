@@ -7,7 +7,7 @@ import pytest
 import torch
 from captioner_folders import FOLDERS, captioner, photo, save_folder
 
-from ig_captioner import TINY_CHECKPOINT, CaptionScorer, CompiledLabels
+from ig_captioner import DEFAULT_CHECKPOINT, CaptionScorer, CompiledLabels
 from ig_captioner.captioners.readers import forced_log_likelihoods
 from ig_captioner.captioners.scorer import grey_image
 from ig_captioner.information_gain import label_log_prior, mean_over_references, token_means_over_references
@@ -226,7 +226,7 @@ def test_compiled_labels_are_bound_to_weights():
 
 
 def test_labels_of_our_own_models_are_not_taken_for_those_of_others():
-    own = CaptionScorer.from_pretrained(TINY_CHECKPOINT).compile_labels(["cat"])
+    own = CaptionScorer.from_pretrained(DEFAULT_CHECKPOINT).compile_labels(["cat"])
     with pytest.raises(ValueError, match="compiled for model None, not 'blip'"):
         scorer_of("blip").score(PHOTOS, own)
 
@@ -274,7 +274,7 @@ def test_training_mode_and_unknown_reading_modes_are_refused():
 
 
 def test_our_own_checkpoints_load_through_the_same_call(tmp_path):
-    scorer = CaptionScorer.from_pretrained(TINY_CHECKPOINT)
+    scorer = CaptionScorer.from_pretrained(DEFAULT_CHECKPOINT)
     photos = [photo(1, (64, 64)), photo(2, (64, 64))]
     pixels = scorer.processor(images=photos, return_tensors="pt")["pixel_values"]
     encoded = scorer.processor(text=TEXTS, return_tensors="pt")
@@ -292,7 +292,7 @@ def test_our_own_checkpoints_load_through_the_same_call(tmp_path):
     assert len(scorer.caption(photos)) == 2
     assert scorer.verification.mode == "tree" and "own" in scorer.describe()["family"]
     with pytest.raises(ValueError, match="have no prompt"):
-        CaptionScorer.from_pretrained(TINY_CHECKPOINT, prompt="What is it?")
+        CaptionScorer.from_pretrained(DEFAULT_CHECKPOINT, prompt="What is it?")
 
 
 # Folders

@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_hub import save_checkpoint
 
-from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerWarning
+import ig_captioner
+from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerWarning
 from ig_captioner.card import (
     CARD_TEMPLATE,
     CardFacts,
@@ -100,12 +101,12 @@ def test_the_template_is_at_the_top_of_the_repository():
 
 def test_the_card_of_the_shipped_checkpoint_is_up_to_date():
     """Else: `python -m ig_captioner.card ig_captioner/checkpoints/tiny`."""
-    folder = Path(TINY_CHECKPOINT)
+    folder = Path(DEFAULT_CHECKPOINT)
     model = load_model(IGCaptionerForConditionalGeneration, folder)
     assert (folder / "README.md").read_bytes() == make_card(folder, model, "tiny")
     assert "stored as float16, loaded as float32" in (folder / "README.md").read_text(encoding="utf-8")
     for results in read_results(folder):
-        assert results["run"]["weights_sha256"] == weights_digest(TINY_CHECKPOINT)
+        assert results["run"]["weights_sha256"] == weights_digest(DEFAULT_CHECKPOINT)
 
 
 def test_a_card_is_filled_from_the_configuration(checkpoint, tmp_path):
@@ -285,3 +286,8 @@ def test_a_licence_for_research_only_is_not_replaced(source, tmp_path):
     (source / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# Own\n")
     with pytest.raises(ValueError, match="'cc-by-nc-4.0', which --license mit cannot change"):
         save_release(tmp_path / "other", source, license="mit")
+
+
+def test_the_former_name_of_the_shipped_checkpoint_is_deprecated():
+    with pytest.warns(DeprecationWarning, match="DEFAULT_CHECKPOINT"):
+        assert ig_captioner.TINY_CHECKPOINT == DEFAULT_CHECKPOINT

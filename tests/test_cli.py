@@ -51,8 +51,8 @@ def write_photo(path, seed: int) -> None:
 def here(tmp_path, monkeypatch, checkpoint):
     """A folder with three photos and a broken one, and a small model as the default."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["ig_captioner.cli.main"], "TINY_CHECKPOINT", checkpoint)
-    monkeypatch.setattr(cli_release, "TINY_CHECKPOINT", checkpoint)
+    monkeypatch.setattr(sys.modules["ig_captioner.cli.main"], "DEFAULT_CHECKPOINT", checkpoint)
+    monkeypatch.setattr(cli_release, "DEFAULT_CHECKPOINT", checkpoint)
     for seed in range(3):
         write_photo(tmp_path / f"{seed}.png", seed)
     (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])

@@ -151,9 +151,8 @@ def test_encoders_as_they_are(tmp_path, tokenizer, name, capsys):
     script.main([*arguments, "--image_token_norm", *(["--as_is"] if name in SOURCES else [])])
     assert f"tensors of the encoder {tmp_path / 'source'}; as it is" in capsys.readouterr().out
     model = load_model(IGCaptionerForConditionalGeneration, tmp_path / "out")
-    assert (
-        not model.config.has_own_encoder and model.config.image_token_grids == [2, 1] and model.config.image_token_norm
-    )
+    assert not model.config.has_own_encoder
+    assert model.config.image_token_grids == [2, 1] and model.config.image_token_norm
     weights = getattr(source, "vision_model", source).state_dict()
     for key, weight in model.model.vision_model.state_dict().items():
         assert torch.equal(weight, weights[key]), key

@@ -286,4 +286,5 @@ def test_every_change_of_a_list_of_shards_is_said():
     assert compare_shards([a, b], [b, a]) == ["the shards were a, b, in this order, and are b, a"]
     assert compare_shards([b], [b._replace(size=1, sha256="")]) == ["b had 2,000 bytes and has 1"]
     assert compare_shards([b], [b._replace(sha256="z")]) == ["b has other content"]
-    assert compare_shards([b], [Fingerprint("b")]) == compare_shards([Fingerprint("b")], [b]) == []
+    assert compare_shards([b], [Fingerprint("b", 2000)]) == compare_shards([Fingerprint("b")], [b]) == []
+    assert compare_shards([b], [Fingerprint("b")]) == ["b could not be read"]

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_hub import save_checkpoint
 
-from ig_captioner import TINY_CHECKPOINT, IGZeroShotImageClassificationPipeline
+from ig_captioner import DEFAULT_CHECKPOINT, IGZeroShotImageClassificationPipeline
 from ig_captioner.compiled_labels import encode_for
 from ig_captioner.demo import inputs
 from ig_captioner.demo import page as demo_page
@@ -48,7 +48,7 @@ from ig_captioner.demo.inputs import (
     read_upload,
 )
 from ig_captioner.demo.page import caption_view, label_bars, number, token_view, visible
-from ig_captioner.demo.scores import Captioner, Piece, Row, Scores, TextTokens, as_code, large_set
+from ig_captioner.demo.scores import Captioner, Piece, RankedLabel, Scores, TextTokens, as_code, large_set
 from tiny import naive_log_likelihoods
 
 
@@ -408,7 +408,7 @@ def test_limits_of_downloads(site, monkeypatch):
 # Scores
 
 
-def by_label(rows: list[Row]) -> dict[str, tuple]:
+def by_label(rows: list[RankedLabel]) -> dict[str, tuple]:
     return {row.label: tuple(row)[1:] for row in rows}
 
 
@@ -423,7 +423,7 @@ def expected_rows(captioner, photo, labels, template, prior_weight) -> list[dict
     return classify(photo, candidate_labels=list(labels), **settings)
 
 
-def check_rows(rows: list[Row], expected: list[dict]) -> None:
+def check_rows(rows: list[RankedLabel], expected: list[dict]) -> None:
     assert [row.label for row in rows] == [entry["label"] for entry in expected]
     for row, entry in zip(rows, expected, strict=True):
         assert row._asdict() == pytest.approx(entry, abs=1e-4)
@@ -496,7 +496,7 @@ def test_captions_are_scored_as_texts(captioner, pixel_values):
 
 @pytest.fixture(scope="module")
 def shipped() -> Captioner:
-    return Captioner(TINY_CHECKPOINT, "cpu")
+    return Captioner(DEFAULT_CHECKPOINT, "cpu")
 
 
 @pytest.mark.parametrize("text", ["a cat.", "émile's 🐱 cup of coffee, 猫", "שלום", "\x00\x1b", "\ufffd\ufffd x", ""])
@@ -547,7 +547,7 @@ def test_code_of_a_calibrated_checkpoint_gives_the_scores_of_the_page(photo, tmp
 
 def test_code_of_the_shipped_checkpoint_shows_no_path(shipped):
     code = as_code(shipped.name, Scores(("cat",), ("{}",), [-1.0], [-1.0]), 1)
-    assert "model=TINY_CHECKPOINT,\n" in code and TINY_CHECKPOINT not in code
+    assert "model=DEFAULT_CHECKPOINT,\n" in code and DEFAULT_CHECKPOINT not in code
     compile(code, "code", "exec")
 
 
@@ -582,7 +582,7 @@ class Elements(HTMLParser):
         return [{key: float(value) for key, value in re.findall(r"(\w+):([-\d.]+)%", style)} for style in styles]
 
 
-def rows_of(*pairs: tuple[float, float], weight: float = 1.0) -> list[Row]:
+def rows_of(*pairs: tuple[float, float], weight: float = 1.0) -> list[RankedLabel]:
     names = tuple(f"label {i}" for i in range(len(pairs)))
     return Scores(names, "{}", [pair[0] for pair in pairs], [pair[1] for pair in pairs]).ranked(weight)
 
@@ -616,7 +616,7 @@ def test_the_choice_of_each_column_is_marked():
 
 @pytest.mark.parametrize("label", ODD_LABELS)
 def test_what_visitors_type_stays_text(captioner, label):
-    row = Row(label, -1.0, -2.0, 1.0, 1.0)
+    row = RankedLabel(label, -1.0, -2.0, 1.0, 1.0)
     views = [label_bars([row], 1, 1.0), token_view([Piece(label, -1.0, -2.0), Piece("", -0.1, -0.1)])]
     tokens = TextTokens([5, 2], [-1.0, -0.1], [-2.0, -0.1])
     views.append(caption_view(demo_page.Caption(label, tokens), [Piece(label, -1.0, -2.0), Piece("", -0.1, -0.1)]))
@@ -889,7 +889,7 @@ def test_the_space_is_complete(monkeypatch):
     calls = []
     monkeypatch.setattr(demo, "launch", lambda model, **options: calls.append((model, options)))
     runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
-    assert calls == [(TINY_CHECKPOINT, {"host": "0.0.0.0", "port": 7860})]
+    assert calls == [(DEFAULT_CHECKPOINT, {"host": "0.0.0.0", "port": 7860})]
     about = yaml.safe_load((SPACE / "README.md").read_text("utf-8").split("---")[1])
     assert about["sdk"] == "gradio" and about["app_file"] == "app.py" and about["sdk_version"] == gradio.__version__
     setup = ConfigParser()

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ig_captioner import TINY_CHECKPOINT
+from ig_captioner import DEFAULT_CHECKPOINT
 from ig_captioner.demo.inputs import MAX_BYTES
 from ig_captioner.demo.scores import Captioner
 
@@ -47,12 +47,12 @@ def png(photo) -> bytes:
 
 @pytest.fixture(scope="module")
 def captioner() -> Captioner:
-    return Captioner(TINY_CHECKPOINT, "cpu")
+    return Captioner(DEFAULT_CHECKPOINT, "cpu")
 
 
 @pytest.fixture(scope="module")
 def url():
-    app = demo.build_app(TINY_CHECKPOINT, "cpu")
+    app = demo.build_app(DEFAULT_CHECKPOINT, "cpu")
     yield demo.serve(app)
     app.close()
 

@@ -4,14 +4,27 @@ import json
 import subprocess
 import sys
 
+import PIL.Image
 import pytest
 import torch
 from tiny_encoders import ENCODERS, FIVE_TOKENS, encoder_model, images_for
 from torch.distributed.fsdp import fully_shard
 
-from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
+from ig_captioner import (
+    CompiledLabels,
+    IGCaptionerForConditionalGeneration,
+    IGCaptionerForZeroShotImageClassification,
+    IGCaptionerImageProcessor,
+    IGCaptionerProcessor,
+    IGZeroShotImageClassificationPipeline,
+    cli,
+    compile_labels,
+)
+from ig_captioner.checkpoint import load_model, load_processor
+from ig_captioner.export import SPELLED_OUT, export_programs
 from tiny import padded, random_texts
 from training.sharding import precision_of, units
+from training.train_tokenizer import train_tokenizer
 
 
 def texts():
@@ -87,6 +100,71 @@ def test_remote_code_needs_no_package(tmp_path):
         expected = model(**inputs).logits_per_image
     torch.testing.assert_close(torch.load(folder / "logits.pt"), expected)
     assert json.loads((folder / "again" / "config.json").read_text())["vision_config"]["model_type"] == "efficientnet"
+
+
+# Scores
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder with model, tokenizer and image processor."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_tokenizer(["a photo of a cat.", "a photo of a dog."], 270)
+    model = encoder_model("efficientnet", text={"vocab_size": len(tokenizer)}, **FIVE_TOKENS)
+    model.save_pretrained(folder)
+    image_processor = IGCaptionerImageProcessor(size={"height": 32, "width": 32}, crop_pct=1.0)
+    IGCaptionerProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_pipeline_and_compiled_labels(checkpoint, tmp_path):
+    model = load_model(IGCaptionerForZeroShotImageClassification, checkpoint)
+    processor = load_processor(checkpoint)
+    photo, names = PIL.Image.linear_gradient("L"), ["cat", "dog", "photo"]
+    classify = IGZeroShotImageClassificationPipeline(
+        model=model, tokenizer=processor.tokenizer, image_processor=processor.image_processor
+    )
+    expected = classify(photo, candidate_labels=names)
+    compile_labels(model, processor.tokenizer, names).save(tmp_path / "labels")
+    compiled = CompiledLabels.load(tmp_path / "labels")
+    again = load_model(IGCaptionerForZeroShotImageClassification, checkpoint)
+    classify = IGZeroShotImageClassificationPipeline(
+        model=again, tokenizer=processor.tokenizer, image_processor=processor.image_processor
+    )
+    found = classify(photo, candidate_labels=compiled)
+    assert [row["label"] for row in found] == [row["label"] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+def test_info(checkpoint, capsys):
+    assert cli.main(["info", str(checkpoint), "--format", "jsonl"]) in (0, None)
+    described = json.loads(capsys.readouterr().out)
+    assert described["image_encoder"] == "efficientnet of transformers"
+    assert (described["image_width"], described["image_tokens"], described["image_size"]) == (320, 5, [32, 32])
+
+
+# efficientnet stands for all by default; exporting takes seconds
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ENCODERS if name != "efficientnet"]
+
+
+@pytest.mark.parametrize("name", ["efficientnet", *SLOW])
+@torch.no_grad()
+def test_exported_programs(name, tmp_path):
+    """As programs, and where onnxruntime is installed as graphs; on other numbers of images than in the example."""
+    model = encoder_model(name, IGCaptionerForZeroShotImageClassification, attn=SPELLED_OUT, **FIVE_TOKENS)
+    programs = export_programs(model)
+    pixels, (ids, mask) = images_for(model), texts()
+    expected = model.score(pixels, ids, mask).caption_log_likelihood
+    read = programs["image_encoder"].module()(pixel_values=pixels)
+    found = programs["text_scorer"].module()(image_key_values=read, input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.onnx.export(programs["image_encoder"], output_names=["read"], verbose=False).save(tmp_path / "encoder.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
+    (graph,) = session.run(None, {"pixel_values": pixels.numpy()})
+    torch.testing.assert_close(torch.from_numpy(graph), read, atol=1e-4, rtol=1e-4)
 
 
 # Training

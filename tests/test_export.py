@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoProcessor, TorchAoConfig
 
-from ig_captioner import TINY_CHECKPOINT
+from ig_captioner import DEFAULT_CHECKPOINT
 from ig_captioner import IGCaptionerForZeroShotImageClassification as ZeroShot
 from ig_captioner.export import TRIE_FIELDS, TextPrior, export_onnx, export_programs, main
 from ig_captioner.label_trie import build_trie
@@ -92,7 +92,7 @@ def test_models_that_cannot_be_exported(tmp_path):
 
 
 def processor_for(height, width):
-    processor = AutoProcessor.from_pretrained(TINY_CHECKPOINT)
+    processor = AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)
     processor.image_processor.size = {"height": height, "width": width}
     return processor
 
@@ -166,7 +166,10 @@ def test_the_example_gives_the_models_scores_without_torch(tmp_path):
     """The shipped checkpoint; photos are noise, as large as the processor's, so that nothing is resized."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    model, processor = ZeroShot.from_pretrained(TINY_CHECKPOINT).eval(), AutoProcessor.from_pretrained(TINY_CHECKPOINT)
+    model, processor = (
+        ZeroShot.from_pretrained(DEFAULT_CHECKPOINT).eval(),
+        AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT),
+    )
     export_onnx(model, processor, tmp_path / "onnx")
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     levels = np.asarray(photo)[..., 0]
@@ -206,14 +209,14 @@ def int8(request):
     """The shipped checkpoint with weights in int8, and whether its layers round their inputs to int8, too."""
     quantization = pytest.importorskip("torchao.quantization")
     config = TorchAoConfig(getattr(quantization, request.param)())
-    return ZeroShot.from_pretrained(TINY_CHECKPOINT, quantization_config=config), INT8[request.param]
+    return ZeroShot.from_pretrained(DEFAULT_CHECKPOINT, quantization_config=config), INT8[request.param]
 
 
 @torch.no_grad()
 def test_int8_layers_are_off_by_their_rounding_and_no_more(int8):
     """Rounding to steps of `maximum / 127` moves a weight of a row, or an input of a token, by half a step at most."""
     model, rounds_inputs = int8
-    original = dict(ZeroShot.from_pretrained(TINY_CHECKPOINT).named_modules())
+    original = dict(ZeroShot.from_pretrained(DEFAULT_CHECKPOINT).named_modules())
     layers = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and name != "lm_head"}
     assert len(layers) > 50
     for name, layer in layers.items():
@@ -237,7 +240,7 @@ def test_int8_models_load_score_compile_and_save(int8, tmp_path):
     assert scores.isfinite().all()
     compiled = model.compile_texts(**tokens)
     torch.testing.assert_close(model.score(images, compiled).information_gain, scores)
-    assert compiled.fingerprint != ZeroShot.from_pretrained(TINY_CHECKPOINT).fingerprint()
+    assert compiled.fingerprint != ZeroShot.from_pretrained(DEFAULT_CHECKPOINT).fingerprint()
     model.save_pretrained(tmp_path)
     again = ZeroShot.from_pretrained(tmp_path)
     torch.testing.assert_close(again.score(images, compiled).information_gain, scores)

@@ -17,6 +17,8 @@ from test_evaluation_cli import (
     values,
 )
 
+from ig_captioner import IGCaptionerForZeroShotImageClassification
+from ig_captioner.checkpoint import load_model, load_processor
 from ig_captioner.data.shards import is_held_out
 from ig_captioner.evaluation.linear_probe import mean_pooled_features
 from ig_captioner.evaluation.lit import (
@@ -25,8 +27,10 @@ from ig_captioner.evaluation.lit import (
     Recipe,
     choose_tower,
     contrastive_loss,
+    load_tower,
     rank_captions,
     read_pairs,
+    save_tower,
     train,
 )
 
@@ -150,3 +154,26 @@ def test_lit_on_the_command_line(evaluate, run, room, tmp_path):  # noqa: F811
     assert [row["name"] for row in rates] == ["learning rate 1e-09", "learning rate 0.003, taken"]
     code, lines, errors = run("evaluate", "lit", *map(str, data[:2]), "--output", str(tmp_path / "none"))
     assert (code, lines, len(errors)) == (1, [], 1) and "nothing to test on" in errors[0]
+    code, lines, errors = run("evaluate", "lit", *map(str, data[2:]), "--output", str(tmp_path / "none"))
+    assert (code, lines, len(errors)) == (1, [], 1) and "either --train" in errors[0]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "tokens"])
+def test_a_trained_tower_is_measured_as_it_was_saved(evaluate, room, tmp_path, pooling):  # noqa: F811
+    captioner = load_model(IGCaptionerForZeroShotImageClassification, room / "model").eval()
+    tools = load_processor(room / "model")
+    samples = list(colourful(30))
+    shard = [(f"p{i}", {"png": png(image), "txt": f"a {name}".encode()}) for i, (name, image) in enumerate(samples)]
+    write_shard(tmp_path / "test.tar", shard)
+    pairs = read_pairs(captioner, tools, ((image, [f"a {name}"]) for name, image in samples), pooling)
+    tower = train(pairs, tools.tokenizer, SMALL._replace(pooling=pooling, steps=10))
+    save_tower(tower, tmp_path / "tower")
+    loaded = load_tower(tmp_path / "tower", tools.tokenizer)
+    assert loaded.recipe == tower.recipe
+    texts = ["a cat", "a bird"]
+    assert torch.equal(loaded.score(pairs.features, texts), tower.score(pairs.features, texts))
+    results = evaluate("lit", "--tower", tmp_path / "tower", "--data", tmp_path / "test.tar")
+    test = [index for index in range(30) if not is_held_out(f"p{index}", HELD_OUT)]
+    recall = (rank_captions(tower, pairs.select(test)) < 1).float().mean().item()
+    assert values(results["tables"]["Image to text"][0])["recall_at_1"] == pytest.approx(recall)
+    assert f"pooling {pooling}" in results["data"]["recipe"]

@@ -1,11 +1,14 @@
 """Encoders from a folder: their weights, their image processor, and a training run that starts from them."""
 
+# ruff: noqa: F811 (a fixture of another file is an argument here)
+
 import json
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_training import run_config, workspace  # noqa: F401 (a fixture)
 from tiny_encoders import ENCODERS, SMALL_VIT
 from transformers import (
     AutoModel,
@@ -17,11 +20,18 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
-from ig_captioner import IGCaptionerImageProcessor, IGCaptionerVisionConfig, IGCaptionerVisionModel
+from ig_captioner import (
+    IGCaptionerForConditionalGeneration,
+    IGCaptionerImageProcessor,
+    IGCaptionerVisionConfig,
+    IGCaptionerVisionModel,
+)
 from ig_captioner.encoders import image_processor_for, load_encoder, size_and_crop, unused_parameters
 from ig_captioner.vision_ig_captioner import run_encoder
 from training.build import build_model, build_model_config, build_processor, freeze_unused
 from training.config import TrainConfig
+from training.metrics import read_rows
+from training.train import train
 from training.train_tokenizer import train_tokenizer
 
 
@@ -158,6 +168,32 @@ def test_a_run_starts_from_the_encoder(config, tokenizer, tmp_path):
     processor = build_processor(config, model.config, tokenizer).image_processor
     assert tuple(processor.image_mean) == (0.4, 0.5, 0.6) and processor.crop_pct == 0.875
     assert isinstance(processor, IGCaptionerImageProcessor)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_run_with_a_pretrained_encoder(workspace, tmp_path, frozen):
+    """EfficientNet, whose batch norms must not move where it is frozen; resumed in the middle."""
+    source = saved("efficientnet", tmp_path / "encoder")
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    options = {
+        "model.vision_config": None,
+        "model.text_config": {**text, "max_position_embeddings": 16},
+        "model.image_token_grids": [2, 1],
+        "model.image_token_norm": True,
+        "encoder_from": str(tmp_path / "encoder"),
+        "freeze": ["model.vision_model.*"] if frozen else [],
+    }
+    train(run_config(workspace, tmp_path / "run", **options, max_steps=2, checkpoint_steps=2))
+    final = train(run_config(workspace, tmp_path / "run", **options, max_steps=4, resume_with_changes=True))
+    model = IGCaptionerForConditionalGeneration.from_pretrained(final)
+    kept = [
+        name
+        for name, value in model.model.vision_model.state_dict().items()
+        if torch.equal(value, source.state_dict()[name])
+    ]
+    assert len(kept) == len(model.model.vision_model.state_dict()) if frozen else len(kept) < 10
+    rows = [row for row in read_rows(tmp_path / "run" / "log.jsonl") if "loss" in row]
+    assert rows[-1]["step"] == 4 and rows[-1]["loss"] > 0
 
 
 def test_a_recipe_may_describe_an_encoder_of_transformers(tokenizer):

@@ -12,7 +12,7 @@ from test_hub import save_checkpoint
 from test_pipeline import make_config, make_pipeline, photos  # noqa: F401 (fixture)
 
 from ig_captioner import (
-    TINY_CHECKPOINT,
+    DEFAULT_CHECKPOINT,
     IGCaptionerConfig,
     IGCaptionerForZeroShotImageClassification,
     IGCaptionerProcessor,
@@ -108,7 +108,7 @@ def test_info_says_what_a_checkpoint_is(run, folder, here):
 
 
 def test_a_line_says_what_the_model_is_that_nobody_chose(capsys, monkeypatch, folder, here):
-    monkeypatch.setattr(sys.modules["ig_captioner.cli.main"], "TINY_CHECKPOINT", str(folder))
+    monkeypatch.setattr(sys.modules["ig_captioner.cli.main"], "DEFAULT_CHECKPOINT", str(folder))
     asked = ["classify", "0.png", "1.png", "--labels", "cat"]
     capsys.readouterr()  # what the fixtures have caused
     assert cli.main(asked) == 0
@@ -117,4 +117,4 @@ def test_a_line_says_what_the_model_is_that_nobody_chose(capsys, monkeypatch, fo
     )
     assert cli.main([*asked, "--model", str(folder)]) == 0
     assert capsys.readouterr().err == ""
-    assert "CIFAR" in read_in_short(TINY_CHECKPOINT)
+    assert "CIFAR" in read_in_short(DEFAULT_CHECKPOINT)

@@ -151,7 +151,7 @@ def test_both_scripts_report_the_loss_of_the_model(checkpoint, by_folder, tmp_pa
     monkeypatch.setattr(Trainer, "__init__", lambda self, *a, **k: trainers.append(self) or initialize(self, *a, **k))
     finetune(checkpoint, by_folder, tmp_path / "script", batch_size=24, max_steps=1)
     example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "finetune_trainer.py"))["main"]
-    monkeypatch.setitem(example.__globals__, "TINY_CHECKPOINT", str(checkpoint))
+    monkeypatch.setitem(example.__globals__, "DEFAULT_CHECKPOINT", str(checkpoint))
     monkeypatch.setattr(sys, "argv", ["finetune_trainer", str(by_folder), str(tmp_path / "example"), "--epochs", "1"])
     example()
     for trainer in trainers:

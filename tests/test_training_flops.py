@@ -78,7 +78,7 @@ def test_step_takes_three_forward_passes_but_for_the_pixels():
     model.base_model.vision_model.requires_grad_(False)
     frozen = counted(lambda: model(**batch()).loss.backward())
     first = 2 * images * 4 * config.hidden_size * model.config.text_config.hidden_size  # its input needs no gradient
-    assert training_flops(model.config, images, length, labelled(), frozen_encoder=True) - first - unseen == frozen
+    assert training_flops(model.config, images, length, labelled(), encoder_passes=1) - first - unseen == frozen
 
 
 def test_measured_peak_leaves_the_random_state_alone():

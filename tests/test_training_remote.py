@@ -16,6 +16,9 @@ from tests.test_training_data import good_members, load, take, tokenizer, write_
 from training.config import DataConfig, SourceConfig
 
 
+CHANGING = ("new", "longer", "stubborn", "unmarked-new")  # from the second request on the file is another one
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves files; the path of a URL says how often and how it fails before it does."""
 
@@ -34,18 +37,45 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             content = open(f"{self.directory}/{name}", "rb").read()  # noqa: SIM115
         except OSError:
             return self.send_error(404)
-        start = 0
-        if "Range" in self.headers and manner != "whole":
-            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        number_of_version = self.counts[name] = self.counts[name] + 1
+        if manner in CHANGING and number_of_version > 1:
+            content = content[::-1] if manner != "longer" else content + bytes(512)
+        etag = None if manner in ("unmarked", "unmarked-new") else f'"{manner in CHANGING and number_of_version}"'
+        start = self.wanted(manner, etag)
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
+        if manner != "no-length":
+            self.send_header("Content-Length", str((len(content) - start) // (2 if manner == "short-length" else 1)))
+        if etag:
+            self.send_header("ETag", etag)
+        if start:
+            shown = {"wrong-range": 512, "no-range": None}.get(manner, start)
+            if shown is not None:
+                self.send_header("Content-Range", f"bytes {shown}-{len(content) - 1}/{len(content)}")
         self.end_headers()
-        cut = {"cut": 10_000, "whole": 10_000, "trickle": 10_000}.get(manner)
-        tries = {"cut": 1, "whole": 1, "trickle": 10**9}.get(manner, 0)
+        tries = {"trickle": 10**9, "no-length": 10**9, "plain": 0, "busy": 0, "stuck": 0, "short-length": 0}
+        cut = tries.get(manner, 1)
         # "trickle" gives a little more each time, "stuck" never anything after the first bytes
         if manner == "stuck":
             content = content[:15_000] if not start else b""
-        self.wfile.write(content[start : start + cut] if cut and number <= tries else content[start:])
+        if manner == "drip":
+            return self.drip(content[start:])
+        self.wfile.write(content[start : start + 10_000] if number <= cut else content[start:])
+
+    def wanted(self, manner, etag):
+        """Where the answer begins: at 0 for servers that know no ranges, and where `If-Range` is another version."""
+        validator = self.headers.get("If-Range")
+        if "Range" not in self.headers or manner == "whole" or (manner != "stubborn" and validator != etag):
+            return 0
+        return int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+
+    def drip(self, content):
+        try:
+            for place in range(len(content)):
+                self.wfile.write(content[place : place + 1])
+                self.wfile.flush()
+                threading.Event().wait(0.02)
+        except OSError:  # the reader has given up
+            pass
 
     def log_message(self, *arguments):
         pass
@@ -81,7 +111,7 @@ def test_urls_are_expanded_and_not_joined_to_the_root():
         find_shards(["nonsense://host/s.tar"])
 
 
-@pytest.mark.parametrize("manner", ["plain", "busy", "cut", "whole", "trickle"])
+@pytest.mark.parametrize("manner", ["plain", "busy", "cut", "whole", "trickle", "unmarked"])
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
 def test_content_is_the_same_whatever_the_server_does(server, tmp_path, manner, suffix):
     name = f"s-1.{suffix}"
@@ -99,6 +129,45 @@ def test_rest_of_a_shard_that_stays_away_is_skipped(server):
     *samples, last = read_shard(f"{server.url}/stuck/s-0.tar")
     assert samples and last == Skipped(f"s-0.tar:{len(samples):04d}", "unreachable shard")
     assert server.waits == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("manner", CHANGING)
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_two_versions_of_a_shard_are_never_mixed(server, tmp_path, manner, suffix):
+    (tmp_path / f"s-0.{suffix}").write_bytes(b"".join(path.read_bytes() for path in [tmp_path / f"s-0.{suffix}"] * 2))
+    *samples, last = read_shard(f"{server.url}/{manner}/s-0.{suffix}")
+    whole = [item for item in read_shard(str(tmp_path / f"s-0.{suffix}")) if not isinstance(item, Skipped)]
+    if (tmp_path / f"s-0.{suffix}").stat().st_size > 10_000:
+        assert last.reason == "unreachable shard" and server.waits == [1]
+        assert samples == whole[: len(samples)] and len(samples) < len(whole)
+
+
+@pytest.mark.parametrize("manner", ["wrong-range", "no-range"])
+def test_other_bytes_than_those_asked_for_are_refused(server, tmp_path, manner):
+    with pytest.raises(UnreachableError, match=r"WrongRangeError: asked for bytes from 10000 on, the server gave"):
+        open_url(f"{server.url}/{manner}/s-0.tar").read()
+    *samples, last = read_shard(f"{server.url}/{manner}/s-1.tar")
+    assert samples == list(read_shard(str(tmp_path / "s-1.tar")))[: len(samples)]
+    assert last.reason == "unreachable shard"
+
+
+@pytest.mark.parametrize("manner", ["no-length", "short-length"])
+def test_a_body_that_ends_too_early_is_reported(server, tmp_path, manner):
+    for name in ("s-0.tar", "s-0.tar.gz"):
+        *samples, last = read_shard(f"{server.url}/{manner}/{name}")
+        whole = list(read_shard(str(tmp_path / name)))
+        if (tmp_path / name).stat().st_size > 10_000 or manner == "short-length":
+            assert isinstance(last, Skipped) and last.key.startswith(f"{name}:") and last.reason == "broken shard"
+            assert samples == whole[: len(samples)] and len(samples) < len(whole)
+
+
+def test_a_server_that_drips_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(ig_captioner.data.remote, "TIMEOUT", 0.1)
+    monkeypatch.setattr(ig_captioner.data.remote, "RETRIES", 2)
+    *_, last = read_shard(f"{server.url}/drip/s-0.tar")
+    assert last.reason == "unreachable shard" and server.waits == [1, 1]
+    with pytest.raises(UnreachableError, match="bytes per second are less than 1,000"):
+        open_url(f"{server.url}/drip/s-1.tar").read()
 
 
 @pytest.mark.parametrize("manner", ["missing", "forbidden"])

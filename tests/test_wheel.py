@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from transformers import pipeline
 
-from ig_captioner import TINY_CHECKPOINT, IGZeroShotImageClassificationPipeline
+from ig_captioner import DEFAULT_CHECKPOINT, IGZeroShotImageClassificationPipeline
 
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +56,6 @@ def test_the_wheel_of_a_clean_clone_classifies(tmp_path):
         python.parent / "ig-captioner", "classify", "photo.png", "--format", "jsonl", "--labels", *LABELS, cwd=tmp_path
     )
     scores = {row["label"]: row["score"] for row in json.loads(output)["predictions"]}
-    classify = pipeline(model=TINY_CHECKPOINT, pipeline_class=IGZeroShotImageClassificationPipeline)
+    classify = pipeline(model=DEFAULT_CHECKPOINT, pipeline_class=IGZeroShotImageClassificationPipeline)
     expected = classify(str(tmp_path / "photo.png"), candidate_labels=LABELS)
     assert scores == pytest.approx({row["label"]: row["score"] for row in expected}, abs=1e-5)

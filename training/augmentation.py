@@ -3,12 +3,13 @@
 Shapes: B images, H x W pixels.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from ig_captioner.input_rules import centre_box
 
@@ -65,15 +66,35 @@ def augment(
     box = random_box(settings.box(width, height), config, rng)
     if config.shift:
         image, box = reflect_border(np.asarray(image), box)
+    if config.changes_detail:
+        image = change_detail(image, config, settings, box, rng)
+        box = (0, 0, *image.size)
     view = resize(image, settings, box)
     if rng.random() < config.flip_probability:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    result = np.asarray(view)
     if config.color_jitter:
         amount = rng.uniform(-config.color_jitter, config.color_jitter, 4)
-        jittered = (result - 127.5) * (1 + amount[0]) + 127.5 + 255 * amount[1:]
-        result = jittered.clip(0, 255).astype(np.uint8)
-    return result
+        levels = np.arange(256)[None] - 127.5
+        jittered = levels * (1 + amount[0]) + 127.5 + 255 * amount[1:, None]  # [3, 256]: what each level becomes
+        view = view.point(jittered.clip(0, 255).astype(np.uint8).flatten().tolist())
+    return np.asarray(view)
+
+
+def change_detail(
+    image: np.ndarray | Image.Image,
+    config: AugmentationConfig,
+    settings: ImageSettings,
+    box: tuple[float, ...],
+    rng: np.random.Generator,
+) -> Image.Image:
+    """The box of an image with fewer pixels than it had, and smoothed or sharpened, as `config` says."""
+    low, high = config.detail
+    share = math.exp(rng.uniform(math.log(low), math.log(high)))
+    width, height = (max(1, round(share * side)) for side in (box[2] - box[0], box[3] - box[1]))
+    smaller = resize(image, dataclasses.replace(settings, size=(height, width)), box)
+    if config.sharpness == (1.0, 1.0):
+        return smaller
+    return ImageEnhance.Sharpness(smaller).enhance(rng.uniform(*config.sharpness))
 
 
 def resize(
@@ -85,8 +106,12 @@ def resize(
     return image.resize((width, height), settings.resample, box=box or settings.box(*image.size))
 
 
-def normalise(images: np.ndarray, settings: ImageSettings) -> torch.Tensor:
+def normalise(
+    images: np.ndarray | torch.Tensor,
+    settings: ImageSettings,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> torch.Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], less the mean and over the standard deviation of the settings."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (settings.mean, settings.std))
+    pixels = torch.as_tensor(images).permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format)
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (settings.mean, settings.std))
     return pixels.sub_(255 * mean).div_(255 * std)

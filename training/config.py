@@ -61,6 +61,15 @@ class AugmentationConfig:
     """Largest shift in either direction, as a fraction of the side; the border is filled by reflection."""
     color_jitter: NonNegativeFloat = 0.0
     """Largest relative change of contrast, and largest change of each channel's brightness (of 1.0)."""
+    detail: tuple[PositiveFloat, Fraction] = (1.0, 1.0)
+    """Range of the share of the crop's pixels, along a side, that are kept before it is brought to the model's size:
+    shows the model how larger photos look that were made small. Drawn log-uniformly."""
+    sharpness: tuple[NonNegativeFloat, NonNegativeFloat] = (1.0, 1.0)
+    """Range of Pillow's sharpness of the crop, at the pixels it has: 0 smoothed, 1 as it is, 2 sharpened."""
+
+    @property
+    def changes_detail(self) -> bool:
+        return self.detail != (1.0, 1.0) or self.sharpness != (1.0, 1.0)
 
 
 @dataclass(config=STRICT)
@@ -74,7 +83,37 @@ class SourceConfig:
     """Share of the samples drawn from this source, relative to the other weights."""
     holdout_fraction: FractionBelowOne = 0.0
     """Share of the keys that is never trained on; the evaluation during training uses it."""
+    holdout_names_fraction: FractionBelowOne = 0.0
+    """Share of the class names (`class_name` of the JSON, same rule) none of whose samples are trained on. Needs
+    `feature_cache`, as `templates` do: only that keeps the JSON of samples."""
+    templates: Texts = field(default_factory=list)
+    """Further texts of samples with a class name: sentences with `{}` in them, or names of prompts (`imagenet`, a
+    file) for all of their templates."""
+    template_fields: Texts = field(default_factory=lambda: ["class_name"])
+    """Fields of the JSON that hold a name for `templates`, or a list of names."""
+    template_share: Fraction = 0.5
+    """Share of the draws of a sample's text that come from `templates`, where it has names for them."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    views: PositiveInt | None = None
+    """Views of each image in the feature cache; null: `feature_cache.views`."""
+
+
+@dataclass(config=STRICT)
+class FeatureCacheConfig:
+    """Features of a frozen encoder, computed once and read from disk in training (see `feature_cache`)."""
+
+    folder: str
+    """Where they are kept, for this and later runs."""
+    views: PositiveInt = 1
+    """Views of each image: the first as the image processor sees it, the others augmented."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Number format on the disk."""
+    batch_size: PositiveInt = 64
+    """Views per pass of the encoder."""
+    num_workers: NonNegativeInt = 0
+    """Processes that decode and augment; 0: the training process does."""
+    seed: int = 0
+    """Of the augmented views; apart from the run's, so that runs of other seeds share them."""
 
 
 @dataclass(config=STRICT)
@@ -83,6 +122,8 @@ class DataConfig:
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Sets of shards by name."""
+    strict: bool = False
+    """End the run at the first sample or shard that cannot be used, instead of skipping and counting it."""
     max_length: Annotated[int, Field(ge=2), NUMBER] = 32
     """Longest caption in tokens, end-of-sequence included; longer ones are cut and keep their end-of-sequence."""
     pad_to_multiple_of: PositiveInt = 1
@@ -101,6 +142,8 @@ class DataConfig:
     """Images with more pixels are skipped before they are decoded (decompression bombs)."""
     num_workers: NonNegativeInt = 0
     """Loader processes per training process; 0 loads in the training process."""
+    feature_cache: FeatureCacheConfig | None = None
+    """Train on cached features of the encoder, which must be frozen; null: on images."""
 
 
 @dataclass(config=STRICT)
@@ -323,12 +366,21 @@ def describe_error(cls: type, details: Any) -> str:
 def known_keys(cls: Any, path: list[str]) -> list[str]:
     """Names of the fields of the section at `path`."""
     schema = TypeAdapter(cls).json_schema()
+    sections = schema.get("$defs", {})
     section = schema
     for name in path:
-        section = section.get("properties", {}).get(name) or section.get("additionalProperties") or {}
-        if "$ref" in section:
-            section = schema["$defs"][section["$ref"].rpartition("/")[2]]
+        inner = section.get("properties", {}).get(name)
+        if inner is not None:  # else the name of a source, whose section this already is
+            section = section_in(inner, sections) or {}
     return list(section.get("properties", {}))
+
+
+def section_in(field: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any] | None:
+    """The JSON schema of the section that a field holds, itself or under names that the user chooses; else None."""
+    for choice in (field, field.get("additionalProperties"), *field.get("anyOf", [])):
+        if isinstance(choice, dict) and "$ref" in choice:
+            return sections[choice["$ref"].rpartition("/")[2]]
+    return None
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -354,9 +406,15 @@ def validate(config: TrainConfig) -> None:
     for name, source in config.data.sources.items():
         where = f"data.sources.{name}"
         check(bool(source.shards), f"{where}.shards", source.shards, "a list of at least one shard")
-        for range_name in ("scale", "ratio"):
+        for range_name in ("scale", "ratio", "detail", "sharpness"):
             low, high = limits = getattr(source.augmentation, range_name)
             check(low <= high, f"{where}.augmentation.{range_name}", limits, "[low, high] with low <= high")
+        if config.data.feature_cache is None:
+            for key, given in (
+                ("templates", source.templates),
+                ("holdout_names_fraction", source.holdout_names_fraction),
+            ):
+                check(not given, f"{where}.{key}", given, "left out without data.feature_cache")
     for key, value in flatten(config.model, prefix="model.").items():
         check(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
     fractions = config.optimizer.warmup_fraction + config.optimizer.cooldown_fraction

@@ -7,7 +7,7 @@ import atexit
 import multiprocessing
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
+from ig_captioner.data.fingerprints import Fingerprint, list_fingerprints
 from ig_captioner.data.shards import (
     SHARD_REASONS,
     EmptySourceError,
@@ -32,11 +33,23 @@ from ig_captioner.data.shards import (
 )
 from ig_captioner.information_gain import IGNORE_INDEX
 
-from .augmentation import ImageSettings, normalise
+from .augmentation import ImageSettings, normalise, resize
+from .captions import CaptionReader
 from .config import DataConfig, SourceConfig, UsageError
-from .mixtures import CachedMixture, CachedSource, StreamedMixture, StreamedSource, StreamState
+from .feature_cache import FeatureStore
+from .mixtures import (
+    CachedMixture,
+    CachedSource,
+    FeatureSample,
+    FeatureSource,
+    StreamedMixture,
+    StreamedSource,
+    StreamState,
+    refuse_if_strict,
+)
 
 
+IMAGE_INPUTS = ("pixel_values", "image_features")  # of which a batch has one, under the model's argument names
 SILENT_SECONDS = 2.0  # what takes longer shows that it goes on
 
 
@@ -46,11 +59,16 @@ SILENT_SECONDS = 2.0  # what takes longer shows that it goes on
 def collate(items: list[dict[str, Any]], settings: ImageSettings, pad_to_multiple_of: int = 1) -> dict[str, Any]:
     """Items to a batch: pixel_values float32 [B, 3, H, W], labels int64 [B, L], source int64 [B].
 
-    Beside the tensors: the `keys` of the samples and the `epochs` of their sources, what was `skipped` before them, and
-    the `states` of the streams that gave them (empty for cached sources).
+    Of items with features in place of images: image_features [B, P, D], in the number format they have. Beside the
+    tensors: the `keys` of the samples and the `epochs` of their sources, what was `skipped` before them, and the
+    `states` of the streams that gave them (empty for cached sources).
     """
+    if "features" in items[0]:
+        images = {"image_features": torch.from_numpy(np.stack([item["features"] for item in items]))}
+    else:
+        images = {"pixel_values": normalise(np.stack([item["image"] for item in items]), settings)}
     return {
-        "pixel_values": normalise(np.stack([item["image"] for item in items]), settings),
+        **images,
         "labels": pad_labels([item["labels"] for item in items], pad_to_multiple_of),
         "source": torch.tensor([item["source"] for item in items]),
         "keys": [item["key"] for item in items],
@@ -87,13 +105,22 @@ class DrawSampler(Sampler[list[int]]):
             start += self.batch_size * self.processes
 
 
+def image_inputs(samples: Sequence[Sample], settings: ImageSettings) -> dict[str, torch.Tensor]:
+    """The argument of the model for whole images, or for features, of samples: `pixel_values` or `image_features`."""
+    if isinstance(samples[0].image, np.ndarray) and samples[0].image.ndim == 2:
+        return {"image_features": torch.from_numpy(np.stack([sample.image for sample in samples])).float()}
+    images = [np.asarray(resize(sample.image, settings)) for sample in samples]
+    return {"pixel_values": normalise(np.stack(images), settings)}
+
+
 def split_by_length(batch: dict[str, Any], parts: int, pad_to_multiple_of: int = 1) -> list[dict[str, torch.Tensor]]:
     """Parts of a batch with captions of similar length, each cut to its longest."""
     lengths = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
+    names = [name for name in (*IMAGE_INPUTS, "labels", "source") if name in batch]
     result = []
     for rows in lengths.sort(stable=True).indices.chunk(parts):
         longest = -(-int(lengths[rows].max()) // pad_to_multiple_of) * pad_to_multiple_of
-        part = {name: batch[name][rows] if parts > 1 else batch[name] for name in ("pixel_values", "labels", "source")}
+        part = {name: batch[name][rows] if parts > 1 else batch[name] for name in names}
         result.append({**part, "labels": part["labels"][:, :longest]})
     return result
 
@@ -114,6 +141,8 @@ class TrainingData:
     """How many streams there are over all processes; 0 for cached sources."""
     states: dict[int, StreamState] = field(default_factory=dict)
     """Where this process's streams stand; the training loop updates it with each batch's."""
+    shards: dict[str, list[Fingerprint]] = field(default_factory=dict)
+    """What the shards of each source are: with their content where they were read, else with names and sizes."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +169,11 @@ class DataPosition:
 class DecodedSources:
     """Samples in memory, by source, and what could not be used."""
 
-    training: dict[str, list[Sample]] = field(default_factory=dict)
+    training: dict[str, list[Any]] = field(default_factory=dict)
+    """`Sample`s, or `FeatureSample`s."""
     held_out: dict[str, list[Sample]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
+    shards: dict[str, list[Fingerprint]] = field(default_factory=dict)
 
 
 def load_training_data(
@@ -155,20 +186,26 @@ def load_training_data(
     seed: int,
     position: DataPosition | None = None,
     max_held_out: int = 200,
+    features: dict[str, FeatureStore] | None = None,
 ) -> TrainingData:
     """Opens the shards and builds the loader of one process.
 
     Args:
         position: where a resumed run goes on; None: at the start.
         max_held_out: images per source that are kept for evaluation; 0: none.
+        features: of the sources' images, which are then not read.
     """
     position = position or DataPosition()
     encode = make_encoder(tokenizer, config.max_length)
     paths = {name: find_shards(source.shards, data_root) for name, source in config.sources.items()}
-    decoded = decode_sources(config, paths, encode, settings, max_held_out, shows_progress=share.process == 0)
+    if features:
+        decoded = read_features(config, features, encode, max_held_out)
+    else:
+        decoded = decode_sources(config, paths, encode, settings, max_held_out, shows_progress=share.process == 0)
+    shards = {name: list_fingerprints(paths[name]) for name in paths} | decoded.shards
     mixture: CachedMixture | StreamedMixture
-    if config.cache_in_memory:
-        mixture = cached_mixture(config, decoded.training, settings, seed)
+    if features or config.cache_in_memory:
+        mixture = cached_mixture(config, decoded.training, settings, seed, features)
         loader = make_loader(
             mixture,
             config,
@@ -176,18 +213,27 @@ def load_training_data(
             batch_sampler=DrawSampler(position.draws, share.batch_size, share.process, share.processes),
         )
         sizes = {name: len(samples) for name, samples in decoded.training.items()}
-        return TrainingData(loader, decoded.held_out, decoded.skipped, sizes)
+        return TrainingData(loader, decoded.held_out, decoded.skipped, sizes, shards=shards)
     mixture = streamed_mixture(config, paths, encode, settings, seed, share, position)
     loader = make_loader(mixture, config, settings, batch_size=share.batch_size)
     states = dict(position.states) if share.process == 0 else {}
-    return TrainingData(loader, decoded.held_out, decoded.skipped, {}, mixture.streams, states)
+    return TrainingData(loader, decoded.held_out, decoded.skipped, {}, mixture.streams, states, shards)
 
 
 def cached_mixture(
-    config: DataConfig, training: dict[str, list[Sample]], settings: ImageSettings, seed: int
+    config: DataConfig,
+    training: dict[str, list[Any]],
+    settings: ImageSettings,
+    seed: int,
+    features: dict[str, FeatureStore] | None = None,
 ) -> CachedMixture:
     weights = [source.weight for source in config.sources.values()]
-    cached = [CachedSource(name, training[name], source.augmentation) for name, source in config.sources.items()]
+    cached: list[CachedSource | FeatureSource] = [
+        FeatureSource(name, training[name], features[name])
+        if features
+        else CachedSource(name, training[name], source.augmentation)
+        for name, source in config.sources.items()
+    ]
     return CachedMixture(cached, weights, settings, seed)
 
 
@@ -265,9 +311,12 @@ def decode_sources(
     decoded = DecodedSources()
     for name, source in config.sources.items():
         if config.cache_in_memory or (source.holdout_fraction and max_held_out):
+            fingerprints: list[Fingerprint] | None = [] if config.cache_in_memory else None
             training, held_out, skipped = read_cache(
-                name, paths[name], source, config, encode, settings, shows_progress
+                name, paths[name], source, config, encode, settings, shows_progress, fingerprints
             )
+            if fingerprints is not None:
+                decoded.shards[name] = fingerprints
             decoded.training[name] = training
             decoded.held_out[name] = choose_held_out(held_out, max_held_out)
             decoded.skipped += skipped
@@ -282,6 +331,7 @@ def read_cache(
     encode: Encode,
     settings: ImageSettings,
     shows_progress: bool = False,
+    fingerprints: list[Fingerprint] | None = None,
 ) -> tuple[list[Sample], list[Sample], list[Skipped]]:
     """Decodes a source: (training samples, held-out samples, skipped).
 
@@ -294,11 +344,19 @@ def read_cache(
     training: list[Sample] = []
     held_out: list[Sample] = []
     skipped: list[Skipped] = []
-    cached = {"size": config.cache_size, "keep_proportions": settings.crop_pct is not None}
-    items = read_samples(paths, encode, max_pixels=config.max_image_pixels, keep=keep, **cached)
+    items = read_samples(
+        paths,
+        encode,
+        max_pixels=config.max_image_pixels,
+        size=config.cache_size,
+        keep_proportions=settings.crop_pct is not None,
+        keep=keep,
+        fingerprints=fingerprints,
+    )
     shown = {"unit": " samples", "delay": SILENT_SECONDS, "mininterval": 1.0, "disable": not shows_progress}
     for item in tqdm(items, desc=f"decoding {name} ({len(paths)} shards)", **shown):
         if isinstance(item, Skipped):
+            refuse_if_strict(item, config)
             if config.cache_in_memory or item.reason not in SHARD_REASONS:
                 skipped.append(item)
         else:
@@ -306,6 +364,37 @@ def read_cache(
     if config.cache_in_memory and not training:
         raise EmptySourceError(describe_empty(name, paths, Counter(item.reason for item in skipped)))
     return training, held_out, skipped
+
+
+def read_features(
+    config: DataConfig, stores: dict[str, FeatureStore], encode: Encode, max_held_out: int
+) -> DecodedSources:
+    """The samples whose features are cached. The `image` of held-out ones is the features of their first view [P, D].
+
+    Raises:
+        EmptySourceError: all samples of a source are held out.
+    """
+    decoded = DecodedSources()
+    for name, source in config.sources.items():
+        store, read_captions = stores[name], CaptionReader(source, encode)
+        training, held_out = list[FeatureSample](), list[Sample]()
+        for row, record in enumerate(store.records):
+            captions = read_captions(record.captions, record.metadata)
+            if is_held_out(record.key, source.holdout_fraction) or is_left_out(record.metadata, source):
+                held_out.append(Sample(record.key, store.features[row, 0], captions))
+            else:
+                training.append(FeatureSample(record.key, row, captions))
+        if not training:
+            raise EmptySourceError(f"source {name!r}: all of its {len(held_out)} usable samples are held out")
+        decoded.training[name] = training
+        decoded.held_out[name] = choose_held_out(held_out, max_held_out)
+        decoded.skipped += store.skipped
+    return decoded
+
+
+def is_left_out(metadata: dict[str, Any], source: SourceConfig) -> bool:
+    """Whether a sample's class name is one of those that are never trained on."""
+    return "class_name" in metadata and is_held_out(str(metadata["class_name"]), source.holdout_names_fraction)
 
 
 def choose_held_out(samples: list[Sample], count: int) -> list[Sample]:

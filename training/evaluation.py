@@ -7,7 +7,6 @@ Scores are log P(T|I) - w * log P(T) in nats, higher is better; ties count again
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -17,8 +16,8 @@ from ig_captioner.data.shards import Sample
 from ig_captioner.evaluation.ranking import ranks, recall_metrics, tune_prior_weight
 from ig_captioner.information_gain import IGNORE_INDEX, information_gain
 
-from .augmentation import ImageSettings, normalise, resize
-from .data import pad_labels
+from .augmentation import ImageSettings
+from .data import image_inputs, pad_labels
 from .optim import MovingAverage
 
 
@@ -43,8 +42,9 @@ def evaluate_held_out(
     texts = model.compile_texts(input_ids, attention_mask, with_fingerprint=False)
     parts = []
     for start in range(0, len(samples), IMAGES_PER_CALL):
-        images = [np.asarray(resize(sample.image, settings)) for sample in samples[start : start + IMAGES_PER_CALL]]
-        output = model.score(normalise(np.stack(images), settings).to(device), texts)
+        images = image_inputs(samples[start : start + IMAGES_PER_CALL], settings)
+        images = {name: tensor.to(device) for name, tensor in images.items()}
+        output = model.score(images.pop("pixel_values", None), texts, **images)
         parts.append(output.caption_log_likelihood.float().cpu())
     conditional, prior = torch.cat(parts), output.prior_log_likelihood.float().cpu()
     is_true = one_hot(target, len(captions)).bool()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
-from ig_captioner import TINY_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerProcessor
+from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerProcessor
 from ig_captioner.information_gain import IGNORE_INDEX
 
 from .checkpoint import write_text_atomically
@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", required=True, help="folder of images, folder of `save_to_disk`, or Hub name of a data set")
     add("--output_dir", required=True, help="folder of checkpoints and of the final model")
-    add("--model", default=TINY_CHECKPOINT, help="folder or Hub name of the captioner to start from")
+    add("--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name of the captioner to start from")
     add("--caption_column", help="texts, lists of texts or classes; found by its name if not given")
     add("--template", default="a photo of a {}.", help="caption of a class")
     add("--eval_fraction", type=float, default=0.1, help="share held out if the data have no test split")

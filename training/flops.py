@@ -24,7 +24,7 @@ from ig_captioner.configuration_ig_captioner import (
 )
 from ig_captioner.encoders import forward_flops
 
-from .config import load_config
+from .config import TrainConfig, load_config
 
 
 def block_flops(config: IGCaptionerVisionConfig | IGCaptionerTextConfig, queries: int, others: int = 0) -> int:
@@ -76,12 +76,19 @@ def head_flops(config: IGCaptionerConfig, tokens: int) -> int:
     return paths * 2 * tokens * config.text_config.embedding_width * config.text_config.vocab_size
 
 
-def training_flops(
-    config: IGCaptionerConfig, images: int, length: int, tokens: int, frozen_encoder: bool = False
-) -> int:
-    """Forward and backward pass over B images with texts [B, L], of which `tokens` are labelled."""
-    encoder = encoder_flops(config.vision_config) * (1 if frozen_encoder else 3)
+def training_flops(config: IGCaptionerConfig, images: int, length: int, tokens: int, encoder_passes: int = 3) -> int:
+    """Forward and backward pass over B images with texts [B, L], of which `tokens` are labelled.
+
+    Args:
+        encoder_passes: 3 where the encoder is trained, 1 where it is frozen, 0 where its features are cached.
+    """
+    encoder = encoder_passes * encoder_flops(config.vision_config) if encoder_passes else 0
     return images * (encoder + 3 * decoder_flops(config, length)) + 3 * head_flops(config, tokens)
+
+
+def encoder_passes(frozen: bool, config: TrainConfig) -> int:
+    """See `training_flops`."""
+    return 0 if config.data.feature_cache else 1 if frozen else 3
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -117,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"{options.config} ends by the clock: set max_steps or max_samples")
     samples = config.steps * config.batch_size
     frozen = "model.vision_model.*" in config.freeze
-    per_sample = training_flops(model, 1, length, length, frozen)
+    per_sample = training_flops(model, 1, length, length, encoder_passes(frozen, config))
     seconds = samples * per_sample / (options.peak_tflops * 1e12 * options.mfu)
     print(f"{per_sample / 1e9:.1f} GFLOP per sample of {length} tokens, {samples / 1e6:.0f} M samples")
     print(f"{samples * per_sample / 1e18:.1f} EFLOP; at {options.mfu:.0%} of {options.peak_tflops:g} TFLOP/s")

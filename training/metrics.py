@@ -24,7 +24,7 @@ from ig_captioner.information_gain import IGNORE_INDEX
 
 from .checkpoint import write_text_atomically
 from .config import TrainConfig, flatten
-from .flops import head_flops, measure_peak_flops, training_flops
+from .flops import encoder_passes, head_flops, measure_peak_flops, training_flops
 
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,8 @@ class MetricsLog:
         self.names = list(config.data.sources)
         self.model_config = model.config
         encoder = model.base_model.vision_model
-        self.frozen_encoder = not any(parameter.requires_grad for parameter in encoder.parameters())
+        frozen = not any(parameter.requires_grad for parameter in encoder.parameters())
+        self.encoder_passes = encoder_passes(frozen, config)
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.peak_flops = measure_peak_flops(accelerator.device, dtype)
         self.path, self.accelerator = output_dir / "log.jsonl", accelerator
@@ -153,7 +154,7 @@ class MetricsLog:
     def add_part(self, outputs: Any, share: Tensor, labels: Tensor) -> None:
         """Losses of a part of a batch. Sums stay on the device, so that adding costs no synchronisation."""
         # the head's share depends on the labels, which are on the device here: add_step adds it
-        self.flops += training_flops(self.model_config, *labels.shape, 0, self.frozen_encoder)
+        self.flops += training_flops(self.model_config, *labels.shape, 0, self.encoder_passes)
         for name in LOSSES:
             value = getattr(outputs, name)
             if value is not None:

@@ -2,8 +2,9 @@
 
 Shapes: H x W pixels.
 
-- `CachedMixture` (small sets): every image decoded once to uint8. Which sample, caption and augmentation the n-th draw
-  gives is a pure function of (seed, n), so the position in the data is one integer, whatever the number of workers.
+- `CachedMixture` (small sets): every image decoded once to uint8, or its features computed once. Which sample, caption
+  and augmentation (or view) the n-th draw gives is a pure function of (seed, n), so the position in the data is one
+  integer, whatever the number of workers.
 - `StreamedMixture` (large sets): the shards are dealt out to a fixed number of streams, each shuffled by blocks. What a
   stream gives is a pure function of its `Position`, which travels with each item to the training loop and from there
   into the checkpoint. A sample comes once per epoch of its stream.
@@ -12,7 +13,7 @@ What was skipped travels with the next good item to the training loop, which cou
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -33,7 +34,9 @@ from ig_captioner.data.shards import (
 )
 
 from .augmentation import ImageSettings, augment
-from .config import AugmentationConfig, DataConfig, SourceConfig
+from .captions import draw_caption
+from .config import AugmentationConfig, DataConfig, SourceConfig, UsageError
+from .feature_cache import FeatureStore
 
 
 MIXTURE_PERIOD = 1000  # draws after which the order of the sources repeats; weights are rounded to 1/1000
@@ -59,17 +62,44 @@ def draws_per_source(weights: list[float], period: int) -> np.ndarray:
     return counts
 
 
+class FeatureSample(NamedTuple):
+    """A sample whose features are in row `row` of its source's store."""
+
+    key: str
+    row: int
+    captions: Sequence[list[int]]
+
+
 class CachedSource:
     """Decoded samples of one shard set."""
 
     def __init__(self, name: str, samples: list[Sample], augmentation: AugmentationConfig) -> None:
         self.name, self.samples, self.augmentation = name, samples, augmentation
 
+    def item(self, index: int, settings: ImageSettings, rng: np.random.Generator) -> dict[str, Any]:
+        return make_item(self.samples[index], self.augmentation, settings, rng)
+
+
+class FeatureSource:
+    """Samples of one shard set with the features of several views of each, [N, V, P, D]."""
+
+    def __init__(self, name: str, samples: list[FeatureSample], store: FeatureStore) -> None:
+        self.name, self.samples, self.store = name, samples, store
+
+    def item(self, index: int, settings: ImageSettings, rng: np.random.Generator) -> dict[str, Any]:
+        """A drawn view of a sample, [P, D], with one of its texts."""
+        sample = self.samples[index]
+        labels = draw_caption(sample.captions, rng)
+        view = int(rng.integers(self.store.views))
+        return {"key": sample.key, "features": self.store.features[sample.row, view], "labels": labels}
+
 
 class CachedMixture(Dataset):
     """Endless mixture of cached sources: item n is the n-th draw of the run, a pure function of (seed, n)."""
 
-    def __init__(self, sources: list[CachedSource], weights: list[float], settings: ImageSettings, seed: int) -> None:
+    def __init__(
+        self, sources: Sequence[CachedSource | FeatureSource], weights: list[float], settings: ImageSettings, seed: int
+    ) -> None:
         self.sources, self.settings, self.seed = sources, settings, seed
         self.order = mixture_order(weights)
         self.counts = np.bincount(self.order, minlength=len(sources))
@@ -92,9 +122,8 @@ class CachedMixture(Dataset):
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
         source, epoch, index = self.locate(draw)
-        sample = self.sources[source].samples[index]
         rng = np.random.default_rng((self.seed, 1, draw))
-        return make_item(sample, source, self.sources[source].augmentation, self.settings, rng) | {"epoch": epoch}
+        return self.sources[source].item(index, self.settings, rng) | {"source": source, "epoch": epoch}
 
 
 class Position(NamedTuple):
@@ -106,6 +135,12 @@ class Position(NamedTuple):
     """Number in the order of this turn."""
     sample: int = 0
     drawn: int = 0
+
+
+def refuse_if_strict(item: Skipped, data: DataConfig) -> None:
+    """Raises UsageError for a sample or shard that cannot be used, where the configuration wants all of them."""
+    if data.strict:
+        raise UsageError(f"{item.key} cannot be used: {item.reason} (data.strict is set)")
 
 
 class StreamedSource:
@@ -135,6 +170,7 @@ class StreamedSource:
                 for drawn in range(start.drawn, len(block)):
                     item = decode_item(block[order[drawn]], self.decode)
                     if isinstance(item, Skipped):
+                        refuse_if_strict(item, self.data)
                         reasons[item.reason] += 1
                     usable = usable or not isinstance(item, Skipped)
                     yield item, Position(turn, shard, sample, drawn + 1)
@@ -238,19 +274,16 @@ class StreamedMixture(IterableDataset):
                 skipped.append(sample)
             rng = np.random.default_rng((self.seed, 2, number, draw))
             draw += 1
-            item = make_item(sample, source, self.sources[source].config.augmentation, self.settings, rng)
+            item = make_item(sample, self.sources[source].config.augmentation, self.settings, rng)
             state = StreamState(draw, list(positions))
-            yield item | {"epoch": positions[source].turn // 2, "skipped": skipped, "state": (number, state)}
+            place = {"source": source, "epoch": positions[source].turn // 2, "state": (number, state)}
+            yield item | place | {"skipped": skipped}
 
 
 def make_item(
-    sample: Sample,
-    source: int,
-    augmentation: AugmentationConfig,
-    settings: ImageSettings,
-    rng: np.random.Generator,
+    sample: Sample, augmentation: AugmentationConfig, settings: ImageSettings, rng: np.random.Generator
 ) -> dict[str, Any]:
     """One augmented image uint8 [H, W, 3] with one of its captions."""
-    labels = sample.captions[int(rng.integers(len(sample.captions)))]
+    labels = draw_caption(sample.captions, rng)
     image = augment(sample.image, augmentation, settings, rng)
-    return {"key": sample.key, "image": image, "labels": labels, "source": source}
+    return {"key": sample.key, "image": image, "labels": labels}

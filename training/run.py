@@ -22,9 +22,10 @@ from .build import build_model, build_processor, image_settings, load_tokenizer
 from .checkpoint import list_checkpoints, newest_intact
 from .config import TrainConfig, UsageError
 from .data import DataPosition, Share, TrainingData, load_training_data
+from .feature_cache import FeatureStore, ensure_features
 from .metrics import MetricsLog
 from .optim import MovingAverage, make_optimizers
-from .resume import Change, check_changes, find_changes, write_settings
+from .resume import Change, check_changes, check_shards, check_sources, find_changes, write_settings
 from .sharding import is_sharding_wanted, shard
 from .state import RunProgress, SavedRun
 
@@ -78,7 +79,11 @@ def start_run(config: TrainConfig) -> Run:
     model = build_model(config, tokenizer, saved.checkpoint, [change.key for change in changes])
     processor = build_processor(config, model.config, tokenizer, saved.checkpoint)
     settings = image_settings(processor.image_processor)
-    data = load_data(config, tokenizer, settings, saved, accelerator)
+    features = ensure_features(config, model, settings, accelerator.device) if config.data.feature_cache else None
+    data = load_data(config, tokenizer, settings, saved, accelerator, features)
+    for difference in check_shards(saved.shards, data.shards, config.resume_with_changes):
+        logger.warning("from step %d: %s", saved.step, difference)
+        changes.append(Change("shards", "as they were", difference))
     accelerator.print(describe(model, data))
     wrapped, optimizers = prepare(model, config, accelerator)
     history = saved.changes + [change.row(saved.step) for change in changes]
@@ -169,8 +174,8 @@ def accept_changes(config: TrainConfig, saved: SavedRun) -> list[Change]:
     if not saved.settings:
         return []
     changes = find_changes(saved.settings, config)
-    sources = list(saved.settings["data"]["sources"]), list(config.data.sources)
-    check_changes(changes, sources, config.resume_with_changes)
+    check_sources(list(saved.settings["data"]["sources"]), list(config.data.sources))
+    check_changes(changes, config.resume_with_changes)
     for change in changes:
         logger.warning("from step %d: %s", saved.step, change)
     return changes
@@ -185,8 +190,9 @@ def load_data(
     settings: ImageSettings,
     saved: SavedRun,
     accelerator: Accelerator,
+    features: dict[str, FeatureStore] | None,
 ) -> TrainingData:
-    """Opens the shards; a resumed run reads on where the checkpoint was written."""
+    """Opens the shards, or the features of their images; a resumed run reads on where the checkpoint was written."""
     processes = accelerator.num_processes
     return load_training_data(
         config.data,
@@ -197,6 +203,7 @@ def load_data(
         seed=config.seed,
         position=DataPosition(saved.samples, saved.streams, saved.stream_states),
         max_held_out=config.evaluation.max_images if config.evaluation.every_steps else 0,
+        features=features,
     )
 
 

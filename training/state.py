@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ig_captioner.data.fingerprints import Fingerprint
+
 from .checkpoint import load_state
 from .data import TrainingData
 from .metrics import MetricsLog
@@ -108,6 +110,7 @@ def collect_state(
         "random_states": [process["random"] for process in processes],
         "log": [process["log"] for process in processes],
         "settings": settings,
+        "shards": {name: [list(shard) for shard in shards] for name, shards in data.shards.items()},
         "streams": data.streams,
         "stream_states": {  # plain lists: what is read back is plain as well
             number: [state.draws, [list(position) for position in state.positions]]
@@ -143,6 +146,13 @@ class SavedRun:
     @property
     def samples(self) -> int:
         return self.state["progress"]["samples"] if self.state else 0
+
+    @property
+    def shards(self) -> dict[str, list[Fingerprint]]:
+        """What the shards of each source were."""
+        return {
+            name: [Fingerprint(*shard) for shard in shards] for name, shards in self.state.get("shards", {}).items()
+        }
 
     @property
     def streams(self) -> int:

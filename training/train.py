@@ -29,7 +29,7 @@ from .checkpoint import save_checkpoint
 from .config import TrainConfig, UsageError, load_config, to_dict
 from .config_help import USAGE, full_help
 from .curves import draw_curves
-from .data import split_by_length
+from .data import IMAGE_INPUTS, split_by_length
 from .evaluation import evaluate
 from .metrics import TRACKER_FOLDER, summary, weight_in_mean
 from .optim import learning_rate_factor, set_learning_rate
@@ -125,7 +125,8 @@ def compute_gradients(run: Run, batch: dict[str, Any], with_sources: bool) -> tu
         share = weight_in_mean(part["labels"], reduction) / whole  # of the batch of all processes
         # Processes exchange their gradients once per batch, with its last part.
         with nullcontext() if number == len(parts) else accelerator.no_sync(run.wrapped):
-            outputs = run.wrapped(pixel_values=part["pixel_values"], labels=part["labels"])
+            images = {name: part[name] for name in IMAGE_INPUTS if name in part}
+            outputs = run.wrapped(**images, labels=part["labels"])
             loss = loss + share * outputs.loss.detach()
             accelerator.backward(share * outputs.loss)
         run.log.add_part(outputs, share, part["labels"])

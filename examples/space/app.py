@@ -2,8 +2,8 @@
 
 import os
 
-from ig_captioner import TINY_CHECKPOINT, demo
+from ig_captioner import DEFAULT_CHECKPOINT, demo
 
 
 if __name__ == "__main__":
-    demo.launch(os.environ.get("MODEL", TINY_CHECKPOINT), host="0.0.0.0", port=7860)
+    demo.launch(os.environ.get("MODEL", DEFAULT_CHECKPOINT), host="0.0.0.0", port=7860)

@@ -107,7 +107,7 @@ def add_evaluate(commands) -> None:
     _add_tuning(task)
     _add_batch_size(task)
 
-    usage = "--train DATA [--data DATA] [--labelled DATA --class-names FILE_OR_NAME]"
+    usage = "(--train DATA | --tower FOLDER) [--data DATA] [--labelled DATA --class-names FILE_OR_NAME]"
     summary = "Train a text tower for the frozen image encoder, and measure both as a dual encoder."
     task = add_task("lit", usage, summary, LIT_EXAMPLES, needs_data=False)
     _add_lit(task)
@@ -118,7 +118,8 @@ def add_evaluate(commands) -> None:
 
 
 def _add_lit(task: argparse.ArgumentParser) -> None:
-    task.add_argument("--train", required=True, metavar="DATA", help="captioned images to train on; forms as --data")
+    task.add_argument("--train", metavar="DATA", help="captioned images to train on; forms as --data")
+    task.add_argument("--tower", metavar="FOLDER", help="instead: a tower that is trained (benchmarks.everyday)")
     task.add_argument("--labelled", metavar="DATA", help="labelled images to classify; forms as --data")
     sizes = {
         "steps": (2000, "optimizer steps"),
@@ -129,6 +130,8 @@ def _add_lit(task: argparse.ArgumentParser) -> None:
     for name, (default, help) in sizes.items():
         text = f"{help} (default: %(default)s)"
         task.add_argument(f"--{name}", type=positive_integer, default=default, metavar="N", help=text)
+    captions = "test on the first N captions of each image (default: all)"
+    task.add_argument("--captions", type=positive_integer, metavar="N", help=captions)
     rates = "tried one after another; the best on held-out training pairs is taken (default: %(default)s)"
     task.add_argument("--learning-rates", type=rate, nargs="+", default=[3e-4, 1e-3, 3e-3], metavar="LR", help=rates)
     task.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and order (default: %(default)s)")

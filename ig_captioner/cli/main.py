@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..installed import TINY_CHECKPOINT, __version__
+from ..installed import DEFAULT_CHECKPOINT, __version__
 from .arguments import Parser, UsageError, add_command
 from .evaluate import add_evaluate
 from .output import one_line, quiet, report
@@ -47,7 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version, wrong usage
         return int(stop.code or 0)
     try:
+        if arguments.check is not None:  # before anything that takes long to import
+            arguments.check(arguments)
+        if arguments.run is completion:
+            return completion(arguments)
         with quiet("strict" in arguments and arguments.strict):
+            from .. import api  # noqa: F401 (what `import ig_captioner` does in other programs)
+
             if "model" in arguments and arguments.model is None:
                 arguments.model = _shipped_checkpoint()
             return arguments.run(arguments)
@@ -70,10 +76,10 @@ def _shipped_checkpoint() -> str:
     """The model where none was chosen; a line on stderr says what it is."""
     from ..card import read_facts
 
-    facts = read_facts(Path(TINY_CHECKPOINT))
-    about = facts.in_short if facts and facts.in_short else TINY_CHECKPOINT
+    facts = read_facts(Path(DEFAULT_CHECKPOINT))
+    about = facts.in_short if facts and facts.in_short else DEFAULT_CHECKPOINT
     print(f"ig-captioner: no --model given, so the checkpoint in the package: {one_line(about)}", file=sys.stderr)
-    return TINY_CHECKPOINT
+    return DEFAULT_CHECKPOINT
 
 
 def build_parser() -> Parser:

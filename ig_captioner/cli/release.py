@@ -4,8 +4,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..installed import TINY_CHECKPOINT
-from .arguments import MODEL_HELP, add_command, add_device, add_format, add_labels, add_strict, read_labels
+from ..installed import DEFAULT_CHECKPOINT
+from .arguments import (
+    MODEL_HELP,
+    add_command,
+    add_device,
+    add_format,
+    add_labels,
+    add_strict,
+    check_labels,
+    read_labels,
+)
 from .output import print_csv, print_json, printable, table
 
 
@@ -43,14 +52,14 @@ You have to be logged in (hf auth login), or HF_TOKEN has to be set.
 def add_info(commands) -> None:
     summary = "Say what a checkpoint is; its weights are not read."
     parser = add_command(commands, info, "[DIR_OR_REPO]", summary, INFO_EXAMPLES)
-    parser.add_argument("model", nargs="?", default=TINY_CHECKPOINT, metavar="DIR_OR_REPO", help=MODEL_HELP)
+    parser.add_argument("model", nargs="?", default=DEFAULT_CHECKPOINT, metavar="DIR_OR_REPO", help=MODEL_HELP)
     add_format(parser)
 
 
 def add_compile_labels(commands) -> None:
     summary = "Do the part of classifying that needs no photo once, for many labels, and keep it in a folder."
     usage = "DIR --labels-file FILE_OR_NAME"
-    parser = add_command(commands, compile_labels, usage, summary, COMPILE_LABELS_EXAMPLES, MODEL_HELP)
+    parser = add_command(commands, compile_labels, usage, summary, COMPILE_LABELS_EXAMPLES, MODEL_HELP, check_labels)
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder to write, missing or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace compiled labels in DIR")
     add_labels(parser)

@@ -50,7 +50,11 @@ def list_fingerprints(paths: Iterable[str]) -> list[Fingerprint]:
 
 
 def compare_shards(before: list[Fingerprint], now: list[Fingerprint]) -> list[str]:
-    """Says what differs between two lists of shards, a line each; what only one of them knows is no difference."""
+    """Says what differs between two lists of shards, a line each.
+
+    A size or hash that was not known before, or is not asked for now, is no difference; a shard whose hash was known
+    and that could not be read at all now is one.
+    """
     old, new = [shard.name for shard in before], [shard.name for shard in now]
     differences = [f"{name} is gone" for name in old if name not in new]
     differences += [f"{name} is new" for name in new if name not in old]
@@ -63,4 +67,6 @@ def compare_shards(before: list[Fingerprint], now: list[Fingerprint]) -> list[st
             differences.append(f"{shard.name} had {shard.size:,} bytes and has {other.size:,}")
         elif None not in (shard.sha256, other.sha256) and shard.sha256 != other.sha256:
             differences.append(f"{shard.name} has other content")
+        elif shard.sha256 is not None and other.size is None:
+            differences.append(f"{shard.name} could not be read")
     return differences

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from ..input_rules import IMAGE_EXTENSIONS, MAX_PIXELS, ImageError, clean_text, read_image_file, tell
+from ..input_rules import IMAGE_EXTENSIONS, MAX_PIXELS, ImageError, check_unicode, clean_text, read_image_file, tell
 from ..processing_ig_captioner import gives_scored_form
 from .archive import MAX_BYTES, TOO_LARGE, Archive, Member
 from .fingerprints import Fingerprint, HashingFile, name_of
@@ -295,8 +295,8 @@ def read_captions(files: dict[str, bytes]) -> list[str]:
         raise BrokenSampleError("captions that are not texts")
     try:
         captions = captions or [read_caption_file(files.get("txt", b""))]
-        "".join(captions).encode("utf-8")  # JSON may hold halves of surrogate pairs, which no tokenizer takes
-    except UnicodeError as error:
+        check_unicode("".join(captions), "a caption")  # JSON may hold halves of surrogate pairs
+    except ValueError as error:
         raise BrokenSampleError("caption is not UTF-8") from error
     captions = [caption for caption in map(clean_text, captions) if caption]
     if not captions:
@@ -317,14 +317,16 @@ def read_decoded(
     decode: Callable[[str, dict[str, bytes]], T],
     *,
     keep: Callable[[str], bool] = lambda key: True,
+    fingerprints: list[Fingerprint] | None = None,
 ) -> Iterator[T | Skipped]:
     """`decode(key, files)` of the samples of shards whose key `keep` accepts.
 
     Args:
         decode: raises BrokenSampleError where a sample cannot be used; it comes out as Skipped.
+        fingerprints: gets those of the shards as they have been read.
     """
     for path in paths:
-        for item in read_shard(path):
+        for item in read_shard(path, fingerprints):
             if isinstance(item, Skipped) or keep(item[0]):
                 yield decode_item(item, decode)
 
@@ -385,13 +387,16 @@ def read_samples(
     size: int | None = None,
     keep_proportions: bool = False,
     keep: Callable[[str], bool] = lambda key: True,
+    fingerprints: list[Fingerprint] | None = None,
 ) -> Iterator[Sample | Skipped]:
     """Pixels and caption tokens of the samples of shards whose key `keep` accepts.
 
     Args:
         size, keep_proportions: see `shrink`.
     """
-    return read_decoded(paths, sample_decoder(encode, max_pixels, size, keep_proportions), keep=keep)
+    return read_decoded(
+        paths, sample_decoder(encode, max_pixels, size, keep_proportions), keep=keep, fingerprints=fingerprints
+    )
 
 
 def make_encoder(tokenizer: Any, max_length: int) -> Encode:
@@ -404,6 +409,8 @@ def make_encoder(tokenizer: Any, max_length: int) -> Encode:
     def encode(texts: list[str]) -> list[list[int]]:
         eos = tokenizer.eos_token_id
         rows = tokenizer(texts)["input_ids"]
+        if any(len(tokens) > max_length for tokens in rows):
+            tell(f"captions of more than {max_length} tokens are cut")
         return [tokens if len(tokens) <= max_length else [*tokens[: max_length - 1], eos] for tokens in rows]
 
     return encode

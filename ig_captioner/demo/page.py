@@ -8,8 +8,8 @@ import html
 import unicodedata
 from collections.abc import Sequence
 
-from ..installed import TINY_CHECKPOINT
-from .scores import Caption, Piece, Row
+from ..installed import DEFAULT_CHECKPOINT
+from .scores import Caption, Piece, RankedLabel
 
 
 MAX_SHOWN = 20  # labels
@@ -82,7 +82,7 @@ def number(value: float, sign: str = "") -> str:
 
 def header(model: str, in_short: str | None) -> str:
     """The head of the page, in HTML: what the demo does, and which checkpoint it asks."""
-    name = "the checkpoint that comes with the package" if model == TINY_CHECKPOINT else visible(model)
+    name = "the checkpoint that comes with the package" if model == DEFAULT_CHECKPOINT else visible(model)
     about = f" {visible(in_short)}" if in_short else ""
     return f"""\
 <div class="ig-head"><h1>ig_captioner</h1><p>An image captioner as a zero-shot classifier. It ranks your labels by
@@ -104,7 +104,7 @@ def placeholder(content: str) -> str:
 # Labels
 
 
-def label_bars(rows: Sequence[Row], num_labels: int, prior_weight: float, temperature: float = 1.0) -> str:
+def label_bars(rows: Sequence[RankedLabel], num_labels: int, prior_weight: float, temperature: float = 1.0) -> str:
     """Three bars per label, best label first; `rows` are those to be shown of `num_labels`.
 
     log P(T|I) and -log P(T) share a scale. Of -log P(T) the part that the prior weight counts is filled.
@@ -135,7 +135,7 @@ def label_bars(rows: Sequence[Row], num_labels: int, prior_weight: float, temper
     )
 
 
-def threshold_note(best: Row, abstain_threshold: float | None) -> str:
+def threshold_note(best: RankedLabel, abstain_threshold: float | None) -> str:
     """What the pipeline would say of a photo whose best label is `best`, if the checkpoint may abstain."""
     if abstain_threshold is None:
         return ""

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..checkpoint import caption_tokens, load_on_device, load_processor
 from ..compiled_labels import CompiledLabels, compile_labels
 from ..data.prompts import load_prompts
-from ..installed import TINY_CHECKPOINT
+from ..information_gain import information_gain
+from ..installed import DEFAULT_CHECKPOINT
 from ..modeling_ig_captioner import IGCaptionerForConditionalGeneration
 from ..processing_ig_captioner import default_templates, format_labels
 from ..release import read_in_short
@@ -31,7 +32,7 @@ UNFINISHED = "\ufffd"  # what tokenizers decode the bytes of half a character to
 MAX_TOKENS_PER_CHARACTER = 5  # four bytes, and a space before them
 
 
-class Row(NamedTuple):
+class RankedLabel(NamedTuple):
     """A label at some prior weight; `score` is the softmax of information gain / temperature over all labels."""
 
     label: str
@@ -88,13 +89,13 @@ class Scores:
     temperature: float = 1.0
     abstain_threshold: float | None = None
 
-    def ranked(self, prior_weight: float, top_k: int | None = None) -> list[Row]:
+    def ranked(self, prior_weight: float, top_k: int | None = None) -> list[RankedLabel]:
         """Labels by information gain, best first; equals stay in their order."""
         both = list(zip(self.caption_log_likelihood, self.prior_log_likelihood, strict=True))
-        gains = [caption - prior_weight * prior for caption, prior in both]
+        gains = [information_gain(*pair, prior_weight) for pair in both]
         relative = [math.exp((gain - max(gains)) / self.temperature) for gain in gains]
         order = sorted(range(len(gains)), key=lambda i: -gains[i])[:top_k]
-        return [Row(self.labels[i], *both[i], gains[i], relative[i] / sum(relative)) for i in order]
+        return [RankedLabel(self.labels[i], *both[i], gains[i], relative[i] / sum(relative)) for i in order]
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,12 @@ def large_set() -> tuple[str, ...]:
 
 def as_code(model: str, scores: Scores, prior_weight: float) -> str:
     """Python that gives the same scores: a call of the pipeline on `photo.jpg`."""
-    is_shipped = model == TINY_CHECKPOINT
-    never_abstain = '    abstain_threshold=float("-inf"),\n' * (scores.abstain_threshold is not None)
+    is_shipped = model == DEFAULT_CHECKPOINT
+    never_abstain = "" if scores.abstain_threshold is None else '    abstain_threshold=float("-inf"),\n'
     template = scores.templates[0] if len(scores.templates) == 1 else list(scores.templates)
-    names = ["TINY_CHECKPOINT"] * is_shipped + ["IGZeroShotImageClassificationPipeline"]
+    names = ["IGZeroShotImageClassificationPipeline"]
+    if is_shipped:
+        names.insert(0, "DEFAULT_CHECKPOINT")
     return f"""\
 from transformers import pipeline
 
@@ -224,7 +227,7 @@ from ig_captioner import {", ".join(names)}
 
 classify = pipeline(
     "zero-shot-image-classification",
-    model={"TINY_CHECKPOINT" if is_shipped else repr(model)},
+    model={"DEFAULT_CHECKPOINT" if is_shipped else repr(model)},
     pipeline_class=IGZeroShotImageClassificationPipeline,
 )
 predictions = classify(

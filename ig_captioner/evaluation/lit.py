@@ -9,12 +9,17 @@ Legend: B images or pairs, N texts, L text tokens, F width of the features, E wi
 """
 
 import argparse
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -24,9 +29,11 @@ from ..data.samples import Samples, captioned, describe_skipped, separate, split
 from ..information_gain import mean_over_templates
 from ..processing_ig_captioner import encode_texts, format_labels
 from .linear_probe import mean_pooled_features
+from .processes import map_batches
 from .ranking import mean_log_rank, ranks, recall_metrics, true_pairs
 from .retrieval import image_to_text_row, text_to_image_row
 from .rows import Contender, Row, make_row
+from .scores import to_pixels
 from .task import choose_templates, finish, labelled_samples, load_models
 from .zero_shot import class_row
 
@@ -37,6 +44,7 @@ FIRST_TEMPERATURE = 0.07
 HIGHEST_SCALE = 100.0  # of the cosines, as in CLIP
 WARM_UP = 0.05  # share of the steps
 WEIGHT_DECAY = 1e-4
+POOLINGS = ("mean", "tokens")
 NOTES = [
     "The image encoder is frozen; the text tower and a linear projection on each side are trained from scratch, "
     "with the learning rate that has the lowest geometric mean rank on the held-out training pairs. Tested on the "
@@ -53,37 +61,53 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("nothing to test on: give --data for retrieval, --labelled for classification, or both")
     if arguments.labelled is not None and arguments.class_names is None:
         raise ValueError("--labelled needs --class-names")
+    if (arguments.train is None) == (arguments.tower is None):
+        raise ValueError("give either --train, to train a tower, or --tower, one that is trained")
     model, processor, _ = load_models(arguments)
-    train = Samples(arguments.train, captioned)
-    pairs = read_pairs(model, processor, train)
-    held_out, fit = split_by_hash(train.keys, arguments.held_out_fraction)
-    recipe = Recipe(**{name: getattr(arguments, name) for name in ("steps", "batch_size", "width", "layers", "seed")})
-    recipes = [recipe._replace(learning_rate=rate) for rate in arguments.learning_rates]
-    parts = pairs.select(fit), pairs.select(held_out)
-    tower, selection = choose_tower(*parts, processor.tokenizer, recipes, model.device)
     tables: dict[str, list] = {}
-    data: dict[str, Any] = {
-        "train": arguments.train,
-        "skipped in training": describe_skipped(train.skipped) or "none",
-        "training samples": len(fit),
-        "held-out training samples": len(held_out),
-    }
+    selection: dict[str, list] = {}
+    data: dict[str, Any] = {}
+    if arguments.tower is None:
+        tower, selection = train_on_shards(arguments, model, processor, data)
+    else:
+        tower = load_tower(arguments.tower, processor.tokenizer, model.device)
+        data |= {"tower": arguments.tower, "recipe": ", ".join(f"{k} {v}" for k, v in tower.recipe._asdict().items())}
     if arguments.data is not None:
         tables |= measure_retrieval(arguments, model, processor, tower, data)
     if arguments.labelled is not None:
         tables |= measure_classification(arguments, model, processor, tower, data)
-    tables["Learning rates on held-out training pairs, image to text"] = selection
-    finish(arguments, model, "LiT tuning", tables, NOTES, data)
+    finish(arguments, model, "LiT tuning", tables | selection, NOTES, data)
     return 0
+
+
+def train_on_shards(
+    arguments: argparse.Namespace, model, processor, data: dict
+) -> tuple["DualEncoder", dict[str, list]]:
+    """The tower of the best learning rate, and a table of all of them."""
+    samples = Samples(arguments.train, captioned)
+    pairs = read_pairs(model, processor, samples)
+    held_out, rest = split_by_hash(samples.keys, arguments.held_out_fraction)
+    recipe = Recipe(**{name: getattr(arguments, name) for name in ("steps", "batch_size", "width", "layers", "seed")})
+    recipes = [recipe._replace(learning_rate=rate) for rate in arguments.learning_rates]
+    parts = pairs.select(rest), pairs.select(held_out)
+    tower, selection = choose_tower(*parts, processor.tokenizer, recipes, model.device)
+    data |= {
+        "train": arguments.train,
+        "skipped in training": describe_skipped(samples.skipped) or "none",
+        "training samples": len(rest),
+        "held-out training samples": len(held_out),
+    }
+    return tower, {"Learning rates on held-out training pairs, image to text": selection}
 
 
 def measure_retrieval(
     arguments: argparse.Namespace, model, processor, tower: "DualEncoder", data: dict
 ) -> dict[str, list]:
     samples = Samples(arguments.data, captioned, arguments.limit)
-    pairs = read_pairs(model, processor, samples)
+    pairs = read_pairs(model, processor, samples, tower.recipe.pooling)
     test = split_by_hash(samples.keys, arguments.held_out_fraction)[1]
     features, captions = pairs.select(test)
+    captions = [own[: arguments.captions] for own in captions]
     texts = [caption for own in captions for caption in own]
     owners = torch.tensor([image for image, own in enumerate(captions) for _ in own])
     contender = Contender("LiT", tower.score(features, texts), baseline=False)
@@ -102,7 +126,7 @@ def measure_classification(
     class_names, templates = read_class_names(arguments.class_names), choose_templates(arguments, model.config)
     samples = labelled_samples(arguments, arguments.labelled, class_names, arguments.limit)
     images, labels = separate(samples)
-    features = mean_pooled_features(model, processor, images, IMAGES_PER_PASS)
+    features = pooled_features(model, processor, images, tower.recipe.pooling)
     test = split_by_hash(samples.keys, arguments.held_out_fraction)[1]
     contender = Contender("LiT", tower.score_classes(features[test], class_names, templates), baseline=False)
     row = class_row(contender, torch.tensor(labels)[test], class_names)
@@ -115,7 +139,7 @@ def measure_classification(
 
 
 class Recipe(NamedTuple):
-    """How a text tower is trained."""
+    """How a text tower is trained. Its features are the mean over patches, or all image tokens one after another."""
 
     steps: int = 2000
     batch_size: int = 256
@@ -123,6 +147,7 @@ class Recipe(NamedTuple):
     width: int = 128
     layers: int = 4
     seed: int = 0
+    pooling: str = "mean"
 
 
 class Pairs(NamedTuple):
@@ -145,7 +170,7 @@ class DualEncoder(nn.Module):
     def __init__(self, tokenizer: Any, features: Tensor, recipe: Recipe):
         """`features`: of the training images; they are scaled to mean 0 and variance 1 over these."""
         super().__init__()
-        self.tokenizer, width = tokenizer, recipe.width
+        self.tokenizer, self.recipe, width = tokenizer, recipe, recipe.width
         self.register_buffer("mean", features.mean(dim=0))
         self.register_buffer("scale", features.std(dim=0, correction=0).clamp(min=1e-6))
         config = CLIPTextConfig(
@@ -202,10 +227,24 @@ class DualEncoder(nn.Module):
         return self.embed_features(features.to(self.mean.device)).cpu() @ classes.T
 
 
-def read_pairs(model: Any, processor: Any, samples: Iterable[tuple[Image.Image, list[str]]]) -> Pairs:
+def pooled_features(model: Any, processor: Any, images: Iterable[Image.Image], pooling: str = "mean") -> Tensor:
+    """What a tower reads of images, [B, F], float32 on the CPU; F is E, or with "tokens" P * E."""
+    if pooling == "mean":
+        return mean_pooled_features(model, processor, images, IMAGES_PER_PASS)
+
+    def features(batch: list[Image.Image]) -> Tensor:
+        with torch.no_grad():
+            return model.model.encode_features(to_pixels(model, processor, batch)).flatten(1).float().cpu()
+
+    return torch.cat(map_batches(features, images, IMAGES_PER_PASS))
+
+
+def read_pairs(
+    model: Any, processor: Any, samples: Iterable[tuple[Image.Image, list[str]]], pooling: str = "mean"
+) -> Pairs:
     """Features of the frozen encoder, computed once, and captions of (image, captions) samples."""
     images, captions = separate(samples)
-    return Pairs(mean_pooled_features(model, processor, images, IMAGES_PER_PASS), captions)
+    return Pairs(pooled_features(model, processor, images, pooling), captions)
 
 
 def train(pairs: Pairs, tokenizer: Any, recipe: Recipe, device: torch.device | str = "cpu") -> DualEncoder:
@@ -220,23 +259,56 @@ def train(pairs: Pairs, tokenizer: Any, recipe: Recipe, device: torch.device | s
         torch.manual_seed(recipe.seed)
         model = DualEncoder(tokenizer, pairs.features, recipe).to(device)
     generator = torch.Generator().manual_seed(recipe.seed)
+    return fit(model, _batches(model, pairs, recipe, generator))
+
+
+def fit(model: DualEncoder, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> DualEncoder:
+    """Trains by as many batches as the recipe has steps: features [B, F], tokens and their mask [B, L]."""
+    recipe = model.recipe
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
-    input_ids, mask = model.encode([caption for own in pairs.captions for caption in own])
-    counts = torch.tensor([len(own) for own in pairs.captions])
-    firsts, features = counts.cumsum(dim=0) - counts, pairs.features.to(device)
-    for _, rows in zip(range(recipe.steps), _draw(len(features), recipe.batch_size, generator), strict=False):
-        texts = firsts[rows] + (torch.rand(len(rows), generator=generator) * counts[rows]).long()
-        length = int(mask[texts].sum(dim=-1).max())
-        tokens, of_tokens = input_ids[texts, :length], mask[texts, :length]
-        logits = model.logits(features[rows], tokens, of_tokens)
-        loss = contrastive_loss(logits, tokens.masked_fill(of_tokens == 0, -1))
+    for features, tokens, mask in islice(batches, recipe.steps):
+        loss = contrastive_loss(model.logits(features, tokens, mask), tokens.masked_fill(mask == 0, -1))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def _batches(
+    model: DualEncoder, pairs: Pairs, recipe: Recipe, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Endless batches of pairs, for each image one of its captions, drawn."""
+    input_ids, mask = model.encode([caption for own in pairs.captions for caption in own])
+    counts = torch.tensor([len(own) for own in pairs.captions])
+    firsts, features = counts.cumsum(dim=0) - counts, pairs.features.to(model.mean.device)
+    for rows in _draw(len(features), recipe.batch_size, generator):
+        texts = firsts[rows] + (torch.rand(len(rows), generator=generator) * counts[rows]).long()
+        length = int(mask[texts].sum(dim=-1).max())
+        yield features[rows], input_ids[texts, :length], mask[texts, :length]
+
+
+def save_tower(model: DualEncoder, folder: str | Path) -> None:
+    """Weights and recipe; the tokenizer is that of the captioner whose encoder it was trained for."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    metadata = {"recipe": json.dumps(model.recipe._asdict())}
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, _weights(folder), metadata)
+
+
+def load_tower(folder: str | Path, tokenizer: Any, device: torch.device | str = "cpu") -> DualEncoder:
+    """What `save_tower` wrote. Raises RuntimeError if it does not fit the tokenizer."""
+    with safe_open(_weights(folder), "pt") as file:
+        recipe = Recipe(**json.loads(file.metadata()["recipe"]))
+        width = file.get_slice("mean").get_shape()[0]
+    model = DualEncoder(tokenizer, torch.zeros(2, width), recipe)
+    model.load_state_dict(load_file(_weights(folder)))
+    return model.to(device).eval()
+
+
+def _weights(folder: str | Path) -> str:
+    return str(Path(folder) / "tower.safetensors")
 
 
 def _rate(step: int, steps: int) -> float:

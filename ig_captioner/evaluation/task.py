@@ -11,7 +11,7 @@ from ..checkpoint import load_on_device, load_processor
 from ..configuration_ig_captioner import IGCaptionerConfig
 from ..data.prompts import is_text_file, read_templates
 from ..data.samples import Samples, describe_skipped, label_from_field, labelled_decoder
-from ..installed import TINY_CHECKPOINT
+from ..installed import DEFAULT_CHECKPOINT
 from ..modeling_ig_captioner import IGCaptionerForZeroShotImageClassification
 from ..processing_ig_captioner import default_templates
 from .contrastive import ContrastiveModel
@@ -92,7 +92,7 @@ def finish(
 
 def _command_line(task: str, arguments: argparse.Namespace) -> str:
     """The command with the value of every option."""
-    hidden = {"run", "traceback"} | ({"model"} if arguments.model == TINY_CHECKPOINT else set())
+    hidden = {"run", "traceback"} | ({"model"} if arguments.model == DEFAULT_CHECKPOINT else set())
     given: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name not in hidden}
     options: list[str] = []
     for name, value in given.items():

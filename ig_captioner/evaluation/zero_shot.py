@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 from ..configuration_ig_captioner import IGCaptionerConfig
 from ..data.prompts import read_class_names
 from ..data.samples import split_by_hash
-from ..installed import TINY_CHECKPOINT
+from ..installed import DEFAULT_CHECKPOINT
 from .calibration import BINS, Calibration, abstain_threshold, calibrate, coverage_curve
 from .plots import draw_confusion, draw_coverage, draw_reliability
 from .processes import is_first
@@ -135,7 +135,7 @@ def check_checkpoint_folder(model: str) -> None:
     path = Path(model)
     if not (path / "config.json").is_file():
         raise ValueError(f"a calibration can be saved into the folder of a checkpoint alone, got {model!r}")
-    if path.resolve() == Path(TINY_CHECKPOINT).resolve():
+    if path.resolve() == Path(DEFAULT_CHECKPOINT).resolve():
         raise ValueError("the checkpoint in the package is not changed: `ig-captioner release DIR` makes a copy of it")
 
 
