@@ -5,7 +5,7 @@
 The folders are named below. Their results say which command would repeat them alone, with paths as they are given here.
 The files `results.json` are kept once, in the folder of the checkpoint:
 
-    python -m ig_captioner.card ig_captioner/checkpoints/tiny benchmarks/results/evaluation/*/results.json
+    python -m ig_captioner.card ig_captioner/checkpoints/everyday benchmarks/results/evaluation/*/results.json
 """
 
 import argparse

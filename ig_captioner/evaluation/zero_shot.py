@@ -13,6 +13,8 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from ..captioners.arguments import read_prior
+from ..checkpoint import is_own
 from ..configuration_ig_captioner import IGCaptionerConfig
 from ..data.prompts import read_class_names
 from ..data.samples import split_by_hash
@@ -47,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     templates = choose_templates(arguments, model.config)
     samples = labelled_samples(arguments, arguments.data, class_names, arguments.limit)
     size = {"batch_size": arguments.batch_size}
-    matrix, labels = classify_images(model, processor, samples, class_names, templates, **size)
+    options = {**size, **read_prior(arguments)}
+    matrix, labels = classify_images(model, processor, samples, class_names, templates, **options)
     others = {}
     if clip is not None:
         images = clip.embed_images((image for image, _ in samples), **size)
@@ -56,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     split = held_out, test = split_by_hash(samples.keys, arguments.held_out_fraction)
     tuned = tune_on(matrix.select(held_out), labels[held_out], class_names)
     of_others = {name: scores[test] for name, scores in others.items()}
-    tested = contenders(matrix.select(test), tuned, of_others, model.config.prior_weight)
+    tested = contenders(matrix.select(test), tuned, of_others, getattr(model.config, "prior_weight", 1.0))
     calibration = calibrate(matrix, labels, class_names, split, tuned, model.config)
     tables = {
         f"{len(class_names)} classes": [class_row(each, labels[test], class_names) for each in tested],
@@ -136,6 +139,8 @@ def check_checkpoint_folder(model: str) -> None:
     path = Path(model)
     if not (path / "config.json").is_file():
         raise ValueError(f"a calibration can be saved into the folder of a checkpoint alone, got {model!r}")
+    if not is_own(model):
+        raise ValueError(f"a calibration can be saved into a checkpoint of this package alone, got {model!r}")
     if path.resolve() == Path(DEFAULT_CHECKPOINT).resolve():
         raise ValueError("the checkpoint in the package is not changed: `ig-captioner release DIR` makes a copy of it")
 
