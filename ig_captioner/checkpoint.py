@@ -62,9 +62,7 @@ def _check_folder(model_class: type[IGCaptionerPreTrainedModel], name: str) -> N
         raise ValueError(f"the weights of {name} do not fit its configuration: {error}") from error
 
 
-def load_on_device(
-    model_class: type[Model], model: str | Path, device: str = "auto", dtype: str = "auto"
-) -> Model:
+def load_on_device(model_class: type[Model], model: str | Path, device: str = "auto", dtype: str = "auto") -> Model:
     """Loads a model as in [`load_model`] onto the device "auto", "cpu" or "cuda".
 
     On a CPU the weights become float32, since half precision is slow there and gains nothing; on a GPU they keep the
