@@ -6,7 +6,7 @@ Nothing here runs code from a checkpoint: the package's own classes read it, and
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,7 +32,7 @@ def load_model(model_class: type[Model], model: str | Path, **kwargs) -> Model:
         ValueError: another kind of model, or weights that do not fill this one.
         OSError: no such folder or repository, or no safetensors in it.
     """
-    name = folder_or_repository(model)
+    name = own_checkpoint(model)
     _check_folder(model_class, name)
     arguments = {"dtype": "auto", **kwargs, "use_safetensors": True, "output_loading_info": True}
     loaded, report = model_class.from_pretrained(name, **arguments)
@@ -69,16 +69,16 @@ def load_on_device(model_class: type[Model], model: str | Path, device: str = "a
     stored dtype.
     """
     chosen = choose_device(device)
-    return load_model(model_class, model, dtype="float32" if chosen.type == "cpu" else "auto").to(chosen)
+    return load_model(model_class, model, dtype=dtype_on(chosen)).to(chosen)
 
 
 def load_processor(model: str | Path) -> IGCaptionerProcessor:
     """Loads tokenizer and image processor of a checkpoint; errors as in [`load_model`]."""
-    return IGCaptionerProcessor.from_pretrained(folder_or_repository(model), trust_remote_code=False)
+    return IGCaptionerProcessor.from_pretrained(own_checkpoint(model), trust_remote_code=False)
 
 
 def folder_or_repository(model: str | Path) -> str:
-    """Checks that `model` names a checkpoint of this package. Returns the argument of `from_pretrained`."""
+    """Checks that `model` may name a checkpoint of transformers. Returns the argument of `from_pretrained`."""
     name = os.fspath(model)
     is_path = isinstance(model, Path) or name.startswith((".", "~", os.sep)) or name.count("/") != 1
     is_path = is_path or Path(name).parent.is_dir()  # and no asking of the Hub, which takes long where it is not there
@@ -88,10 +88,27 @@ def folder_or_repository(model: str | Path) -> str:
         raise NotADirectoryError(f"a model is a folder or a repository, not a file: {name!r}")
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         raise FileNotFoundError(f"no model in the folder {name!r}: it has no config.json")
+    return name
+
+
+def is_own(name: str, **hub: Any) -> bool:
+    """Whether a folder or repository holds a checkpoint of this package. `hub`: `revision`, `token` and so on."""
+    config, _ = IGCaptionerConfig.get_config_dict(name, **hub)
+    return config.get("model_type") == IGCaptionerConfig.model_type
+
+
+def own_checkpoint(model: str | Path) -> str:
+    """Checks that `model` names a checkpoint of this package. Returns the argument of `from_pretrained`."""
+    name = folder_or_repository(model)
     model_type = IGCaptionerConfig.get_config_dict(name)[0].get("model_type")
     if model_type != IGCaptionerConfig.model_type:
         raise ValueError(f"{name!r} holds a model of type {model_type!r}, not {IGCaptionerConfig.model_type!r}")
     return name
+
+
+def dtype_on(device: torch.device) -> str:
+    """Returns float32 for a CPU, where half precision is slow and gains nothing, and else "auto", the stored dtype."""
+    return "float32" if device.type == "cpu" else "auto"
 
 
 def _suggestion(name: str) -> str:

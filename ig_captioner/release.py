@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .card import CARD_FILE, FACTS_FILE, RESULTS_FOLDER, CardFacts, add_results, make_card, read_facts, write_facts
-from .checkpoint import folder_or_repository, load_model, load_processor
+from .checkpoint import load_model, load_processor, own_checkpoint
 from .configuration_ig_captioner import AUTO_MAP, CUSTOM_PIPELINES, REMOTE_CODE_FILES, IGCaptionerConfig
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .evaluation.report import weights_digest
@@ -297,7 +297,7 @@ def push_release(
     token = token or get_token()
     if not token:
         raise PermissionError("no token for the Hub: `hf auth login` stores one, the variable HF_TOKEN gives one")
-    release = Path(folder_or_repository(Path(folder).expanduser()))
+    release = Path(own_checkpoint(Path(folder).expanduser()))
     with TemporaryDirectory() as temporary:
         contents = _read_release(release)
         if contents is None:
