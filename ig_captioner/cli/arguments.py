@@ -11,7 +11,7 @@ from typing import Any
 from .output import FORMATS, one_line, progress, report
 
 
-MODEL_HELP = "folder or Hub repository (default: the checkpoint in the package)"
+MODEL_HELP = "folder or Hub repository of any captioner (default: the checkpoint in the package)"
 LARGEST_BATCH = 65_536
 LARGEST_PRIOR_WEIGHT = 100.0
 
@@ -54,12 +54,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    commands, run: Callable, usage: str, summary: str, examples: str, model_help: str | None = None
+    commands,
+    run: Callable,
+    usage: str,
+    summary: str,
+    examples: str,
+    model_help: str | None = None,
+    check: Callable[[argparse.Namespace], None] | None = None,
 ) -> Parser:
-    """A command called as `run` is. Without `model_help` it has no `--model`."""
+    """Adds a command called as `run` is.
+
+    Args:
+        model_help: of `--model`, which the command does not have without.
+        check: raises UsageError for arguments that do not go together, before anything slow is imported.
+    """
     name, usage = run.__name__.replace("_", "-"), " ".join(["%(prog)s", *usage.split(), "[options]"])
     parser = commands.add_parser(name, usage=usage, help=summary, description=summary, epilog=examples)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, check=check)
     if model_help is not None:
         parser.add_argument("--model", metavar="DIR_OR_REPO", help=model_help)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
@@ -98,6 +109,22 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_prior_weight(parser: argparse.ArgumentParser) -> None:
     help = "0: likelihood alone (default: the checkpoint's, as a rule 1)"
     parser.add_argument("--prior-weight", type=prior_weight, metavar="W", help=help)
+
+
+def add_captioner(parser: argparse.ArgumentParser) -> None:
+    prompt = "what a captioner of the Hub is asked before a text (default: its family's own; info says it)"
+    parser.add_argument("--prompt", metavar="TEXT", help=prompt)
+    code = "let code from the repository of --model run; read it first"
+    parser.add_argument("--trust-remote-code", action="store_true", help=code)
+
+
+def add_prior(parser: argparse.ArgumentParser) -> None:
+    without = "log P(T) without the image, or as a mean over reference images (default: as info says)"
+    parser.add_argument("--prior-source", choices=("unconditional", "reference_images"), help=without)
+    photos = "photos that log P(T) is a mean over"
+    parser.add_argument("--reference-images", nargs="+", action="extend", metavar="PHOTO", help=photos)
+    mean = "of P(T|I), or of log P(T|I), over those photos (default: arithmetic)"
+    parser.add_argument("--reference-mean", choices=("arithmetic", "geometric"), help=mean)
 
 
 def add_labels(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +202,22 @@ def read_labels(arguments: argparse.Namespace) -> tuple[list[str], list[str] | N
     return labels, templates
 
 
+def check_labels(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for labels or templates that `read_labels` must not be given."""
+    check_texts(arguments.labels, arguments.labels_file, "--labels")
+    if arguments.template or arguments.templates_file is not None:
+        check_texts(arguments.template, arguments.templates_file, "--template")
+
+
+def check_texts(texts: list[str], file: str | None, option: str) -> None:
+    """Raises UsageError for a photo among the texts, or if there are neither texts nor a file."""
+    if not texts and file is None:
+        raise UsageError(f"no {option.strip('-')}: give {option} or {option}-file")
+    for text in texts:
+        if Path(text).suffix and os.path.isfile(text):
+            raise UsageError(f"{text!r} stands behind {option} but is a file: photos come before {option}")
+
+
 def read_texts(texts: list[str], file: str | None, option: str, read: Callable[[str], list[str]]) -> list[str]:
     """Reads texts of the command line, then those of a file, all clean.
 
@@ -183,16 +226,10 @@ def read_texts(texts: list[str], file: str | None, option: str, read: Callable[[
         read: gives the texts of the file.
 
     Raises:
-        UsageError: for a photo among the texts, or if there are neither texts nor a file.
         ValueError: for an empty text, a file without texts, and for texts that are not UTF-8.
     """
     from ..input_rules import clean_texts
 
-    if not texts and file is None:
-        raise UsageError(f"no {option.strip('-')}: give {option} or {option}-file")
-    for text in texts:
-        if Path(text).suffix and os.path.isfile(text):
-            raise UsageError(f"{text!r} stands behind {option} but is a file: photos come before {option}")
     return clean_texts(texts, option) + ([] if file is None else read(file))
 
 
