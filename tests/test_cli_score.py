@@ -1,7 +1,5 @@
 """`ig-captioner score` and `retrieve` against the model, pair by pair."""
 
-# ruff: noqa: F811 (fixtures of another file are arguments here)
-
 import csv
 import io
 import json
@@ -9,11 +7,14 @@ import os
 
 import pytest
 import torch
-from test_cli import FIELDS, checkpoint, here, run, write_photo  # noqa: F401 (fixtures)
+from command_line import FIELDS, write_photo
 
 from ig_captioner import IGCaptionerForConditionalGeneration
 from ig_captioner.checkpoint import load_model, load_processor
 from ig_captioner.processing_ig_captioner import load_rgb_image
+
+
+pytestmark = pytest.mark.usefixtures("here")
 
 
 TEXTS = ["a cat", "a photo of a dog.", "of", "a cat"]
