@@ -31,6 +31,10 @@ from .text_rules import scored_form
 MAX_NUMBERS_PER_CHUNK = {"cpu": 2**21, "other": 2**28}
 
 
+# Black, grey and white, as pixel values: images that show nothing, where no reference images are given.
+PLAIN_LEVELS = (-1.0, 0.0, 1.0)
+
+
 @dataclass
 class IGCaptionerScoreOutput(ModelOutput):
     """caption_log_likelihood log P(T|I) [B, C], prior_log_likelihood log P(T) [C], information_gain [B, C]; in nats."""
@@ -79,7 +83,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             prior_weight: weight of log P(T); `config.prior_weight` if not given. 0 ranks by likelihood.
             prior_source: "unconditional" or "reference_images"; `config.prior_source` if not given.
             reference_pixel_values: [R, channels, height, width], the images over which P(T|I) is averaged to P(T);
-                implies "reference_images". Noise if not given.
+                implies "reference_images". Three plain images if not given: black, grey and white.
             reference_mean: "arithmetic", the mean of P(T|I), or "geometric", the mean of log P(T|I).
             label_prior: a weight or a log-probability of each text, or of each label that was compiled, which is added
                 to information gain; see `label_log_prior`.
@@ -200,9 +204,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
                 shape = tuple(reference_pixel_values.shape)
                 raise ValueError(f"reference_pixel_values holds no image, got shape {shape}")
             return reference_pixel_values
-        generator = torch.Generator().manual_seed(0)
-        shape = (self.config.image_channels, *self.config.image_size)
-        return torch.randn(self.config.num_reference_images, *shape, generator=generator).to(device, self.dtype)
+        levels = torch.tensor(PLAIN_LEVELS, device=device, dtype=self.dtype).view(-1, 1, 1, 1)
+        return levels.expand(-1, self.config.image_channels, *self.config.image_size)
 
     @torch.compiler.disable
     def _compile(

@@ -13,6 +13,7 @@ import functools
 import html
 import inspect
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import PIL.Image
 from torch import Tensor
 
+from ..input_rules import IGCaptionerWarning
 from .inputs import (
     FORMATS,
     MAX_BYTES,
@@ -318,6 +320,7 @@ def launch(
         ValueError, OSError: as `Captioner`, and where the port is taken.
     """
     app = build_app(model, device)
+    warnings.simplefilter("ignore", IGCaptionerWarning)  # the page tells visitors; on this side they would fill a log
     url = serve(app, host, port, open_browser)
     # As Ctrl+C: Gradio then deletes the uploads. Docker and systemd stop a server by SIGTERM.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
