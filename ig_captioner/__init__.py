@@ -5,72 +5,61 @@ Importing the package registers its classes with the Auto classes of transformer
 checkpoint as remote code.
 """
 
+import sys
 import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-)
-
-from .compiled_labels import CompiledLabels, compile_labels
-from .configuration_ig_captioner import (
-    IGCaptionerConfig,
-    IGCaptionerTextConfig,
-    IGCaptionerVisionConfig,
-)
-from .information_gain import information_gain
-from .input_rules import IGCaptionerWarning
 from .installed import DEFAULT_CHECKPOINT, __version__
-from .modeling_ig_captioner import (
-    IGCaptionerForConditionalGeneration,
-    IGCaptionerForZeroShotImageClassification,
-    IGCaptionerModel,
-    IGCaptionerPreTrainedModel,
-    IGCaptionerVisionModel,
-)
-from .pipeline_ig_captioner import IGZeroShotImageClassificationPipeline
-from .processing_ig_captioner import IGCaptionerImageProcessor, IGCaptionerProcessor
 
 
-AutoConfig.register("ig_captioner", IGCaptionerConfig, exist_ok=True)
-AutoConfig.register("ig_captioner_vision_model", IGCaptionerVisionConfig, exist_ok=True)
-AutoModel.register(IGCaptionerConfig, IGCaptionerModel, exist_ok=True)
-AutoModel.register(IGCaptionerVisionConfig, IGCaptionerVisionModel, exist_ok=True)
-AutoModelForImageTextToText.register(IGCaptionerConfig, IGCaptionerForConditionalGeneration, exist_ok=True)
-AutoModelForZeroShotImageClassification.register(
-    IGCaptionerConfig, IGCaptionerForZeroShotImageClassification, exist_ok=True
-)
-AutoProcessor.register(IGCaptionerConfig, IGCaptionerProcessor, exist_ok=True)
-AutoImageProcessor.register(
-    IGCaptionerConfig,
-    image_processor_classes={"pil": IGCaptionerImageProcessor, "torchvision": IGCaptionerImageProcessor},
-    exist_ok=True,
-)
+def _is_command_line() -> bool:
+    """Tells whether Python was started as `ig-captioner` or `python -m ig_captioner.cli`.
+
+    Its commands import what they need when they run, since torch and transformers take seconds.
+    """
+    program = getattr(sys, "argv", [""])[0]  # "-m" while Python looks for the module
+    return Path(program).stem == "ig-captioner" or (program == "-m" and "ig_captioner.cli" in sys.orig_argv)
 
 
-def __getattr__(name: str):
-    """Loads what scores with captioners of the Hub when it is first asked for; knows a former name."""
+if TYPE_CHECKING:
+    from .captioners import CaptionScorer, zero_shot_pipeline
+if TYPE_CHECKING or not _is_command_line():
+    from .api import (
+        CompiledLabels,
+        IGCaptionerConfig,
+        IGCaptionerForConditionalGeneration,
+        IGCaptionerForZeroShotImageClassification,
+        IGCaptionerImageProcessor,
+        IGCaptionerModel,
+        IGCaptionerPreTrainedModel,
+        IGCaptionerProcessor,
+        IGCaptionerTextConfig,
+        IGCaptionerVisionConfig,
+        IGCaptionerVisionModel,
+        IGCaptionerWarning,
+        IGZeroShotImageClassificationPipeline,
+        compile_labels,
+        information_gain,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name when it is first asked for: what scores captioners of the Hub; for the command line, all."""
+    if name == "TINY_CHECKPOINT":
+        warnings.warn("TINY_CHECKPOINT is called DEFAULT_CHECKPOINT now", DeprecationWarning, stacklevel=2)
+        return DEFAULT_CHECKPOINT
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("CaptionScorer", "zero_shot_pipeline"):
         from . import captioners
 
         return getattr(captioners, name)
-    if name == "TINY_CHECKPOINT":
-        warnings.warn("TINY_CHECKPOINT is called DEFAULT_CHECKPOINT now", DeprecationWarning, stacklevel=2)
-        return DEFAULT_CHECKPOINT
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import api
 
+    globals()["information_gain"] = api.information_gain  # in place of the submodule of that name
+    return getattr(api, name)
 
-def _scorer_for(pipeline):
-    from .captioners.pipelines import scorer_for
-
-    return scorer_for(pipeline)
-
-
-IGZeroShotImageClassificationPipeline.scorer_for = staticmethod(_scorer_for)
 
 __all__ = [
     "DEFAULT_CHECKPOINT",

@@ -3,22 +3,40 @@
 A new release of transformers that moves or renames something has to be answered here, and nowhere else.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import wraps
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
 
-# Fills parameters, but leaves alone those that `from_pretrained` has loaded.
-from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+@contextmanager
+def only_errors(*loggers: str) -> Iterator[None]:
+    """Keeps what these loggers say below the level ERROR from being printed."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
-# Decorators of `forward` that every model in transformers wears: arguments that are not given come from the config,
-# and `output_hidden_states` and `output_attentions` are served by hooks.
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+# transformers imports torchao wherever it is installed, which reports every library that does not fit the machine.
+with only_errors("torchao", "torch.utils._pytree"):
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    # Fills parameters, but leaves alone those that `from_pretrained` has loaded.
+    from transformers import initialization as init
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    # Decorators of `forward` that every model in transformers wears: arguments that are not given come from the config,
+    # and `output_hidden_states` and `output_attentions` are served by hooks.
+    from transformers.utils.generic import merge_with_config_defaults
+    from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 
 # What transformers calls the cache of keys and values, as an argument of `forward` and as a field of its output:

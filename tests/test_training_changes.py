@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.test_training import run_config, workspace  # noqa: F401
 from training.checkpoint import list_checkpoints
-from training.config import TrainConfig, UsageError, flatten, load_config, to_dict
+from training.config import DataConfig, FeatureCacheConfig, TrainConfig, UsageError, flatten, load_config, to_dict
 from training.metrics import read_rows
 from training.resume import HARMLESS, IMPOSSIBLE, find_changes
 from training.train import train
@@ -151,7 +151,8 @@ def test_the_configuration_that_a_run_has_written_can_be_used_again(resume, stop
 
 
 def test_the_lists_of_settings_name_only_settings():
-    keys = flatten(to_dict(TrainConfig()))
+    config = TrainConfig(data=DataConfig(feature_cache=FeatureCacheConfig("features")))
+    keys = flatten(to_dict(config))
     assert not HARMLESS.keys() - keys.keys()
     assert not {key for key in IMPOSSIBLE if "*" not in key} - keys.keys()
 
@@ -177,3 +178,23 @@ def test_more_samples_per_step_do_not_end_a_run_that_counts_samples(workspace, t
         (5, 24),
         (6, 32),
     ]
+
+
+# The data (what counts as changed shards: test_training_shards.py)
+
+
+def test_lost_shards_are_recorded_and_moved_ones_are_the_same(workspace, tmp_path):  # noqa: F811
+    (tmp_path / "data").mkdir()
+    for name in ("a.tar", "b.tar"):
+        shutil.copy(workspace / "colors.tar", tmp_path / "data" / name)
+    data = {"data_root": str(tmp_path / "data"), "data.sources.colors.shards": "*.tar", "max_steps": 2}
+    train(run_config(workspace, tmp_path / "run", **data))
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    data |= {"data_root": str(tmp_path / "moved"), "resume": True}
+    train(run_config(workspace, tmp_path / "run", **data))
+    (tmp_path / "moved" / "b.tar").unlink()
+    with pytest.raises(UsageError, match="other shards than the checkpoint's: colors: b.tar is gone"):
+        train(run_config(workspace, tmp_path / "run", **data))
+    train(run_config(workspace, tmp_path / "run", **data, resume_with_changes=True))
+    (recorded,) = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["changes"]
+    assert (recorded["from_step"], recorded["key"], recorded["now"]) == (2, "shards", "colors: b.tar is gone")

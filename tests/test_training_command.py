@@ -9,7 +9,16 @@ import yaml
 
 from ig_captioner import precision
 from tests.test_training import options, run_config, workspace  # noqa: F401
-from training.config import TrainConfig, UsageError, flatten, load_config, parse_overrides, to_dict
+from training.config import (
+    DataConfig,
+    FeatureCacheConfig,
+    TrainConfig,
+    UsageError,
+    flatten,
+    load_config,
+    parse_overrides,
+    to_dict,
+)
 from training.metrics import read_rows
 from training.run import start_run
 from training.state import SavedRun
@@ -35,8 +44,10 @@ def fails(capsys, *arguments):
 def test_help_lists_every_setting_with_its_meaning_and_default(capsys, flag):
     main([flag])
     text = capsys.readouterr().out
-    for key in flatten(to_dict(TrainConfig(max_steps=1))):
+    config = TrainConfig(data=DataConfig(feature_cache=FeatureCacheConfig("features")))
+    for key in flatten(to_dict(config)):
         assert f"  --{key} " in text, key
+    assert "  --data.feature_cache.folder STRING  (required)" in text
     assert "  --data.sources.NAME.weight NUMBER > 0  (default: 1.0)" in text
     assert "  --data.sources.NAME.augmentation.shift NUMBER >= 0 and < 0.5" in text
     assert '--optimizer.name {adamw,adafactor,muon}  (default: "adamw")' in text

@@ -366,12 +366,21 @@ def describe_error(cls: type, details: Any) -> str:
 def known_keys(cls: Any, path: list[str]) -> list[str]:
     """Names of the fields of the section at `path`."""
     schema = TypeAdapter(cls).json_schema()
+    sections = schema.get("$defs", {})
     section = schema
     for name in path:
-        section = section.get("properties", {}).get(name) or section.get("additionalProperties") or {}
-        if "$ref" in section:
-            section = schema["$defs"][section["$ref"].rpartition("/")[2]]
+        inner = section.get("properties", {}).get(name)
+        if inner is not None:  # else the name of a source, whose section this already is
+            section = section_in(inner, sections) or {}
     return list(section.get("properties", {}))
+
+
+def section_in(field: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any] | None:
+    """The JSON schema of the section that a field holds, itself or under names that the user chooses; else None."""
+    for choice in (field, field.get("additionalProperties"), *field.get("anyOf", [])):
+        if isinstance(choice, dict) and "$ref" in choice:
+            return sections[choice["$ref"].rpartition("/")[2]]
+    return None
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

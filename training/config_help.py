@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from .config import TrainConfig
+from .config import TrainConfig, section_in
 
 
 USAGE = "usage: python -m training.train --config FILE.yaml [--key value] [--section.key value] [--flag]"
@@ -32,11 +32,10 @@ def section_lines(section: dict[str, Any], sections: dict[str, Any], prefix: str
     yield from textwrap.wrap(section["description"], WIDTH)
     inner = {}
     for name, field in section["properties"].items():
-        key, kind = f"{prefix}{name}", field.get("additionalProperties")
-        named = isinstance(kind, dict) and "$ref" in kind  # sections under names that the user chooses
-        reference = kind["$ref"] if named else field.get("$ref")
-        if reference:
-            inner[f"{key}.NAME." if named else f"{key}."] = sections[reference.rpartition("/")[2]]
+        key = f"{prefix}{name}"
+        inner_section = section_in(field, sections)
+        if inner_section:
+            inner[f"{key}.NAME." if "additionalProperties" in field else f"{key}."] = inner_section
         else:
             yield f"  --{key} {values_of(field)}{default_of(field)}"
             yield from textwrap.wrap(
@@ -63,6 +62,7 @@ def values_of(field: dict[str, Any]) -> str:
 
 
 def default_of(field: dict[str, Any]) -> str:
-    """Describes the default; collections are empty where the schema has none."""
+    """Describes the default; collections are empty where the schema has none, other settings have to be given."""
     empty = {"array": [], "object": {}}.get(field.get("type"))
-    return f"  (default: {json.dumps(field.get('default', empty))})"
+    default = field.get("default", empty)
+    return f"  (default: {json.dumps(default)})" if "default" in field or default is not None else "  (required)"

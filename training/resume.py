@@ -25,6 +25,7 @@ HARMLESS = {
     "output_dir": "the folder may have been moved",
     "resume": "says how this start is meant, not how the run trains",
     "resume_with_changes": "says how this start is meant, not how the run trains",
+    "data_root": "the shards may have been moved; their contents are compared with the checkpoint's",
     "tokenizer": "the folder may have been moved; its contents are compared with the checkpoint's tokenizer",
     "trackers": "only where rows of the log are sent",
     "log_every_steps": "only how often rows are written; each row is the mean over the steps since the last",
@@ -34,6 +35,8 @@ HARMLESS = {
     "keep_checkpoints": "only how many old checkpoints stay on the disk",
     "max_nonfinite_steps": "only when the run gives up",
     "save_dtype": "only the number format of the final folder; weights are trained in float32",
+    "data.feature_cache.folder": "the folder may have been moved; its features are found by their fingerprint",
+    "data.feature_cache.num_workers": "who decodes; a view is a function of its key, number and seed",
     "data.strict": "only whether a sample that cannot be used ends the run",
     "data.num_workers": "who loads, not what is drawn; with streams, batches may be composed differently, as with "
     "another number of processes, but no sample is lost or repeated",
@@ -75,22 +78,24 @@ def find_changes(saved: dict[str, Any], config: TrainConfig) -> list[Change]:
     return [change for change in changes if change.before != change.now]
 
 
-def check_changes(changes: list[Change], sources: tuple[list[str], list[str]], accepted: bool) -> None:
-    """Raises UsageError for changes that are not accepted, or that could not act.
-
-    Args:
-        sources: names of the sources before and now, in their order.
-        accepted: whether the user has asked for the changes.
-    """
+def check_changes(changes: list[Change], accepted: bool) -> None:
+    """Raises UsageError for changes that could not act, or that the user has not asked for (`accepted`)."""
     impossible = [f"{change} ({reason})" for change in changes if (reason := why_impossible(change.key))]
-    if sources[0] != sources[1]:
-        impossible.append(f"data.sources: {sources[0]} -> {sources[1]} (positions in the data belong to the sources)")
     if impossible:
         raise UsageError(f"a resumed run cannot change {'; '.join(impossible)}. Restore them, or {ADVICE}")
     if changes and not accepted:
         raise UsageError(
             f"--resume with other settings than the checkpoint's: {'; '.join(map(str, changes))}. Restore them, or "
             "pass --resume_with_changes to train with the new ones from here on"
+        )
+
+
+def check_sources(before: list[str], now: list[str]) -> None:
+    """Raises UsageError where a run is resumed with other sources, by name and order."""
+    if before != now:
+        raise UsageError(
+            f"a resumed run cannot change data.sources: {before} -> {now} (positions in the data belong to "
+            f"them). Restore them, or {ADVICE}"
         )
 
 

@@ -25,7 +25,7 @@ from .data import DataPosition, Share, TrainingData, load_training_data
 from .feature_cache import FeatureStore, ensure_features
 from .metrics import MetricsLog
 from .optim import MovingAverage, make_optimizers
-from .resume import Change, check_changes, check_shards, find_changes, write_settings
+from .resume import Change, check_changes, check_shards, check_sources, find_changes, write_settings
 from .sharding import is_sharding_wanted, shard
 from .state import RunProgress, SavedRun
 
@@ -83,6 +83,7 @@ def start_run(config: TrainConfig) -> Run:
     data = load_data(config, tokenizer, settings, saved, accelerator, features)
     for difference in check_shards(saved.shards, data.shards, config.resume_with_changes):
         logger.warning("from step %d: %s", saved.step, difference)
+        changes.append(Change("shards", "as they were", difference))
     accelerator.print(describe(model, data))
     wrapped, optimizers = prepare(model, config, accelerator)
     history = saved.changes + [change.row(saved.step) for change in changes]
@@ -173,8 +174,8 @@ def accept_changes(config: TrainConfig, saved: SavedRun) -> list[Change]:
     if not saved.settings:
         return []
     changes = find_changes(saved.settings, config)
-    sources = list(saved.settings["data"]["sources"]), list(config.data.sources)
-    check_changes(changes, sources, config.resume_with_changes)
+    check_sources(list(saved.settings["data"]["sources"]), list(config.data.sources))
+    check_changes(changes, config.resume_with_changes)
     for change in changes:
         logger.warning("from step %d: %s", saved.step, change)
     return changes

@@ -54,12 +54,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    commands, run: Callable, usage: str, summary: str, examples: str, model_help: str | None = None
+    commands,
+    run: Callable,
+    usage: str,
+    summary: str,
+    examples: str,
+    model_help: str | None = None,
+    check: Callable[[argparse.Namespace], None] | None = None,
 ) -> Parser:
-    """A command called as `run` is. Without `model_help` it has no `--model`."""
+    """Adds a command called as `run` is.
+
+    Args:
+        model_help: of `--model`, which the command does not have without.
+        check: raises UsageError for arguments that do not go together, before anything slow is imported.
+    """
     name, usage = run.__name__.replace("_", "-"), " ".join(["%(prog)s", *usage.split(), "[options]"])
     parser = commands.add_parser(name, usage=usage, help=summary, description=summary, epilog=examples)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, check=check)
     if model_help is not None:
         parser.add_argument("--model", metavar="DIR_OR_REPO", help=model_help)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
@@ -175,6 +186,22 @@ def read_labels(arguments: argparse.Namespace) -> tuple[list[str], list[str] | N
     return labels, templates
 
 
+def check_labels(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for labels or templates that `read_labels` must not be given."""
+    check_texts(arguments.labels, arguments.labels_file, "--labels")
+    if arguments.template or arguments.templates_file is not None:
+        check_texts(arguments.template, arguments.templates_file, "--template")
+
+
+def check_texts(texts: list[str], file: str | None, option: str) -> None:
+    """Raises UsageError for a photo among the texts, or if there are neither texts nor a file."""
+    if not texts and file is None:
+        raise UsageError(f"no {option.strip('-')}: give {option} or {option}-file")
+    for text in texts:
+        if Path(text).suffix and os.path.isfile(text):
+            raise UsageError(f"{text!r} stands behind {option} but is a file: photos come before {option}")
+
+
 def read_texts(texts: list[str], file: str | None, option: str, read: Callable[[str], list[str]]) -> list[str]:
     """Reads texts of the command line, then those of a file, all clean.
 
@@ -183,16 +210,10 @@ def read_texts(texts: list[str], file: str | None, option: str, read: Callable[[
         read: gives the texts of the file.
 
     Raises:
-        UsageError: for a photo among the texts, or if there are neither texts nor a file.
         ValueError: for an empty text, a file without texts, and for texts that are not UTF-8.
     """
     from ..input_rules import clean_texts
 
-    if not texts and file is None:
-        raise UsageError(f"no {option.strip('-')}: give {option} or {option}-file")
-    for text in texts:
-        if Path(text).suffix and os.path.isfile(text):
-            raise UsageError(f"{text!r} stands behind {option} but is a file: photos come before {option}")
     return clean_texts(texts, option) + ([] if file is None else read(file))
 
 

@@ -47,7 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version, wrong usage
         return int(stop.code or 0)
     try:
+        if arguments.check is not None:  # before anything that takes long to import
+            arguments.check(arguments)
+        if arguments.run is completion:
+            return completion(arguments)
         with quiet("strict" in arguments and arguments.strict):
+            from .. import api  # noqa: F401 (what `import ig_captioner` does in other programs)
+
             if "model" in arguments and arguments.model is None:
                 arguments.model = _shipped_checkpoint()
             return arguments.run(arguments)

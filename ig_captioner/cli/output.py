@@ -26,6 +26,8 @@ HEADS = {
 }
 NONE_OF_THESE = "(none of these)"
 SLOW = 3.0  # seconds
+# of single samples, which are counted, and of torchao, which reports what of it does not fit the machine
+QUIET_LOGGERS = ("ig_captioner.data", "torchao", "torch.utils._pytree")
 LONGEST_MESSAGE = 1000  # characters
 
 Row = dict[str, Any]
@@ -228,9 +230,10 @@ def quiet(strict: bool = False) -> Iterator[None]:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     hub_verbosity, verbosity = hub_logging.get_verbosity(), logging.get_verbosity()
-    bar, samples_log = logging.is_progress_bar_enabled(), getLogger("ig_captioner.data")
-    samples_verbosity = samples_log.level
-    samples_log.setLevel(ERROR)
+    bar = logging.is_progress_bar_enabled()
+    levels = {name: getLogger(name).level for name in QUIET_LOGGERS}
+    for name in QUIET_LOGGERS:
+        getLogger(name).setLevel(ERROR)
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -243,6 +246,7 @@ def quiet(strict: bool = False) -> Iterator[None]:
     finally:
         hub_logging.set_verbosity(hub_verbosity)
         logging.set_verbosity(verbosity)
-        samples_log.setLevel(samples_verbosity)
+        for name, level in levels.items():
+            getLogger(name).setLevel(level)
         if bar:
             logging.enable_progress_bar()

@@ -22,6 +22,8 @@ from .arguments import (
     add_prior_weight,
     add_strict,
     add_texts,
+    check_labels,
+    check_texts,
     integer_up_to,
     positive_integer,
     read_labels,
@@ -86,7 +88,9 @@ examples:
 def add_classify(commands) -> None:
     summary = "Rank labels for photos by information gain, log P(T|I) - prior weight * log P(T)."
     labels = "--labels LABEL..."
-    parser = add_command(commands, classify, f"PHOTO... {labels}", summary, CLASSIFY_EXAMPLES, MODEL_HELP)
+    parser = add_command(
+        commands, classify, f"PHOTO... {labels}", summary, CLASSIFY_EXAMPLES, MODEL_HELP, _check_candidates
+    )
     add_photos(parser, labels)
     add_labels(parser)
     compiled = "folder of ig-captioner compile-labels, as --labels-file takes it, too"
@@ -118,7 +122,7 @@ def add_caption(commands) -> None:
 def add_score(commands) -> None:
     summary = "Score every photo with every text: a matrix."
     texts = "--texts TEXT..."
-    parser = add_command(commands, score, f"PHOTO... {texts}", summary, SCORE_EXAMPLES, MODEL_HELP)
+    parser = add_command(commands, score, f"PHOTO... {texts}", summary, SCORE_EXAMPLES, MODEL_HELP, _check_score)
     add_photos(parser, texts)
     add_texts(parser)
     add_prior_weight(parser)
@@ -131,7 +135,7 @@ def add_retrieve(commands) -> None:
     summary = "Find photos for a text, or texts for a photo."
     query = "--query TEXT..."
     usage = f"PHOTO... ({query} | --texts-file FILE)"
-    parser = add_command(commands, retrieve, usage, summary, RETRIEVE_EXAMPLES, MODEL_HELP)
+    parser = add_command(commands, retrieve, usage, summary, RETRIEVE_EXAMPLES, MODEL_HELP, _check_retrieve)
     add_photos(parser, query)
     directions = parser.add_mutually_exclusive_group(required=True)
     directions.add_argument("--query", nargs="+", action="extend", metavar="TEXT", help="find photos for each of these")
@@ -263,19 +267,42 @@ def demo(arguments: argparse.Namespace) -> int:
 # What they do
 
 
-def _read_candidates(arguments: argparse.Namespace):
-    """Labels, which may be compiled, and templates, or None for those of the checkpoint or the compiled labels."""
-    from ..compiled_labels import CompiledLabels
+def _check_score(arguments: argparse.Namespace) -> None:
+    check_texts(arguments.texts, arguments.texts_file, "--texts")
 
-    folder, source = arguments.compiled_labels, "compiled_labels"
-    if folder is None and arguments.labels_file is not None and Path(arguments.labels_file).is_dir():
-        folder, source = arguments.labels_file, "labels_file"
-    if folder is None:
-        return read_labels(arguments)
+
+def _check_retrieve(arguments: argparse.Namespace) -> None:
+    check_texts(arguments.query or [], arguments.texts_file, "--query")
+
+
+def _check_candidates(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for labels or templates beside compiled ones, and as `check_labels`."""
+    source = _option_of_compiled_labels(arguments)
+    if source is None:
+        check_labels(arguments)
+        return
     for name in ("labels", "labels_file", "template", "templates_file"):
         if name != source and getattr(arguments, name):
             raise UsageError(f"{_option(source)} brings its labels and templates, but {_option(name)} is given, too")
-    return CompiledLabels.load(folder), None
+
+
+def _option_of_compiled_labels(arguments: argparse.Namespace) -> str | None:
+    """The argument that names a folder of compiled labels; None if there are none."""
+    if arguments.compiled_labels is not None:
+        return "compiled_labels"
+    if arguments.labels_file is not None and Path(arguments.labels_file).is_dir():
+        return "labels_file"
+    return None
+
+
+def _read_candidates(arguments: argparse.Namespace):
+    """Labels, which may be compiled, and templates, or None for those of the checkpoint or the compiled labels."""
+    source = _option_of_compiled_labels(arguments)
+    if source is None:
+        return read_labels(arguments)
+    from ..compiled_labels import CompiledLabels
+
+    return CompiledLabels.load(getattr(arguments, source)), None
 
 
 def _option(name: str) -> str:

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from ..installed import DEFAULT_CHECKPOINT
-from .arguments import MODEL_HELP, add_command, add_device, add_format, add_labels, add_strict, read_labels
+from .arguments import (
+    MODEL_HELP,
+    add_command,
+    add_device,
+    add_format,
+    add_labels,
+    add_strict,
+    check_labels,
+    read_labels,
+)
 from .output import print_csv, print_json, printable, table
 
 
@@ -50,7 +59,7 @@ def add_info(commands) -> None:
 def add_compile_labels(commands) -> None:
     summary = "Do the part of classifying that needs no photo once, for many labels, and keep it in a folder."
     usage = "DIR --labels-file FILE_OR_NAME"
-    parser = add_command(commands, compile_labels, usage, summary, COMPILE_LABELS_EXAMPLES, MODEL_HELP)
+    parser = add_command(commands, compile_labels, usage, summary, COMPILE_LABELS_EXAMPLES, MODEL_HELP, check_labels)
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder to write, missing or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace compiled labels in DIR")
     add_labels(parser)
