@@ -587,7 +587,7 @@ def test_a_saved_pipeline_loads_in_a_clean_process_as_remote_code(classifier, ph
 
 def test_the_file_can_be_remote_code():
     path = pipeline_ig_captioner.__file__
-    own = ["compiled_labels", "configuration_ig_captioner", "information_gain", "processing_ig_captioner"]
+    own = ["compiled_labels", "configuration_ig_captioner", "information_gain", "input_rules", "processing_ig_captioner"]
     assert sorted(get_relative_imports(path)) == own
     assert set(get_imports(path)) <= {
         "collections",
