@@ -4,7 +4,8 @@
 
 The images are noise and gradients, made here; the texts are ImageNet's names. Each row gives the largest and the mean
 difference of log P(T|I) over all pairs, in nats, and the share of images that keep their first label. Fails if a
-float32 row is off by more than 1e-3 nats, or a bfloat16 row by more than 1 nat.
+float32 row is off by more than 1e-3 nats, or a bfloat16 row by more than 1 nat. PyTorch lets cuDNN round the operands
+of float32 convolutions to TF32; one row shows what that costs, all others are without.
 
 Legend: B images, C texts.
 """
@@ -50,7 +51,7 @@ def compile_parts(model: IGCaptionerForConditionalGeneration) -> None:
 
 
 def scorers(folder: str, texts: dict[str, Tensor]) -> Iterator[tuple[str, torch.dtype, Score]]:
-    """Name, precision and `images [B, ...] -> log P(T|I) [B, C]` of every way to score on the device."""
+    """Name, precision that sets the tolerance, and `images [B, ...] -> log P(T|I) [B, C]` of every way to score."""
 
     def load(dtype: torch.dtype, attention: str = "sdpa") -> IGCaptionerForConditionalGeneration:
         model = IGCaptionerForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
@@ -81,11 +82,15 @@ def scorers(folder: str, texts: dict[str, Tensor]) -> Iterator[tuple[str, torch.
         return score
 
     single, half = torch.float32, torch.bfloat16
+    torch.backends.cudnn.allow_tf32 = False
     yield "float32", single, whole_batch(load(single))
     yield "float32, pair by pair", single, pairwise(load(single))
     yield "float32, one image at a time", single, one_by_one(load(single))
     yield "float32, eager attention", single, whole_batch(load(single, "eager"))
     yield "float32, compiled", single, compiled(load(single))
+    if DEVICE.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = True
+        yield "float32, convolutions in TF32", half, whole_batch(load(single))
     yield "bfloat16", half, whole_batch(load(half))
     yield "bfloat16, eager attention", half, whole_batch(load(half, "eager"))
     yield "bfloat16, compiled", half, compiled(load(half))

@@ -154,7 +154,8 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
         """The map of patches [B, E, rows, columns] in what the encoder returned."""
         vision = self.config.vision_config
         registers = vision.num_register_tokens if self.config.has_own_encoder else 0
-        return as_map(features, find_layout(features, tuple(pixel_values.shape[-2:]), vision, registers))
+        height, width = pixel_values.shape[-2:]
+        return as_map(features, find_layout(features, (height, width), vision, registers))
 
     def read_features(self, pixel_values: Tensor | None, image_features: Tensor | None = None) -> Tensor:
         """The image tokens [B, P, E] that the decoder reads, from images or from `encode_features` of them."""

@@ -147,8 +147,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         prior_weight (`float`, *optional*): weight of log P(T); the model's config says it if this does not.
         prior_source (`str`, *optional*): `"unconditional"`, log P(T) without an image, or `"reference_images"`, the
             mean of P(T|I) over images; the model's config says it if this does not.
-        reference_images (`list`, *optional*): those images; noise if not given, or for a captioner of the Hub one grey
-            image.
+        reference_images (`list`, *optional*): those images; plain ones, black, grey and white, if not given.
         reference_mean (`str`, *optional*): `"arithmetic"`, the mean of P(T|I) (the default), or `"geometric"`, the mean
             of log P(T|I).
         label_prior (`list[float]`, *optional*): how likely each label is before the image is seen: weights, all above

@@ -31,6 +31,10 @@ from .text_rules import scored_form
 MAX_NUMBERS_PER_CHUNK = {"cpu": 2**21, "other": 2**28}
 
 
+# Black, grey and white, as pixel values: images that show nothing, where no reference images are given.
+PLAIN_LEVELS = (-1.0, 0.0, 1.0)
+
+
 @dataclass
 class IGCaptionerScoreOutput(ModelOutput):
     """caption_log_likelihood log P(T|I) [B, C], prior_log_likelihood log P(T) [C], information_gain [B, C]; in nats."""
@@ -79,7 +83,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             prior_weight: weight of log P(T); `config.prior_weight` if not given. 0 ranks by likelihood.
             prior_source: "unconditional" or "reference_images"; `config.prior_source` if not given.
             reference_pixel_values: [R, channels, height, width], the images over which P(T|I) is averaged to P(T);
-                implies "reference_images". Noise if not given.
+                implies "reference_images". Three plain images if not given: black, grey and white.
             reference_mean: "arithmetic", the mean of P(T|I), or "geometric", the mean of log P(T|I).
             label_prior: a weight or a log-probability of each text, or of each label that was compiled, which is added
                 to information gain; see `label_log_prior`.
@@ -99,35 +103,37 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         positions = self._positions_per_pass(chunk_size)
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-        for name, images in (("pixel_values", pixel_values), ("image_features", image_features)):
-            if images is not None and not len(images):
-                raise ValueError(f"{name} holds no image, got shape {tuple(images.shape)}")
-        image_tokens = self.model.read_features(pixel_values, image_features)
+        image_tokens = self._read_images(pixel_values, image_features)
         if isinstance(input_ids, Tensor):
             references = self._references(prior_source, reference_pixel_values, input_ids.device)
             texts = self._compile(input_ids, attention_mask, references, reference_mean, positions)
         else:
-            if prior_source is not None or reference_pixel_values is not None:
-                given = "reference_pixel_values" if prior_source is None else f"prior_source {prior_source!r}"
-                raise ValueError(f"compiled texts have their prior already, but {given} came with them")
-            compiled: Any = input_ids
-            compiled = compiled.texts if is_compiled(compiled) else compiled
-            texts = compiled.verified_for(self).to(image_tokens.device)
-        caption_log_likelihood = self._log_likelihoods(texts, image_tokens, positions)
-        prior_log_likelihood = texts.prior_log_likelihood.clone()
+            texts = self._compiled_before(input_ids, prior_source, reference_pixel_values).to(image_tokens.device)
+        likelihoods = self._log_likelihoods(texts, image_tokens, positions), texts.prior_log_likelihood.clone()
         if reduction == "mean":
-            caption_log_likelihood = caption_log_likelihood / texts.trie.lengths
-            prior_log_likelihood = prior_log_likelihood / texts.trie.lengths
+            likelihoods = tuple(values / texts.trie.lengths for values in likelihoods)
         if is_compiled(input_ids):
-            caption_log_likelihood, prior_log_likelihood = (
-                mean_over_templates(values, len(input_ids.templates))
-                for values in (caption_log_likelihood, prior_log_likelihood)
-            )
-        prior_weight = self.config.prior_weight if prior_weight is None else prior_weight
-        gain = information_gain(caption_log_likelihood, prior_log_likelihood, prior_weight)
+            likelihoods = tuple(mean_over_templates(values, len(input_ids.templates)) for values in likelihoods)
+        gain = information_gain(*likelihoods, self.config.prior_weight if prior_weight is None else prior_weight)
         if label_prior is not None:
-            gain = gain + label_log_prior(label_prior, len(prior_log_likelihood)).to(gain.device)
-        return IGCaptionerScoreOutput(caption_log_likelihood, prior_log_likelihood, gain)
+            gain = gain + label_log_prior(label_prior, gain.shape[1]).to(gain.device)
+        return IGCaptionerScoreOutput(*likelihoods, gain)
+
+    def _read_images(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
+        """Images as the decoder reads them, [B, P, E]."""
+        for name, images in (("pixel_values", pixel_values), ("image_features", image_features)):
+            if images is not None and not len(images):
+                raise ValueError(f"{name} holds no image, got shape {tuple(images.shape)}")
+        return self.model.read_features(pixel_values, image_features)
+
+    def _compiled_before(
+        self, compiled: Any, prior_source: str | None, reference_pixel_values: Tensor | None
+    ) -> CompiledTexts:
+        """Compiled texts or labels, checked to be this model's and to come without another prior."""
+        if prior_source is not None or reference_pixel_values is not None:
+            given = "reference_pixel_values" if prior_source is None else f"prior_source {prior_source!r}"
+            raise ValueError(f"compiled texts have their prior already, but {given} came with them")
+        return (compiled.texts if is_compiled(compiled) else compiled).verified_for(self)
 
     def compile_texts(
         self,
@@ -198,9 +204,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
                 shape = tuple(reference_pixel_values.shape)
                 raise ValueError(f"reference_pixel_values holds no image, got shape {shape}")
             return reference_pixel_values
-        generator = torch.Generator().manual_seed(0)
-        shape = (self.config.image_channels, *self.config.image_size)
-        return torch.randn(self.config.num_reference_images, *shape, generator=generator).to(device, self.dtype)
+        levels = torch.tensor(PLAIN_LEVELS, device=device, dtype=self.dtype).view(-1, 1, 1, 1)
+        return levels.expand(-1, self.config.image_channels, *self.config.image_size)
 
     @torch.compiler.disable
     def _compile(

@@ -129,7 +129,7 @@ def test_scores_that_are_no_numbers_are_an_error(run, checkpoint, monkeypatch):
         model.lm_head.weight.data.fill_(float("nan"))
         return model
 
-    monkeypatch.setattr("ig_captioner.checkpoint.load_model", load_broken)
+    monkeypatch.setattr("ig_captioner.captioners.own.load_model", load_broken)
     for command in (["classify", "0.png", "--labels", "cat"], ["score", "0.png", "--texts", "a"], ["caption", "0.png"]):
         for form in ("table", "csv", "jsonl"):
             code, lines, errors = run(*command, "--format", form)

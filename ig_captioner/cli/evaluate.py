@@ -9,7 +9,17 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from .arguments import MODEL_HELP, add_command, add_device, add_strict, number, positive_integer
+from .arguments import (
+    MODEL_HELP,
+    Parser,
+    add_captioner,
+    add_command,
+    add_device,
+    add_prior,
+    add_strict,
+    number,
+    positive_integer,
+)
 
 
 ZERO_SHOT_EXAMPLES = """\
@@ -52,54 +62,78 @@ fraction = number("between 0 and 1", lambda value: 0 < value < 1)
 
 
 def add_evaluate(commands) -> None:
-    """Registers the commands with the parser of `ig-captioner`."""
+    """Registers the tasks with the parser of `ig-captioner`."""
     summary = "Measure a checkpoint on labelled or captioned images, at prior weight 0, 1 and a tuned one."
     parser = commands.add_parser("evaluate", help=summary, description=summary)
     tasks = parser.add_subparsers(metavar="TASK", required=True)
+    for add in (_add_zero_shot, _add_retrieval, _add_compositional, _add_captioning, _add_linear_probe, _add_lit):
+        add(tasks)
 
-    def add_task(name: str, usage: str, summary: str, examples: str, needs_data: bool = True):
-        task = add_command(tasks, _run_later(name), f"{usage} --output DIR", summary, examples, MODEL_HELP)
-        task.add_argument("--data", required=needs_data, metavar="DATA", help=DATA_HELP)
-        task.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
-        limit = "a fixed choice of N, by their keys (default: all)"
-        task.add_argument("--limit", type=positive_integer, metavar="N", help=limit)
-        add_strict(task)
-        add_device(task)
-        return task
 
+def _add_task(tasks, name: str, usage: str, summary: str, examples: str, needs_data: bool = True) -> Parser:
+    """The parser of a task, with the arguments of all tasks. `name` is that of its file in `evaluation/`."""
+    task = add_command(tasks, _run_later(name), f"{usage} --output DIR", summary, examples, MODEL_HELP)
+    task.add_argument("--data", required=needs_data, metavar="DATA", help=DATA_HELP)
+    task.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    limit = "a fixed choice of N, by their keys (default: all)"
+    task.add_argument("--limit", type=positive_integer, metavar="N", help=limit)
+    add_strict(task)
+    add_device(task)
+    return task
+
+
+# Tasks
+
+
+def _add_zero_shot(tasks) -> None:
     usage = "--data DATA --class-names FILE_OR_NAME"
-    task = add_task("zero_shot", usage, "Classify labelled images by their class names.", ZERO_SHOT_EXAMPLES)
+    summary = "Classify labelled images by their class names."
+    task = _add_task(tasks, "zero_shot", usage, summary, ZERO_SHOT_EXAMPLES)
     _add_labels(task)
     _add_templates(task)
     _add_tuning(task)
     _add_batch_size(task)
     _add_saving(task)
+    add_prior(task)
+    add_captioner(task)
 
+
+def _add_retrieval(tasks) -> None:
     summary = "Find captions for images, and images for captions."
-    task = add_task("retrieval", "--data DATA", summary, RETRIEVAL_EXAMPLES)
+    task = _add_task(tasks, "retrieval", "--data DATA", summary, RETRIEVAL_EXAMPLES)
     captions = "the first N captions of each image (default: all)"
     task.add_argument("--captions", type=positive_integer, metavar="N", help=captions)
     _add_tuning(task)
     _add_batch_size(task)
+    add_prior(task)
+    add_captioner(task)
 
+
+def _add_compositional(tasks) -> None:
     usage = "--format FORMAT --pairs FILE_OR_FOLDER [--data DATA]"
     summary = "Tell the right caption of an image from one that differs in a word or in order."
-    task = add_task("compositional", usage, summary, COMPOSITIONAL_EXAMPLES, needs_data=False)
+    task = _add_task(tasks, "compositional", usage, summary, COMPOSITIONAL_EXAMPLES, needs_data=False)
     task.add_argument("--format", required=True, choices=("sugarcrepe", "aro", "winoground"), help="whose files")
     task.add_argument("--pairs", type=Path, required=True, metavar="FILE_OR_FOLDER", help="the captions")
     _add_tuning(task)
     _add_batch_size(task)
+    add_captioner(task)
 
+
+def _add_captioning(tasks) -> None:
     summary = "Write captions and compare them with those of people."
-    task = add_task("captioning", "--data DATA", summary, CAPTIONING_EXAMPLES)
+    task = _add_task(tasks, "captioning", "--data DATA", summary, CAPTIONING_EXAMPLES)
     task.add_argument("--num-beams", type=positive_integer, default=1, metavar="N", help="1: greedy (default)")
     longest = "longest caption (default: as ig-captioner caption)"
     task.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help=longest)
     _add_batch_size(task)
+    add_captioner(task)
 
+
+def _add_linear_probe(tasks) -> None:
     usage = "--train DATA --data DATA --class-names FILE_OR_NAME"
     summary = "Classify labelled images by a linear map of frozen features, fitted to a few images per class."
-    task = add_task("linear_probe", usage, summary, LINEAR_PROBE_EXAMPLES)
+    task = _add_task(tasks, "linear_probe", usage, summary, LINEAR_PROBE_EXAMPLES)
     _add_labels(task)
     task.add_argument("--train", required=True, metavar="DATA", help="where the shots are taken from; forms as --data")
     shots = "images per class (default: %(default)s)"
@@ -107,17 +141,22 @@ def add_evaluate(commands) -> None:
     _add_tuning(task)
     _add_batch_size(task)
 
+
+def _add_lit(tasks) -> None:
     usage = "(--train DATA | --tower FOLDER) [--data DATA] [--labelled DATA --class-names FILE_OR_NAME]"
     summary = "Train a text tower for the frozen image encoder, and measure both as a dual encoder."
-    task = add_task("lit", usage, summary, LIT_EXAMPLES, needs_data=False)
-    _add_lit(task)
+    task = _add_task(tasks, "lit", usage, summary, LIT_EXAMPLES, needs_data=False)
+    _add_training_of_lit(task)
     _add_labels(task, needs_labels=False)
     _add_templates(task)
     _add_held_out(task)
     task.set_defaults(clip=None)
 
 
-def _add_lit(task: argparse.ArgumentParser) -> None:
+# Arguments
+
+
+def _add_training_of_lit(task: argparse.ArgumentParser) -> None:
     task.add_argument("--train", metavar="DATA", help="captioned images to train on; forms as --data")
     task.add_argument("--tower", metavar="FOLDER", help="instead: a tower that is trained (benchmarks.everyday)")
     task.add_argument("--labelled", metavar="DATA", help="labelled images to classify; forms as --data")
