@@ -7,7 +7,7 @@ per class, a folder written by `datasets`' `save_to_disk`, or the Hub name of a 
 `datasets`, `evaluate` and, for `--lora_rank`, `peft`.
 
 `output_dir/final` loads with `from_pretrained` and in `pipeline(...)`. With LoRA it holds the merged weights, and
-`output_dir/adapter` the adapter alone.
+`output_dir/adapter` only the adapter.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it is written, and the default behind the help of each option."""
+    """Shows the docstring as it is written, and the default after the help of each option."""
 
 
 def check_settings(options: argparse.Namespace) -> None:
