@@ -98,6 +98,16 @@ def test_metadata_and_saved_data_sets(by_metadata, tmp_path):
         finetuning.add_captions(data, "title", "")
 
 
+def test_captions_that_are_cut_are_counted(checkpoint, by_folder, capsys):
+    processor = IGCaptionerProcessor.from_pretrained(checkpoint)
+    data = finetuning.add_captions(finetuning.load_data(str(by_folder), 0.25, 0), None, "a photo of a {}.")
+    length = len(processor.tokenizer("a photo of a red square.")["input_ids"])
+    finetuning.tell_of_cut_captions(data, processor, length + 20)
+    assert not capsys.readouterr().out
+    finetuning.tell_of_cut_captions(data, processor, 2)
+    assert "24 of 24 captions are cut at 2 tokens (--max_length), the first is 'a photo" in capsys.readouterr().out
+
+
 def test_collator_gives_pixels_and_labels_in_scored_form(checkpoint):
     processor = IGCaptionerProcessor.from_pretrained(checkpoint)
     rows = [{"image": Image.new("RGB", (9, 9)), "captions": [text]} for text in ("a red square.", "a", "blue " * 30)]

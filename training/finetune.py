@@ -28,6 +28,7 @@ from transformers import AutoProcessor, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerProcessor
 from ig_captioner.information_gain import IGNORE_INDEX
 from ig_captioner.input_rules import read_image_file
+from ig_captioner.processing_ig_captioner import cut_texts
 
 from .checkpoint import write_text_atomically
 from .config import UsageError
@@ -86,6 +87,15 @@ def add_captions(data: datasets.DatasetDict, column: str | None, template: str) 
             for name, split in data.items()
         }
     )
+
+
+def tell_of_cut_captions(data: datasets.DatasetDict, processor: IGCaptionerProcessor, max_length: int) -> None:
+    """Prints how many captions are longer than `max_length` tokens, beyond which they are cut."""
+    captions = [text for split in data.values() for texts in split["captions"] for text in texts]
+    cut = cut_texts(processor.tokenizer, captions, max_length)
+    if cut:
+        share = f"{len(cut)} of {len(captions)} captions"
+        print(f"{share} are cut at {max_length} tokens (--max_length), the first is {cut[0]!r}")
 
 
 def read_photo(image: Any) -> PIL.Image.Image:
@@ -248,6 +258,7 @@ def finetune(options: argparse.Namespace) -> dict[str, float]:
     data = add_captions(
         load_data(options.data, options.eval_fraction, options.seed), options.caption_column, options.template
     )
+    tell_of_cut_captions(data, processor, options.max_length)
     trainer = Seq2SeqTrainer(
         model,
         training_arguments(options),

@@ -12,6 +12,7 @@ import asyncio
 import functools
 import html
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import PIL.Image
 from torch import Tensor
 
+from ..input_rules import IGCaptionerWarning
 from .inputs import (
     FORMATS,
     MAX_BYTES,
@@ -307,6 +309,7 @@ def launch(
         ValueError, OSError: as `Captioner`, and where the port is taken.
     """
     app = build_app(model, device)
+    warnings.simplefilter("ignore", IGCaptionerWarning)  # the page tells visitors; on this side they would fill a log
     url = serve(app, host, port, open_browser)
     print(f"The demo is at {url} (Ctrl+C stops it)", flush=True)
     app.block_thread()
