@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..input_rules import tell
 from .prompts import Processors
 
 
