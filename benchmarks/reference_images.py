@@ -24,6 +24,7 @@ from ig_captioner.data.samples import Samples, captioned, label_from_field, labe
 from ig_captioner.evaluation.ranking import ranks, true_pairs
 from ig_captioner.evaluation.report import cpu_model, git_commit
 from ig_captioner.information_gain import REFERENCE_MEANS, mean_over_references, mean_over_templates
+from ig_captioner.processing_ig_captioner import format_labels
 
 
 SIZE = (64, 64)
@@ -71,11 +72,12 @@ def classification(scorer: CaptionScorer, arguments: argparse.Namespace, photos:
     prompts = load_prompts(arguments.class_names)
     decode = labelled_decoder(label_from_field(prompts.class_names))
     images, classes = zip(*Samples(arguments.classes, decode, arguments.limit), strict=True)
-    labels = scorer.compile_labels(list(prompts.class_names), list(prompts.templates))
+    texts = format_labels(list(prompts.class_names), list(prompts.templates))
+    labels = scorer.compile_labels(texts, "{}")
     caption, truth = log_likelihoods(scorer, images, labels), torch.tensor(classes)
 
     def top1(prior: Tensor) -> float:
-        gains = mean_over_templates(caption - prior, len(labels.templates))
+        gains = mean_over_templates(caption - prior, len(prompts.templates))
         return 100 * (gains.argmax(dim=-1) == truth).double().mean().item()
 
     return _measure(top1, priors(scorer, labels, photos))

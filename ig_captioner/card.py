@@ -10,6 +10,7 @@ takes in further results (files `results.json`) and writes the card of the check
 """
 
 import argparse
+import html
 import json
 import re
 import sys
@@ -177,14 +178,26 @@ def fill_card(
     )
 
 
+def _plain(content: Any, brackets: str = "[") -> Any:
+    """Results with texts that are nothing but text, in Markdown and HTML, whoever wrote them: no tags, no links."""
+    if isinstance(content, dict):
+        return {_plain(name, brackets): _plain(value, brackets) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_plain(value, brackets) for value in content]
+    if not isinstance(content, str):
+        return content
+    text = html.escape(" ".join(content.split()), quote=False).replace("[", brackets)
+    return re.sub("javascript:", "javascript&#58;", text, flags=re.IGNORECASE)
+
+
 def _section(results: dict[str, Any]) -> str:
     """The tables of one task, two levels down; its details stay in the results file."""
-    shown = {name: value for name, value in results.items() if name != "details"}
+    shown = _plain({name: value for name, value in results.items() if name != "details"}, brackets="\\[")
     return re.sub("^#", "###", to_markdown(shown), flags=re.MULTILINE)
 
 
 def _metadata(repo_id: str, facts: CardFacts, results: Sequence[dict[str, Any]]) -> ModelCardData:
-    entries = [entry for one in results for entry in evaluations(one)]
+    entries = [entry for one in results for entry in evaluations(_plain(one))]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINE_TAG,

@@ -304,7 +304,7 @@ class IGCaptionerConfig(PreTrainedConfig):
         prior_weight (`float`): weight of log P(T) in the score; 0 ranks by likelihood, 1 by information gain.
         prior_source (`"unconditional"` or `"reference_images"`): where log P(T) comes from: the decoder without an
             image, or, for models that were never trained so, the mean of P(T|I) over reference images (VisualGPTScore,
-            arXiv 2306.01879). Calls may bring those; `num_reference_images` images of noise take their place.
+            arXiv 2306.01879). Calls may bring those; three plain images, black, grey and white, take their place.
         score_temperature (`float`): what the pipeline divides information gains by before their softmax or sigmoid; 1
             leaves them as they are, fitted values make scores agree with how often they are right. It moves no ranking.
             Not named `temperature`, which transformers would take for the one of sampling.
@@ -343,7 +343,6 @@ class IGCaptionerConfig(PreTrainedConfig):
     loss_reduction: Literal["token", "sequence"] = "token"
     prior_weight: float | int = 1.0
     prior_source: Literal["unconditional", "reference_images"] = "unconditional"
-    num_reference_images: int = 8
     score_temperature: float | int = 1.0
     abstain_threshold: float | int | None = None
     prompt_templates: list[str] | None = None
@@ -424,8 +423,6 @@ class IGCaptionerConfig(PreTrainedConfig):
             raise ValueError(f"parallel_prediction_prob must lie in [0, 1], got {self.parallel_prediction_prob}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        if self.num_reference_images < 1:
-            raise ValueError(f"num_reference_images must be at least 1, got {self.num_reference_images}")
         if self.parallel_prediction_prob > 0 and self.text_config.mask_token_id is None:
             raise ValueError("parallel prediction needs text_config.mask_token_id, got None")
         for name in ("conditional_weight", "unconditional_weight", "prior_weight"):

@@ -5,11 +5,12 @@ that `trust_remote_code=True` runs. What it must hold stands in `RELEASE_FILES`;
 """
 
 import ast
-import filecmp
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -34,15 +35,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .card import CARD_FILE, FACTS_FILE, RESULTS_FOLDER, CardFacts, add_results, make_card, read_facts, write_facts
-from .checkpoint import folder_or_repository, load_model, load_processor
+from .checkpoint import load_model, load_processor, own_checkpoint
 from .configuration_ig_captioner import AUTO_MAP, CUSTOM_PIPELINES, REMOTE_CODE_FILES, IGCaptionerConfig
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .evaluation.report import weights_digest
+from .input_rules import tell
 from .installed import DEFAULT_CHECKPOINT, __version__
 from .modeling_ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
 from .processing_ig_captioner import IGCaptionerProcessor
 
 
+# What a release consists of, by SHA-256; written last.
+MANIFEST = "release.json"
 # Every released folder holds these and, in one file or in shards, the weights `model*.safetensors`.
 RELEASE_FILES = (
     CARD_FILE,
@@ -51,6 +55,7 @@ RELEASE_FILES = (
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    MANIFEST,
     *REMOTE_CODE_FILES,
 )
 CARD_FILES = (CARD_FILE, FACTS_FILE, f"{RESULTS_FOLDER}/*.json")
@@ -63,6 +68,10 @@ RELEASE_PATTERNS = (
     "model*.safetensors",
     "model.safetensors.index.json",
 )
+
+
+# Words in the name of a licence that does not allow everybody everything.
+RESTRICTED = re.compile(r"\bnc\b|non-?commercial|research", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,15 +114,16 @@ def save_release(
         model: a folder or a repository on the Hub, of either head; weights keep the dtype that they are stored in,
             which may not be the one that the configuration has them loaded in.
         repo_id: the name that the card's examples load; the folder's own by default.
-        license: the Hub's name of a licence, for the card's metadata.
+        license: the Hub's name of a licence, for the card's metadata; what the checkpoint says of itself is replaced
+            with a warning, and not where it is for research or non-commercial use only.
         results: files `results.json` of `ig-captioner evaluate`, for the card.
 
     Returns:
         The folder's absolute path.
 
     Raises:
-        ValueError: the folder may not be written, the checkpoint is incomplete or of another kind, or the results are
-            not its own.
+        ValueError: the folder may not be written, the checkpoint is incomplete or of another kind, a file of its card
+            is a link to elsewhere, the licence may not be replaced, or the results are not its own.
         OSError: reading or writing failed.
     """
     directory = Path(directory).expanduser().resolve()
@@ -132,6 +142,7 @@ def save_release(
         (folder / CARD_FILE).write_bytes(make_card(folder, loaded, repo_id or directory.name))
         for weights in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
             weights.chmod((folder / CARD_FILE).stat().st_mode)
+        (folder / MANIFEST).write_bytes(_manifest({name: folder / name for name in names_of_files(folder)}))
         _verify(folder, loaded, processor)
     return directory
 
@@ -200,13 +211,17 @@ def _stored_weights(source: Path) -> dict[str, Tensor]:
 
 
 def _copy_card(source: Path, folder: Path, license: str | None) -> None:
-    """The facts and results, or the card if it was made from none."""
+    """Copies the facts and results, or the card if it was made from none. Raises ValueError for links to elsewhere."""
+    for path in (source / CARD_FILE, source / FACTS_FILE, *(source / RESULTS_FOLDER).glob("*")):
+        _refuse_link_out(source, path)
     facts = read_facts(source)
     if facts is None and (source / CARD_FILE).is_file():
         text = (source / CARD_FILE).read_bytes().decode("utf-8")  # line ends as they are
         if license is not None:
             card = ModelCard(text)
+            _check_licence(source, license, card.data.get("license"), card.data.get("license_name"))
             card.data.license = license
+            card.data.license_name = card.data.license_link = None
             text = str(card)
         (folder / CARD_FILE).write_bytes(text.encode("utf-8"))
         return
@@ -214,10 +229,33 @@ def _copy_card(source: Path, folder: Path, license: str | None) -> None:
         shutil.copyfile(source / FACTS_FILE, folder / FACTS_FILE)
     else:
         facts = facts or CardFacts()
+        if license is not None:
+            _check_licence(source, license, facts.license, facts.license_name)
         write_facts(
             folder, facts if license is None else replace(facts, license=license, license_name=None, license_link=None)
         )
     add_results(folder, (source / RESULTS_FOLDER).glob("*.json"), None)  # they have been checked
+
+
+def _refuse_link_out(source: Path, path: Path) -> None:
+    """Raises ValueError for a link that leads out of a folder; the Hub's cache keeps its files in a folder beside."""
+    root, real = source.resolve(), path.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if path.exists() and not any(map(real.is_relative_to, allowed)):
+        raise ValueError(f"{path} is a link to a file elsewhere, which does not become part of a release")
+
+
+def _check_licence(source: Path, wanted: str, license: str | None, name: str | None) -> None:
+    """Tells that a licence is replaced. Raises ValueError where the weights are for some uses only."""
+    known = " ".join(filter(None, (license, name)))
+    if known in ("", "unknown", wanted):
+        return
+    if RESTRICTED.search(known):
+        raise ValueError(
+            f"the weights of {source} are under {known!r}, which --license {wanted} cannot change; if they are yours, "
+            f"say so in {FACTS_FILE}"
+        )
+    tell(f"the licence {known!r} that {source} states is replaced by {wanted!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,9 +273,10 @@ def push_release(
 ) -> str:
     """Uploads a checkpoint as a complete repository, in one commit.
 
-    A folder that holds a release and nothing else goes up as it is; of any other checkpoint a release is made first.
-    Either way a card that is filled by code names `repo_id`. Files that an earlier release had and this one has not
-    are removed; what else is in the repository stays.
+    A folder that holds a release goes up if every file is as `save_release` wrote it, with the code of this package;
+    of any other checkpoint a release is made first, also of a release that was changed. Either way a card that is
+    filled by code names `repo_id`. Files that an earlier release had and this one has not are removed; what else is in
+    the repository stays.
 
     Args:
         repo_id: `owner/name`; made if there is no such repository.
@@ -258,14 +297,17 @@ def push_release(
     token = token or get_token()
     if not token:
         raise PermissionError("no token for the Hub: `hf auth login` stores one, the variable HF_TOKEN gives one")
-    release = Path(folder_or_repository(Path(folder).expanduser()))
+    release = Path(own_checkpoint(Path(folder).expanduser()))
     with TemporaryDirectory() as temporary:
-        if not _is_release(release):
+        contents = _read_release(release)
+        if contents is None:
             release = save_release(Path(temporary, "release"), release, repo_id=repo_id)
-        contents: dict[str, Path | bytes] = {name: release / name for name in names_of_files(release)}
-        card = make_card(release, load_model(IGCaptionerForZeroShotImageClassification, release), repo_id)
+            contents = _read_release(release) or {}
+        model = load_model(IGCaptionerForZeroShotImageClassification, release)
+        contents[CARD_FILE] = make_card(release, model, repo_id)
+        contents[MANIFEST] = _manifest(contents)
         message = commit_message or f"Release by ig_captioner {__version__}"
-        return _commit(HfApi(token=token), repo_id, {**contents, CARD_FILE: card}, private, revision, message)
+        return _commit(HfApi(token=token), repo_id, contents, private, revision, message)
 
 
 def _commit(
@@ -288,18 +330,58 @@ def _commit(
         raise OSError(f"{repo_id!r} was not pushed to {constants.ENDPOINT}: {reason}") from error
 
 
-def _is_release(folder: Path) -> bool:
-    """Whether a folder holds a release and nothing else."""
+def _read_release(folder: Path) -> dict[str, Path | bytes] | None:
+    """What a released folder holds beside its manifest, by name, weights as paths.
+
+    None, told, if that is not what `save_release` wrote.
+    """
     names = names_of_files(folder)
-    if not set(RELEASE_FILES) <= set(names) or not all(map(_is_of_a_release, names)):
-        return False
+    if not {*RELEASE_FILES} - {MANIFEST} <= {*names}:
+        return None
     _check_code_references(folder)
-    return True
+    try:
+        expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        expected = {str(name): str(digest) for name, digest in expected.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        expected = {}
+    contents: dict[str, Path | bytes] = {}
+    strange = sorted({*names} ^ {*expected, MANIFEST})
+    for name in sorted({*names} & {*expected}):
+        path = folder / name
+        contents[name] = path if path.suffix == ".safetensors" else path.read_bytes()
+        is_own_code = name not in REMOTE_CODE_FILES or contents[name] == _package_file(name)
+        if path.is_symlink() or not is_own_code or _sha256(contents[name]) != expected[name]:
+            strange.append(name)
+    if strange:
+        tell(
+            f"{folder} is not as release wrote it: a release of its checkpoint is made anew, without changes to",
+            strange,
+        )
+        return None
+    return contents
+
+
+def _manifest(contents: Mapping[str, Path | bytes]) -> bytes:
+    """What `release.json` says of files by their names."""
+    digests = {name: _sha256(content) for name, content in contents.items()}
+    return (json.dumps({"ig_captioner": __version__, "sha256": digests}, indent=2) + "\n").encode()
+
+
+def _sha256(content: Path | bytes) -> str:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _package_file(name: str) -> bytes:
+    return (Path(__file__).parent / name).read_bytes()
 
 
 def names_of_files(folder: Path) -> list[str]:
-    """Of all files below a folder, as the Hub names them."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Of all files and links below a folder, as the Hub names them."""
+    files = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def _is_of_a_release(name: str) -> bool:
@@ -318,9 +400,8 @@ def _verify(folder: Path, model: IGCaptionerPreTrainedModel, processor: IGCaptio
     missing = sorted(name for name in RELEASE_FILES if not (folder / name).is_file())
     if missing:
         raise ValueError(f"the release would lack {', '.join(missing)}")
-    package = Path(__file__).parent
     for name in REMOTE_CODE_FILES:
-        if not filecmp.cmp(package / name, folder / name, shallow=False):
+        if (folder / name).read_bytes() != _package_file(name):
             raise ValueError(f"{name} in the release is not the file of this package")
     _check_code_references(folder)
 

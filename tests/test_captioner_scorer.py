@@ -9,7 +9,7 @@ from captioner_folders import FOLDERS, captioner, photo, save_folder
 
 from ig_captioner import DEFAULT_CHECKPOINT, CaptionScorer, CompiledLabels
 from ig_captioner.captioners.readers import forced_log_likelihoods
-from ig_captioner.captioners.scorer import grey_image
+from ig_captioner.captioners.scorer import plain_images
 from ig_captioner.information_gain import label_log_prior, mean_over_references, token_means_over_references
 
 
@@ -96,11 +96,27 @@ def test_images_whose_prompts_differ_in_length_are_read_apart():
     assert close(scorer.score(images, TEXTS).caption_log_likelihood, alone)
 
 
-def test_the_default_reference_is_one_grey_image():
+def test_the_default_references_are_plain_images():
     scorer = scorer_of("blip")
     assert scorer.default_prior_source == "reference_images"
-    grey = scorer.score(grey_image(), TEXTS).caption_log_likelihood[0]
-    assert close(scorer.score(PHOTOS, TEXTS).prior_log_likelihood, grey)
+    assert [image.getpixel((0, 0))[0] for image in plain_images()] == [0, 128, 255]
+    expected = scorer.score(PHOTOS, TEXTS, reference_images=plain_images())
+    assert close(scorer.score(PHOTOS, TEXTS).prior_log_likelihood, expected.prior_log_likelihood)
+
+
+def test_likelihoods_alone_are_those_of_scores():
+    for scorer in (scorer_of("llava"), CaptionScorer.from_pretrained(DEFAULT_CHECKPOINT)):
+        expected = scorer.score(PHOTOS, TEXTS).caption_log_likelihood
+        assert close(scorer.log_likelihoods(PHOTOS, TEXTS), expected)
+        with pytest.raises(ValueError, match="at least one text"):
+            scorer.log_likelihoods(PHOTOS, [])
+
+
+def test_an_empty_text_is_the_end_of_one():
+    """Captions may be empty."""
+    scorer = scorer_of("llava")
+    expected = forced(scorer, PHOTOS[0], "")
+    assert float(scorer.score(PHOTOS[0], [""]).caption_log_likelihood) == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_both_means_over_reference_images():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_checkpoint import save_checkpoint
 
 import ig_captioner
-from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForConditionalGeneration
+from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerWarning
 from ig_captioner.card import (
     CARD_TEMPLATE,
     CardFacts,
@@ -258,6 +258,34 @@ def test_the_command_takes_in_results_and_writes_the_card(source, tmp_path, caps
     model.save_pretrained(source)
     code, output = run(path)
     assert code == 1 and "measured with other weights" in output.err.splitlines()[-1]
+
+
+def test_results_of_strangers_are_text_and_nothing_else(source, tmp_path):
+    """What a results.json says reaches the card without tags, links and headings of its own."""
+    measured = write_measured(tmp_path / "hostile", source, "linear-probe", **{"3 classes": [0.5, 0.75]})
+    results = json.loads(measured.read_text())
+    evil = "<script>alert(1)</script>[x](javascript:alert(2))\n# Heading"
+    results["title"] = results["run"]["command"] = results["data"]["data"] = evil
+    results["tables"] = {evil: results["tables"]["3 classes"]}
+    results["notes"].append(evil)
+    measured.write_text(json.dumps(results))
+    card = (save_release(tmp_path / "tiny", source, results=[measured]) / "README.md").read_text()
+    assert "<script" not in card and "javascript:" not in card.lower() and "\n# Heading" not in card
+    text = ModelCard(card).text  # without the metadata, which is no Markdown
+    assert "&lt;script&gt;" in text and "[x](" not in text.replace("\\[x](", "")
+
+
+def test_a_licence_for_research_only_is_not_replaced(source, tmp_path):
+    (source / "card.yaml").write_text("license: other\nlicense_name: non-commercial-research\n")
+    with pytest.raises(ValueError, match="non-commercial-research', which --license apache-2.0 cannot change"):
+        save_release(tmp_path / "tiny", source, license="apache-2.0")
+    (source / "card.yaml").write_text("license: mit\n")
+    with pytest.warns(IGCaptionerWarning, match="the licence 'mit' that .* states is replaced by 'apache-2.0'"):
+        save_release(tmp_path / "tiny", source, license="apache-2.0")
+    (source / "card.yaml").unlink()
+    (source / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# Own\n")
+    with pytest.raises(ValueError, match="'cc-by-nc-4.0', which --license mit cannot change"):
+        save_release(tmp_path / "other", source, license="mit")
 
 
 def test_the_former_name_of_the_shipped_checkpoint_is_deprecated():

@@ -432,7 +432,7 @@ def test_unexpected_errors_are_one_line_too(run, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of\n  memory")
 
-    monkeypatch.setattr("ig_captioner.checkpoint.load_model", fail)
+    monkeypatch.setattr("ig_captioner.captioners.own.load_model", fail)
     code, lines, errors = run("classify", "0.png", "--labels", "cat")
     assert (code, lines, errors) == (1, [], ["ig-captioner: error: RuntimeError: out of memory"])
     errors = run("classify", "0.png", "--labels", "cat", "--traceback")[2]
@@ -441,5 +441,5 @@ def test_unexpected_errors_are_one_line_too(run, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ig_captioner.checkpoint.load_model", interrupt)
+    monkeypatch.setattr("ig_captioner.captioners.own.load_model", interrupt)
     assert run("classify", "0.png", "--labels", "cat") == (130, [], [])

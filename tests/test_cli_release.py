@@ -94,7 +94,7 @@ def test_compiled_labels_replace_nothing_else(run, here):
 
 
 def test_labels_compiled_for_other_weights_are_refused(run, here):
-    save_checkpoint(here / "other", dtype=torch.float32, num_reference_images=3)
+    save_checkpoint(here / "other", dtype=torch.float32)
     weights = load_file(here / "other" / "model.safetensors")
     save_file({name: weight * 1.5 for name, weight in weights.items()}, here / "other" / "model.safetensors")
     assert run("compile-labels", "labels", "--labels", "cat", "--model", "other")[0] == 0

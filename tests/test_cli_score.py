@@ -82,7 +82,9 @@ def test_the_matrix_of_scores(run, expected, monkeypatch):
 def test_texts_of_a_file(run, here):
     (here / "texts.txt").write_bytes("\ufeffa photo of a dog.\r\n\n of".encode())
     given = run("score", *PHOTOS, "--texts", "a cat", "a photo of a dog.", "of")
-    assert given[0] == 0 and run("score", *PHOTOS, "--texts", "a cat", "--texts-file", "texts.txt") == given
+    code, lines, notes = run("score", *PHOTOS, "--texts", "a cat", "--texts-file", "texts.txt")
+    assert given == (0, lines, []) and code == 0
+    assert len(notes) == 1 and "empty lines between others" in notes[0]
     code, lines, errors = run("score", *PHOTOS, "--texts-file", "missing.txt")
     assert (code, lines, errors) == (1, [], ["ig-captioner: error: no such file: 'missing.txt'"])
 
@@ -130,7 +132,7 @@ def test_scores_that_are_no_numbers_are_an_error(run, checkpoint, monkeypatch):
         model.lm_head.weight.data.fill_(float("nan"))
         return model
 
-    monkeypatch.setattr("ig_captioner.checkpoint.load_model", load_broken)
+    monkeypatch.setattr("ig_captioner.captioners.own.load_model", load_broken)
     for command in (["classify", "0.png", "--labels", "cat"], ["score", "0.png", "--texts", "a"], ["caption", "0.png"]):
         for form in ("table", "csv", "jsonl"):
             code, lines, errors = run(*command, "--format", form)

@@ -167,6 +167,15 @@ def test_exported_programs(name, tmp_path):
     torch.testing.assert_close(torch.from_numpy(graph), read, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["siglip2", "efficientnet"])
+@torch.no_grad()
+def test_compiled_in_one_graph(name):
+    model = encoder_model(name, **FIVE_TOKENS)
+    compiled = torch.compile(model.model.encode_features, fullgraph=True, backend="eager")
+    pixels = images_for(model)
+    torch.testing.assert_close(compiled(pixels), model.model.encode_features(pixels))
+
+
 # Training
 
 

@@ -73,7 +73,7 @@ def test_programs_score_as_one_pass_per_token(variant, width):
 
 @torch.no_grad()
 def test_prior_over_reference_images():
-    model = tiny_model("cross", ZeroShot, prior_source="reference_images", num_reference_images=3)
+    model = tiny_model("cross", ZeroShot, prior_source="reference_images")
     images, _, tokens, _ = inputs_for(1, (5, 2))
     expected = model.score(images, **tokens).prior_log_likelihood
     torch.testing.assert_close(TextPrior(model)(**tokens), expected, atol=1e-4, rtol=0)

@@ -102,6 +102,7 @@ def test_relative_folders_and_strings(checkpoint, room, monkeypatch):
     assert save_release("other", "empty") == room / "other"
     assert sorted(os.listdir(room)) == ["empty", "other"]
     first, second = contents(room / "empty"), contents(room / "other")
+    assert first.pop("release.json") != second.pop("release.json")  # it knows the card
     assert first.pop("README.md").replace(b"empty", b"other") == second.pop("README.md")  # its examples load the folder
     assert first == second
 
@@ -170,7 +171,7 @@ def test_only_an_earlier_release_is_overwritten(checkpoint, room, monkeypatch):
     assert contents(room.parent) == before
 
 
-@pytest.mark.parametrize("step", ["_verify", "filecmp.cmp"])
+@pytest.mark.parametrize("step", ["_verify", "_package_file"])
 def test_an_error_leaves_everything_as_it_was(checkpoint, room, monkeypatch, step):
     save_release(room / "tiny", checkpoint)
     before = contents(room)
@@ -179,7 +180,7 @@ def test_an_error_leaves_everything_as_it_was(checkpoint, room, monkeypatch, ste
         assert len(os.listdir(room)) == 2  # the release so far, under another name
         raise KeyboardInterrupt if step == "_verify" else OSError("disk full")
 
-    monkeypatch.setattr(release if step == "_verify" else release.filecmp, step.rpartition(".")[2], fail)
+    monkeypatch.setattr(release, step, fail)
     for name in ("tiny", "new"):
         with pytest.raises((KeyboardInterrupt, OSError)):
             save_release(room / name, checkpoint, overwrite=True)

@@ -1,7 +1,9 @@
 """From a checkpoint to a repository of a small Hub on loopback, and back into processes that have no package."""
 
+import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from small_checkpoint import save_checkpoint
 from test_hub import WITHOUT_THE_PACKAGE, run_python
 
-from ig_captioner import IGCaptionerForZeroShotImageClassification
+from ig_captioner import IGCaptionerForZeroShotImageClassification, IGCaptionerWarning
 from ig_captioner.checkpoint import load_model, load_processor
 from ig_captioner.release import RELEASE_FILES, push_release, save_release
 
@@ -95,7 +97,10 @@ def test_a_second_push_leaves_nothing_of_the_first(server, checkpoint, tmp_path)
         content = path.read_bytes()
         if path.name == "README.md":
             content = content.replace(b'"release"', f'"{REPO}"'.encode()).replace(b"# release", f"# {REPO}".encode())
-        assert uploaded[path.name] == content, path.name
+        assert uploaded[path.name] == content or path.name == "release.json", path.name
+    digests = json.loads(uploaded["release.json"])["sha256"]
+    assert digests == {name: hashlib.sha256(uploaded[name]).hexdigest() for name in digests}
+    assert set(digests) == set(files) - {"release.json", ".gitattributes"}
 
     assert push_release(release, REPO) == second and len(repository.commits) == 4  # nothing new, no commit
 
@@ -179,6 +184,44 @@ def test_a_broken_release_is_not_pushed(server, checkpoint, tmp_path):
     assert not server.requests
 
 
+def test_code_of_strangers_stays_here(server, checkpoint, tmp_path):
+    """A release that was changed: what goes up is a release of its checkpoint, and that is said."""
+    release = save_release(tmp_path / "release", checkpoint)
+    own = (release / "modeling_ig_captioner.py").read_bytes()
+    (release / "modeling_ig_captioner.py").write_bytes(own + b"import os\n")
+    (release / "backdoor_ig_captioner.py").write_text("import os\n")
+    with pytest.warns(IGCaptionerWarning, match=r"not as release wrote it.*2: 'backdoor_ig.*, 'modeling_ig"):
+        push_release(release, REPO)
+    files = server.files(REPO)
+    assert files["modeling_ig_captioner.py"] == own and "backdoor_ig_captioner.py" not in files
+    # not even where the manifest is changed with it
+    digests = json.loads((release / "release.json").read_text())
+    digests["sha256"]["modeling_ig_captioner.py"] = hashlib.sha256(own + b"import os\n").hexdigest()
+    digests["sha256"]["backdoor_ig_captioner.py"] = hashlib.sha256(b"import os\n").hexdigest()
+    (release / "release.json").write_text(json.dumps(digests))
+    with pytest.warns(IGCaptionerWarning, match=r"not as release wrote it.*'modeling_ig"):
+        push_release(release, REPO)
+    files = server.files(REPO)
+    assert files["modeling_ig_captioner.py"] == own and "backdoor_ig_captioner.py" not in files
+
+
+@pytest.mark.parametrize("name", ["README.md", "card.yaml", "results/secret.json"])
+@pytest.mark.parametrize("is_release", [True, False])
+def test_links_to_files_elsewhere_are_not_followed(server, checkpoint, tmp_path, name, is_release):
+    (tmp_path / "secret").write_text("a secret")
+    folder = save_release(tmp_path / "release", checkpoint) if is_release else checkpoint
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IGCaptionerWarning)
+        with pytest.raises(ValueError, match=f"{name} is a link to a file elsewhere"):
+            push_release(folder, REPO)
+        with pytest.raises(ValueError, match=f"{name} is a link to a file elsewhere"):
+            save_release(tmp_path / "another", folder)
+    assert not server.requests and not (tmp_path / "another").exists()
+
+
 # Clean processes
 
 IN_ANOTHER_PROCESS = """
@@ -226,7 +269,7 @@ def test_pushed_twice_loaded_pinned_saved_and_offline(server, checkpoint, tmp_pa
     pinned = {"model": REPO, "revision": revision}
     online = elsewhere({**pinned, "save_to": "saved"}, {"model": REPO})
     requests = server.take_requests()
-    needed = {*RELEASE_FILES} - {"README.md", "generation_config.json"}
+    needed = {*RELEASE_FILES} - {"README.md", "release.json", "generation_config.json"}
     assert {f"GET /{REPO}/resolve/{revision}/{name}" for name in needed} <= {*requests}
     assert not [request for request in requests if request.startswith(f"GET /{REPO}/resolve/{newer}/")]  # the same ...
     assert sum(request.startswith("GET /lfs/") for request in requests) == 2  # ... but for the weights

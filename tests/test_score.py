@@ -381,13 +381,14 @@ def test_reference_images_give_the_mean_of_the_conditional_likelihoods():
     assert (scores.prior_log_likelihood - unconditional.prior_log_likelihood).abs().max() > 1e-2
 
 
-def test_noise_stands_in_for_reference_images_and_the_config_may_ask_for_it():
+def test_plain_images_stand_in_for_reference_images_and_the_config_may_ask_for_it():
     texts = padded(random_texts())
     asked = tiny_model().score(random_images(), *texts, prior_source="reference_images")
     configured = tiny_model(prior_source="reference_images").score(random_images(), *texts)
     assert torch.equal(asked.information_gain, configured.information_gain)
-    one = tiny_model(prior_source="reference_images", num_reference_images=1).score(random_images(), *texts)
-    assert not torch.equal(one.prior_log_likelihood, configured.prior_log_likelihood)
+    plain = torch.stack([torch.full((3, 16, 16), level) for level in (-1.0, 0.0, 1.0)])
+    given = tiny_model().score(random_images(), *texts, reference_pixel_values=plain)
+    torch.testing.assert_close(given.prior_log_likelihood, asked.prior_log_likelihood)
 
 
 def test_a_geometric_mean_over_reference_images_is_that_of_log_likelihoods():

@@ -144,6 +144,12 @@ def test_a_short_run_by_the_clock_logs_rows_and_says_where_its_files_are(workspa
     assert f"tensorboard --logdir {tmp_path / 'tracked'}" in said
 
 
+def test_decoding_that_takes_longer_shows_a_progress_line(workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("training.data.SILENT_SECONDS", 0)
+    start_run(run_config(workspace, tmp_path))
+    assert "decoding colors (1 shards): 24 samples" in capsys.readouterr().err
+
+
 def test_the_last_steps_of_a_run_are_logged(workspace, tmp_path):
     train(run_config(workspace, tmp_path, max_steps=5, log_every_steps=3))
     assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [3, 5]

@@ -18,7 +18,7 @@ from .config import AugmentationConfig
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What the model's image processor does: size (height, width) in pixels, PIL's resampling filter, the mean and
+    """Settings of the model's image processor: size (height, width) in pixels, PIL's resampling filter, the mean and
     standard deviation of each channel, of values in [0, 1], and `crop_pct`."""
 
     size: tuple[int, int]

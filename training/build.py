@@ -213,7 +213,7 @@ def build_processor(
 
 
 def image_settings(image_processor: IGCaptionerImageProcessor) -> ImageSettings:
-    """What an image processor does, for images that are not to go through it one by one."""
+    """Returns what an image processor does, for images that do not go through it one by one."""
     size = (image_processor.size["height"], image_processor.size["width"])
     statistics = tuple(image_processor.image_mean), tuple(image_processor.image_std)
     return ImageSettings(size, image_processor.resample, *statistics, image_processor.crop_pct)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of training, on one: FSDP2, compilation, and the share of the peak that B/16 reaches.
+"""Checks of training that need a GPU, on one: FSDP2, compilation, and the share of the peak that B/16 reaches.
 
     python -m training.check_gpu [--output FILE.json] [--skip_b16]
 

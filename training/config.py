@@ -172,9 +172,9 @@ class OptimizerConfig:
     muon_ns_steps: Annotated[int, Field(ge=1, lt=100), NUMBER] = 5
     """Newton-Schulz iterations."""
     muon_adjust_lr: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
-    """How Muon scales the learning rate with a matrix's shape; `match_rms_adamw`: updates as large as AdamW's."""
+    """Scaling of Muon's learning rate with a matrix's shape; `match_rms_adamw`: updates as large as AdamW's."""
     schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """Decay of the learning rate after the warm-up."""
     warmup_fraction: Fraction = 0.03
     """Share of the run over which the learning rate rises linearly from 0."""
     cooldown_fraction: Fraction = 0.0

@@ -138,11 +138,11 @@ class TrainingData:
     sizes: dict[str, int]
     """Training samples per source; empty when streaming."""
     streams: int = 0
-    """How many streams there are over all processes; 0 for cached sources."""
+    """Number of streams over all processes; 0 for cached sources."""
     states: dict[int, StreamState] = field(default_factory=dict)
-    """Where this process's streams stand; the training loop updates it with each batch's."""
+    """Positions of this process's streams; the training loop updates it with each batch's."""
     shards: dict[str, list[Fingerprint]] = field(default_factory=dict)
-    """What the shards of each source are: with their content where they were read, else with names and sizes."""
+    """Fingerprints of each source's shards: with their content where they were read, else names and sizes."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Share:
 
 @dataclass(frozen=True)
 class DataPosition:
-    """How far a run that is resumed has read, over all processes."""
+    """Position in the data of a run that is resumed, over all processes."""
 
     draws: int = 0
     """Samples drawn so far."""

@@ -1,9 +1,9 @@
-"""What a training step computes, in floating-point operations, and what a whole run costs.
+"""Counts the floating-point operations of a training step, and estimates the cost of a run.
 
     python -m training.flops --config training/configs/b16.yaml [--peak_tflops 989] [--mfu 0.4]
 
-Matrix products alone count, two operations per multiplication and addition, with padding and the masked half of causal
-attention included (they are computed), but in the head, which reads labelled tokens alone. The backward pass takes
+Only matrix products count, two operations per multiplication and addition, with padding and the masked half of causal
+attention included (they are computed), but in the head, which reads only labelled tokens. The backward pass takes
 twice the forward pass, so that a step takes three; what gradient checkpointing computes again does not count, and of a
 frozen encoder only the forward pass does.
 

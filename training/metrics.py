@@ -1,4 +1,4 @@
-"""What a run reports: losses, information gain, speed, memory; one JSON object per row of `log.jsonl`.
+"""Metrics of a run: losses, information gain, speed, memory; one JSON object per row of `log.jsonl`.
 
 Shapes: B texts, L tokens. Losses are in nats per token. `mfu`, model FLOPs utilisation, is the share of the measured
 peak of matrix products that the model's own products take (see `flops`).
@@ -56,7 +56,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def weight_in_mean(labels: Tensor, reduction: str) -> Tensor:
-    """What the mean loss of texts [B, L] counts in a mean over more texts: their tokens, or with "sequence" texts."""
+    """Weight of the mean loss of texts [B, L] in a mean over more texts: their tokens, or with "sequence" texts."""
     labelled = labels != IGNORE_INDEX
     return (labelled.any(dim=1) if reduction == "sequence" else labelled).sum().float()
 
@@ -133,7 +133,7 @@ class MetricsLog:
         self.data_seconds, self.started = 0.0, time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been added since the last row, on this process."""
+        """Returns what has been added since the last row, on this process."""
         means = {name: total.cpu() for name, total in self.means.items()}
         seconds = [self.data_seconds, time.perf_counter() - self.started]
         counts = [self.images, self.tokens, self.flops]

@@ -50,7 +50,7 @@ def mixture_order(weights: list[float], period: int = MIXTURE_PERIOD) -> np.ndar
 
 
 def draws_per_source(weights: list[float], period: int) -> np.ndarray:
-    """How many of `period` draws each source gets: at least one, the others by the largest remainder, int [sources]."""
+    """Number of draws of each source among `period`: at least one, others by the largest remainder, int [sources]."""
     if len(weights) > period:
         raise ValueError(f"at most {period} sources can be mixed, got {len(weights)}")
     wanted = np.asarray(weights, dtype=np.float64) / sum(weights) * period
@@ -127,7 +127,7 @@ class CachedMixture(Dataset):
 
 
 class Position(NamedTuple):
-    """Where a stream stands in one source: the block that begins at `sample` of `shard` has given `drawn` items."""
+    """Place of a stream in one source: the block that begins at `sample` of `shard` has given `drawn` items."""
 
     turn: int = 0
     """2 * epoch; the number after that (odd) if the stream's own part of the epoch had nothing usable."""
@@ -153,7 +153,7 @@ class StreamedSource:
         self.decode = sample_decoder(encode, data.max_image_pixels)
 
     def items(self, stream: int, streams: int, start: Position) -> Iterator[tuple[Sample | Skipped, Position]]:
-        """Decoded items from `start` on, each with the position behind it.
+        """Decoded items from `start` on, each with the position after it.
 
         A stream whose own part of an epoch has nothing usable (fewer samples than streams, or a broken shard) takes one
         turn through all shards instead.
@@ -214,7 +214,7 @@ class StreamedSource:
 
 
 class StreamState(NamedTuple):
-    """How many items a stream has given, and where it stands in each source."""
+    """Number of items that a stream has given, and its place in each source."""
 
     draws: int
     positions: list[Position]
@@ -260,7 +260,7 @@ class StreamedMixture(IterableDataset):
             draws[number] += 1
 
     def stream(self, number: int) -> Iterator[dict[str, Any]]:
-        """Items of one stream, each with the stream's state behind it."""
+        """Items of one stream, each with the stream's state after it."""
         draw, positions = self.states.get(number, StreamState(0, [Position()] * len(self.sources)))
         positions = [Position(*position) for position in positions]
         sources = [source.items(number, self.streams, positions[i]) for i, source in enumerate(self.sources)]

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 
 def is_sharding_wanted(accelerator: Accelerator) -> bool:
-    """Whether the launcher asks for FSDP. Raises ValueError if it cannot be had."""
+    """Returns whether the launcher asks for FSDP. Raises ValueError if it cannot be had."""
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
     if not torch.distributed.is_initialized():
@@ -70,7 +70,7 @@ def gathered(value: Any, keep: bool = True) -> Any:
     """Nested dictionaries and lists with their sharded tensors gathered on the CPU, on all processes at once.
 
     Args:
-        keep: False where the result is not needed; then None stands for each of them.
+        keep: False where the result is not needed; then each of them is None.
     """
     if isinstance(value, DTensor):
         tensor = value.full_tensor()

@@ -1,4 +1,4 @@
-"""What a run knows beside its weights, how it comes into a checkpoint and back, and what its processes agree on."""
+"""State of a run beside its weights: into a checkpoint and back, and what its processes agree on."""
 
 import dataclasses
 import signal
@@ -25,13 +25,13 @@ from .sharding import gathered, shard_optimizer_state
 
 @dataclasses.dataclass
 class RunProgress:
-    """What a run has done so far; part of each checkpoint."""
+    """Progress of a run; part of each checkpoint."""
 
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
     skipped: Counter[str] = dataclasses.field(default_factory=Counter)
-    """What this process has skipped, by reason; in a checkpoint, what all processes have."""
+    """Samples that this process has skipped, by reason; in a checkpoint, those of all processes."""
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
 
@@ -46,7 +46,7 @@ def agree(seconds: float, stop: bool, accelerator: Accelerator) -> tuple[float, 
 
 
 def all_finite(loss: Tensor, grad_norm: Tensor | float, accelerator: Accelerator) -> bool:
-    """Whether loss and gradient norm are finite on every process."""
+    """Returns whether loss and gradient norm are finite on every process."""
     total = loss.detach().float() + torch.as_tensor(grad_norm, device=loss.device).float()
     return bool(torch.isfinite(accelerator.reduce(total)))
 
@@ -149,14 +149,14 @@ class SavedRun:
 
     @property
     def shards(self) -> dict[str, list[Fingerprint]]:
-        """What the shards of each source were."""
+        """Fingerprints of each source's shards."""
         return {
             name: [Fingerprint(*shard) for shard in shards] for name, shards in self.state.get("shards", {}).items()
         }
 
     @property
     def streams(self) -> int:
-        """How many streams the data had; 0 without a checkpoint, or for cached sources."""
+        """Number of streams of the data; 0 without a checkpoint, or for cached sources."""
         return self.state.get("streams", 0)
 
     @property

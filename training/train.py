@@ -228,7 +228,7 @@ def close(run: Run) -> None:
 
 
 def run_fraction(config: TrainConfig, progress: RunProgress) -> float:
-    """How much of the run is done: the largest share of its steps, its samples and its minutes."""
+    """Returns the share of the run that is done: the largest share of its steps, its samples and its minutes."""
     by_steps = progress.step / config.max_steps if config.max_steps else 0.0
     by_clock = progress.seconds / (60 * config.max_minutes) if config.max_minutes else 0.0
     by_samples = 0.0

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..input_rules import tell
 from .prompts import Processors
 
 
@@ -59,8 +60,7 @@ def load_captioner(
     """
     if device is not None and kwargs.get("device_map") is not None:
         raise ValueError(f"device {device!r} and device_map {kwargs['device_map']!r} were both given")
-    name = os.fspath(name)
-    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    name, hub = os.fspath(name), hub_options(kwargs)
     described = PreTrainedConfig.get_config_dict(name, **hub)[0]
     if not described:
         raise OSError(f"there is no model in {name!r}: it has no config.json")
@@ -71,6 +71,11 @@ def load_captioner(
     if device is not None:
         model.to(device)
     return model.eval(), load_processors(name, trust_remote_code=trust_remote_code, **hub)
+
+
+def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that say where files come from."""
+    return {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
 
 
 def why_refused(config: dict[str, Any], trust_remote_code: bool = False) -> str | None:
@@ -139,6 +144,8 @@ def _load_weights(auto_class: Any, name: str, trust_remote_code: bool, **kwargs:
             f"the weights of {name!r} do not fill a {type(model).__name__}: {', '.join(missing[:3])} "
             f"({len(missing)} in all) would be random"
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        tell(f"{name!r} holds an adapter, so that {model.name_or_path!r}, which it names, was loaded with it")
     return model
 
 

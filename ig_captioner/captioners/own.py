@@ -1,23 +1,22 @@
 """This package's own captioners behind the interface of `CaptionScorer`; their `score` is exact by construction."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import caption_tokens, load_model, load_processor
-from ..compiled_labels import CompiledLabels, compile_labels, is_compiled
+from ..compiled_labels import CompiledLabels, compile_labels, encode_for, is_compiled
 from ..information_gain import information_gain, token_means_over_references
 from ..modeling_ig_captioner import IGCaptionerForConditionalGeneration
 from ..processing_ig_captioner import default_templates
 from ..scoring_ig_captioner import IGCaptionerScoreOutput
 from .scorer import CaptionScorer, TokenGain, as_images
 from .verification import Verification
-
-
-PRIOR_OPTIONS = ("prior_source", "reference_pixel_values", "reference_mean")
 
 
 class OwnCaptionScorer(CaptionScorer):
@@ -29,6 +28,7 @@ class OwnCaptionScorer(CaptionScorer):
         self.default_prior_weight = model.config.prior_weight
         self.default_templates = default_templates(model.config)
         self.verification = Verification("tree")
+        self._last_verified: tuple[CompiledLabels, CompiledLabels] | None = None
 
     @classmethod
     def load(cls, name: str | Path, *, device: Any = None, **kwargs: Any) -> "OwnCaptionScorer":
@@ -47,14 +47,28 @@ class OwnCaptionScorer(CaptionScorer):
         """As `CaptionScorer.score`; a float tensor [B, channels, height, width] is taken for `pixel_values`."""
         if reference_images is not None:
             options["reference_pixel_values"] = self._pixels(reference_images)
-        if is_compiled(texts):
-            texts.check_tokenizer(self.model, self.processor.tokenizer)
-        else:
-            prior = {name: options.pop(name) for name in PRIOR_OPTIONS if name in options}
-            texts = compile_labels(self.model, self.processor.tokenizer, list(texts), "{}", **prior)
+        given = {"input_ids": self._verified(texts)} if is_compiled(texts) else self._encode(texts)
         with torch.no_grad():
-            scores = self.model.score(self._pixels(images), texts, **options)
+            scores = self.model.score(self._pixels(images), **given, **options)
         return IGCaptionerScoreOutput(*(values.cpu() for values in scores.to_tuple()))
+
+    @torch.no_grad()
+    def log_likelihoods(self, images: Any, texts: Sequence[str]) -> Tensor:
+        """As `CaptionScorer.log_likelihoods`."""
+        return self.model.score(self._pixels(images), **self._encode(texts)).caption_log_likelihood.cpu()
+
+    def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        if not texts:
+            raise ValueError("there must be at least one text, got an empty list")
+        return encode_for(self.model, self.processor.tokenizer, list(texts))
+
+    def _verified(self, labels: CompiledLabels) -> CompiledLabels:
+        """Labels compared with model and tokenizer; once, as long as the same are scored."""
+        if self._last_verified is None or self._last_verified[0] is not labels:
+            labels.check_tokenizer(self.model, self.processor.tokenizer)
+            texts = labels.texts.verified_for(self.model).to(self.model.device)
+            self._last_verified = labels, replace(labels, texts=texts)
+        return self._last_verified[1]
 
     def compile_labels(
         self,
@@ -96,9 +110,15 @@ class OwnCaptionScorer(CaptionScorer):
         written = self.model.generate(pixel_values=self._pixels(images), max_new_tokens=limit, **options)
         return [text.strip() for text in self.processor.batch_decode(written, skip_special_tokens=True)]
 
+    def prepare(self, image: Image.Image) -> Tensor:
+        """`pixel_values` [1, channels, height, width]: a photo is large."""
+        return self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+
     def _pixels(self, images: Any) -> Tensor:
         """`pixel_values` [B, channels, height, width] on the model's device, of its dtype."""
-        if not (isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()):
+        if isinstance(images, list) and images and all(map(_are_pixels, images)):
+            images = torch.cat(images)
+        if not _are_pixels(images):
             images = self.processor.image_processor(images=list(as_images(images)), return_tensors="pt")["pixel_values"]
         return images.to(self.model.device, self.model.dtype)
 
@@ -114,6 +134,10 @@ class OwnCaptionScorer(CaptionScorer):
             "reading mode": "tree, exact by construction",
             "prior": self.default_prior_source,
         }
+
+
+def _are_pixels(images: Any) -> bool:
+    return isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()
 
 
 CaptionScorer.own_class = OwnCaptionScorer

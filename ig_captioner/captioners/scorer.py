@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..checkpoint import MAX_CAPTION_TOKENS, folder_or_repository, is_own
 from ..compiled_labels import CompiledLabels, CompiledTexts, checksum, is_compiled
-from ..configuration_ig_captioner import IGCaptionerConfig
 from ..information_gain import (
     information_gain,
     label_log_prior,
@@ -37,17 +37,16 @@ from ..information_gain import (
     token_means_over_references,
 )
 from ..label_trie import TextTrie, build_trie
-from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels, load_rgb_image
+from ..processing_ig_captioner import default_templates, format_labels, load_rgb_image
 from ..scoring_ig_captioner import IGCaptionerScoreOutput
 from .families import family_of
-from .loading import load_captioner
+from .loading import hub_options, load_captioner
 from .prompts import EncodedTexts, Processors
 from .readers import read_generated
 from .verification import READING_MODES, Verification, check_length, reader_for, texts_to_compare, verify
 
 
-MAX_CAPTION_TOKENS = 30
-GREY = (128, 128, 128)
+PLAIN_LEVELS = (0, 128, 255)
 TEST_IMAGE_SIZE = (64, 48)
 BRANCHING_TEXTS = ("a dog in the grass", "a dog on the sofa")
 
@@ -92,6 +91,7 @@ class CaptionScorer:
         self.prompt = self.family.prompt_class(model, processors, instruction)
         self.default_prior_source = self.family.prior_source
         self.default_prior_weight = 1.0
+        self.default_templates = default_templates(model.config)
         self.verification = None if reading_mode is None else Verification(reading_mode)
         self._last_checked: tuple[CompiledLabels, TextTrie, int] | None = None
 
@@ -130,7 +130,8 @@ class CaptionScorer:
         """
         if dtype is not None:
             kwargs["dtype"] = dtype
-        if is_own(name):
+        name = folder_or_repository(name)
+        if is_own(name, **hub_options(kwargs)):
             if prompt is not None:
                 raise ValueError(f"the captioners of this package have no prompt, got {prompt!r}")
             return cls.own_class.load(name, device=device, **kwargs)
@@ -160,7 +161,7 @@ class CaptionScorer:
             prior_weight: weight of log P(T); 0 ranks by likelihood.
             prior_source: "unconditional", log P(T) behind the same prompt without the image, or "reference_images",
                 the mean of P(T|I) over some images; by default the one that is honest for the family.
-            reference_images: those images; one grey image if not given.
+            reference_images: those images; plain ones, black, grey and white, if not given.
             reference_mean: "arithmetic", the mean of P(T|I), or "geometric", the mean of log P(T|I).
             label_prior: a weight or a log-probability of each label, see `label_log_prior`.
             reduction: "sum" for nats per text, "mean" for nats per token.
@@ -173,33 +174,40 @@ class CaptionScorer:
         """
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-        prior = {"prior_source": prior_source, "reference_images": reference_images}
-        if not is_compiled(texts):
-            labels = self.compile_labels(list(texts), "{}", **prior, reference_mean=reference_mean)
+        num_templates = 1
+        if is_compiled(texts):
+            given = {"prior_source": prior_source, "reference_images": reference_images}
+            if named := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f"compiled labels have their prior already, but {named[0]} came with them")
+            trie, dropped = self._checked(texts)
+            prior_log_likelihood, num_templates = texts.texts.prior_log_likelihood.cpu(), len(texts.templates)
         else:
-            if given := [name for name, value in prior.items() if value is not None]:
-                raise ValueError(f"compiled labels have their prior already, but {given[0]} came with them")
-            labels = texts
-        trie, dropped = self._checked(labels)
+            trie, dropped = self._trie_of(list(texts))
+            prior_log_likelihood = self._prior(trie, dropped, prior_source, reference_images, reference_mean)
         caption = trie.to("cpu").sum_over_texts(self._edges(trie, as_images(images), dropped))
-        prior_log_likelihood = labels.texts.prior_log_likelihood.cpu()
         if reduction == "mean":
-            lengths = labels.texts.trie.lengths.cpu()
+            lengths = trie.lengths.cpu()
             caption, prior_log_likelihood = caption / lengths, prior_log_likelihood / lengths
         caption, prior_log_likelihood = (
-            mean_over_templates(values, len(labels.templates)) for values in (caption, prior_log_likelihood)
+            mean_over_templates(values, num_templates) for values in (caption, prior_log_likelihood)
         )
         weight = self.default_prior_weight if prior_weight is None else prior_weight
         gain = information_gain(caption, prior_log_likelihood, weight)
         if label_prior is not None:
-            gain = gain + label_log_prior(label_prior, len(labels.labels))
+            gain = gain + label_log_prior(label_prior, len(prior_log_likelihood))
         return IGCaptionerScoreOutput(caption, prior_log_likelihood, gain)
+
+    @torch.no_grad()
+    def log_likelihoods(self, images: Any, texts: Sequence[str]) -> Tensor:
+        """log P(T|I) alone, [B, N], float32, on the CPU."""
+        trie, dropped = self._trie_of(list(texts))
+        return trie.to("cpu").sum_over_texts(self._edges(trie, as_images(images), dropped))
 
     @torch.no_grad()
     def compile_labels(
         self,
         labels: Sequence[str],
-        templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+        templates: str | Sequence[str] | None = None,
         *,
         prior_source: str | None = None,
         reference_images: Sequence[Any] | None = None,
@@ -212,14 +220,13 @@ class CaptionScorer:
         Raises:
             ValueError: naming the value, for labels, templates or a prior that are none.
         """
+        templates = self.default_templates if templates is None else templates
         listed = (templates,) if isinstance(templates, str) else tuple(templates)
         texts = format_labels(list(labels), listed)
-        self._verify(texts)
-        encoded = self.prompt.encode(texts)
-        trie = self._trie(encoded)
-        prior = self._prior(trie, encoded, prior_source, reference_images, reference_mean)
+        trie, dropped = self._trie_of(texts)
+        prior = self._prior(trie, dropped, prior_source, reference_images, reference_mean)
         compiled = CompiledTexts(trie, prior, fingerprint=self.fingerprint())
-        return CompiledLabels(tuple(labels), listed, compiled, encoded.digest())
+        return CompiledLabels(tuple(labels), listed, compiled, self.prompt.encode(texts).digest())
 
     def _checked(self, labels: CompiledLabels) -> tuple[TextTrie, int]:
         """The trie of labels on the model's device, and how many tokens of the prompt are part of the texts.
@@ -255,6 +262,14 @@ class CaptionScorer:
         chosen = EncodedTexts.padded([*texts_to_compare(own), *branching], encoded.dropped)
         self.verification = verify(self.family, self._test_prompts(encoded.dropped), self._trie(chosen))
 
+    def _trie_of(self, texts: list[str]) -> tuple[TextTrie, int]:
+        """The trie of texts, and how many tokens of the prompt are part of them."""
+        if not texts:
+            raise ValueError("there must be at least one text, got an empty list")
+        self._verify(texts)
+        encoded = self.prompt.encode(texts)
+        return self._trie(encoded), encoded.dropped
+
     def _trie(self, encoded: EncodedTexts) -> TextTrie:
         return build_trie(encoded.input_ids, encoded.attention_mask, start_token_id=0).to(self.device)
 
@@ -267,24 +282,22 @@ class CaptionScorer:
         """
         weight = prior.pop("prior_weight", None)
         weight = self.default_prior_weight if weight is None else weight
-        self._verify([text])
-        encoded = self.prompt.encode([text])
-        trie = self._trie(encoded)
+        trie, dropped = self._trie_of([text])
         path = trie.text_edges[0].cpu()
-        caption = self._edges(trie, as_images(image), encoded.dropped)[0, path]
-        without = self._prior_edges(trie, encoded, prior.pop("prior_source", None), prior.pop("reference_images", None))
+        caption = self._edges(trie, as_images(image), dropped)[0, path]
+        without = self._prior_edges(trie, dropped, prior.pop("prior_source", None), prior.pop("reference_images", None))
         of_tokens = token_means_over_references(without[:, path], prior.pop("reference_mean", "arithmetic"))
         if prior:
             raise ValueError(f"unknown arguments {sorted(prior)} with values {list(prior.values())}")
         gains = information_gain(caption, of_tokens, weight)
-        words = [self.processors.tokenizer.decode([token]) for token in encoded.input_ids[0].tolist()]
+        words = [self.processors.tokenizer.decode([token]) for token in trie.edge_tokens.cpu()[path].tolist()]
         columns = (caption.tolist(), of_tokens.tolist(), gains.tolist())
         return [TokenGain(*row) for row in zip(words, *columns, strict=True)]
 
     @torch.no_grad()
-    def caption(self, images: Any, max_new_tokens: int = MAX_CAPTION_TOKENS, **options: Any) -> list[str]:
+    def caption(self, images: Any, max_new_tokens: int | None = None, **options: Any) -> list[str]:
         """Writes a caption for each image with the model's own `generate()`; `options` are its settings."""
-        captions = []
+        captions, max_new_tokens = [], max_new_tokens or MAX_CAPTION_TOKENS
         for image in as_images(images):
             inputs = self._to_device(self.prompt.inputs(image))
             written = self.family.generate(inputs, max_new_tokens=max_new_tokens, **options)[0].tolist()
@@ -292,6 +305,10 @@ class CaptionScorer:
             written = written[len(start) :] if written[: len(start)] == start else written
             captions.append(self.processors.tokenizer.decode(written, skip_special_tokens=True).strip())
         return captions
+
+    def prepare(self, image: Image.Image) -> Any:
+        """What to keep of an RGB image until it is scored, in place of the image."""
+        return image
 
     # From images to edges
 
@@ -316,23 +333,23 @@ class CaptionScorer:
     def _prior(
         self,
         trie: TextTrie,
-        encoded: EncodedTexts,
+        dropped: int,
         source: str | None,
         references: Sequence[Any] | None,
         mean: str,
     ) -> Tensor:
         """log P(T), [N]."""
-        edges = self._prior_edges(trie, encoded, source, references)
+        edges = self._prior_edges(trie, dropped, source, references)
         return mean_over_references(trie.to("cpu").sum_over_texts(edges), mean)
 
     def _prior_edges(
-        self, trie: TextTrie, encoded: EncodedTexts, source: str | None, references: Sequence[Any] | None
+        self, trie: TextTrie, dropped: int, source: str | None, references: Sequence[Any] | None
     ) -> Tensor:
         """log P of every edge without the image, [1, E], or under each of R reference images, [R, E]."""
         if source is None:
             source = self.default_prior_source if references is None else "reference_images"
         if source == "reference_images":
-            return self._edges(trie, [grey_image()] if references is None else as_images(references), encoded.dropped)
+            return self._edges(trie, plain_images() if references is None else as_images(references), dropped)
         if source != "unconditional":
             raise ValueError(f"prior_source must be 'unconditional' or 'reference_images', got {source!r}")
         if references is not None:
@@ -342,7 +359,7 @@ class CaptionScorer:
                 f"prior_source 'unconditional': {self.model.config.model_type} models read no text without an image; "
                 "use 'reference_images'"
             )
-        return self._read([self._to_device(self.prompt.inputs(None, encoded.dropped))], trie).cpu()
+        return self._read([self._to_device(self.prompt.inputs(None, dropped))], trie).cpu()
 
     def _test_prompts(self, dropped: int) -> list[dict[str, Tensor]]:
         """What verification reads texts behind: an image of noise, and nothing, where that is an honest prior."""
@@ -359,6 +376,16 @@ class CaptionScorer:
         }
 
     # What it is
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights."""
+        return self.model.dtype
 
     @property
     def device(self) -> torch.device:
@@ -398,21 +425,15 @@ class CaptionScorer:
         }
 
 
-def is_own(name: str | Path) -> bool:
-    """Whether a folder or repository holds a captioner of this package."""
-    config, _ = IGCaptionerConfig.get_config_dict(os.fspath(name))
-    return config.get("model_type") == IGCaptionerConfig.model_type
-
-
 def as_images(images: Any) -> Iterator[Image.Image]:
     """RGB images, one after the other, from one or many; a tensor or array of four dimensions holds many."""
     is_many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4 or isinstance(images, Iterator)
     return map(load_rgb_image, images if is_many else [images])
 
 
-def grey_image() -> Image.Image:
-    """An image that shows nothing."""
-    return Image.new("RGB", TEST_IMAGE_SIZE[::-1], GREY)
+def plain_images() -> list[Image.Image]:
+    """Images that show nothing, black, grey and white: docs/prior_weight.md says how they compare with others."""
+    return [Image.new("RGB", TEST_IMAGE_SIZE[::-1], (level,) * 3) for level in PLAIN_LEVELS]
 
 
 def _batches(singles: Iterable[dict[str, Tensor]], batch_size: int) -> Iterator[list[dict[str, Tensor]]]:

@@ -11,7 +11,7 @@ from typing import Any
 from .output import FORMATS, one_line, progress, report
 
 
-MODEL_HELP = "folder or Hub repository (default: the checkpoint in the package)"
+MODEL_HELP = "folder or Hub repository of any captioner (default: the checkpoint in the package)"
 LARGEST_BATCH = 65_536
 LARGEST_PRIOR_WEIGHT = 100.0
 
@@ -109,6 +109,22 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_prior_weight(parser: argparse.ArgumentParser) -> None:
     help = "0: likelihood alone (default: the checkpoint's, as a rule 1)"
     parser.add_argument("--prior-weight", type=prior_weight, metavar="W", help=help)
+
+
+def add_captioner(parser: argparse.ArgumentParser) -> None:
+    prompt = "what a captioner of the Hub is asked before a text (default: its family's own; info says it)"
+    parser.add_argument("--prompt", metavar="TEXT", help=prompt)
+    code = "let code from the repository of --model run; read it first"
+    parser.add_argument("--trust-remote-code", action="store_true", help=code)
+
+
+def add_prior(parser: argparse.ArgumentParser) -> None:
+    without = "log P(T) without the image, or as a mean over reference images (default: as info says)"
+    parser.add_argument("--prior-source", choices=("unconditional", "reference_images"), help=without)
+    photos = "photos that log P(T) is a mean over"
+    parser.add_argument("--reference-images", nargs="+", action="extend", metavar="PHOTO", help=photos)
+    mean = "of P(T|I), or of log P(T|I), over those photos (default: arithmetic)"
+    parser.add_argument("--reference-mean", choices=("arithmetic", "geometric"), help=mean)
 
 
 def add_labels(parser: argparse.ArgumentParser) -> None:

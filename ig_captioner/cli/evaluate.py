@@ -9,7 +9,17 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from .arguments import MODEL_HELP, Parser, add_command, add_device, add_strict, number, positive_integer
+from .arguments import (
+    MODEL_HELP,
+    Parser,
+    add_captioner,
+    add_command,
+    add_device,
+    add_prior,
+    add_strict,
+    number,
+    positive_integer,
+)
 
 
 ZERO_SHOT_EXAMPLES = """\
@@ -84,6 +94,8 @@ def _add_zero_shot(tasks) -> None:
     _add_tuning(task)
     _add_batch_size(task)
     _add_saving(task)
+    add_prior(task)
+    add_captioner(task)
 
 
 def _add_retrieval(tasks) -> None:
@@ -93,6 +105,8 @@ def _add_retrieval(tasks) -> None:
     task.add_argument("--captions", type=positive_integer, metavar="N", help=captions)
     _add_tuning(task)
     _add_batch_size(task)
+    add_prior(task)
+    add_captioner(task)
 
 
 def _add_compositional(tasks) -> None:
@@ -103,6 +117,7 @@ def _add_compositional(tasks) -> None:
     task.add_argument("--pairs", type=Path, required=True, metavar="FILE_OR_FOLDER", help="the captions")
     _add_tuning(task)
     _add_batch_size(task)
+    add_captioner(task)
 
 
 def _add_captioning(tasks) -> None:
@@ -112,6 +127,7 @@ def _add_captioning(tasks) -> None:
     longest = "longest caption (default: as ig-captioner caption)"
     task.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help=longest)
     _add_batch_size(task)
+    add_captioner(task)
 
 
 def _add_linear_probe(tasks) -> None:

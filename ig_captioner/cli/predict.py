@@ -14,11 +14,13 @@ from .arguments import (
     MODEL_HELP,
     Photos,
     UsageError,
+    add_captioner,
     add_command,
     add_device,
     add_format,
     add_labels,
     add_photos,
+    add_prior,
     add_prior_weight,
     add_strict,
     add_texts,
@@ -34,7 +36,6 @@ from .arguments import (
 from .output import Results, Row, check_finite, note_if_slow, table, terminal_columns
 
 
-TASK = "zero-shot-image-classification"
 MOST_BEAMS = 64
 WIDEST_NAME = 30  # columns that a matrix leaves to names of photos, at most
 LABELS_ARE_COMPILED = (
@@ -96,6 +97,9 @@ def add_classify(commands) -> None:
     compiled = "folder of ig-captioner compile-labels, as --labels-file takes it, too"
     parser.add_argument("--compiled-labels", type=Path, metavar="DIR", help=compiled)
     add_prior_weight(parser)
+    add_prior(parser)
+    before = "how likely each label is before the photo is seen: weights above 0, or log-probabilities, in their order"
+    parser.add_argument("--label-prior", type=float, nargs="+", metavar="W", help=before)
     parser.add_argument("--top-k", type=positive_integer, metavar="K", help="show the best K labels (default: all)")
     alone = "score each label on its own, by the sigmoid of its information gain: several may fit"
     parser.add_argument("--multi-label", action="store_true", help=alone)
@@ -103,6 +107,7 @@ def add_classify(commands) -> None:
     parser.add_argument("--abstain-below", type=threshold, metavar="NATS", help=below)
     add_format(parser)
     add_strict(parser)
+    add_captioner(parser)
     add_device(parser)
 
 
@@ -116,6 +121,7 @@ def add_caption(commands) -> None:
     parser.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help=longest)
     add_format(parser)
     add_strict(parser)
+    add_captioner(parser)
     add_device(parser)
 
 
@@ -126,8 +132,10 @@ def add_score(commands) -> None:
     add_photos(parser, texts)
     add_texts(parser)
     add_prior_weight(parser)
+    add_prior(parser)
     add_format(parser)
     add_strict(parser)
+    add_captioner(parser)
     add_device(parser)
 
 
@@ -141,10 +149,12 @@ def add_retrieve(commands) -> None:
     directions.add_argument("--query", nargs="+", action="extend", metavar="TEXT", help="find photos for each of these")
     directions.add_argument("--texts-file", metavar="FILE", help="find texts for each photo, among these, a line each")
     add_prior_weight(parser)
+    add_prior(parser)
     best = "show the best K (default: %(default)s)"
     parser.add_argument("--top-k", type=positive_integer, default=10, metavar="K", help=best)
     add_format(parser)
     add_strict(parser)
+    add_captioner(parser)
     add_device(parser)
 
 
@@ -163,16 +173,22 @@ def add_demo(commands) -> None:
 
 def classify(arguments: argparse.Namespace) -> int:
     """Prints the ranked labels of each photo."""
+    from ..captioners.arguments import load_scorer, read_prior
+    from ..captioners.pipelines import zero_shot_pipeline
+
     labels, templates = _read_candidates(arguments)
     photos = Photos(arguments.photos, streams=True)
-    classifier = _load_classifier(arguments)
-    weight = _prior_weight(arguments, classifier.model)
+    scorer = load_scorer(arguments)
+    classifier = zero_shot_pipeline(scorer)
+    weight = _prior_weight(arguments, scorer)
     with note_if_slow(LABELS_ARE_COMPILED):
         predictions = classifier(
             (photo for photo in photos),
             candidate_labels=labels,
             hypothesis_template=templates,
             prior_weight=weight,
+            **read_prior(arguments),
+            label_prior=arguments.label_prior,
             top_k=arguments.top_k,
             multi_label=arguments.multi_label,
             abstain_threshold=arguments.abstain_below,
@@ -188,36 +204,32 @@ def classify(arguments: argparse.Namespace) -> int:
 
 def caption(arguments: argparse.Namespace) -> int:
     """Prints a caption for each photo."""
-    from ..checkpoint import caption_tokens
-    from ..modeling_ig_captioner import IGCaptionerForConditionalGeneration
+    from ..captioners.arguments import load_scorer
 
     photos = Photos(arguments.photos, streams=True)
-    model, processor = _load(IGCaptionerForConditionalGeneration, arguments)
-    try:
-        options = {"max_new_tokens": caption_tokens(arguments.max_new_tokens, model.config.text_config)}
-    except ValueError as error:
-        raise ValueError(f"--max-new-tokens: {error}") from error
-    if arguments.num_beams is not None:
-        options["num_beams"] = arguments.num_beams
-    results = Results(arguments.format, "image", None, _formula(model.config.prior_weight))
+    scorer = load_scorer(arguments)
+    options = {} if arguments.num_beams is None else {"num_beams": arguments.num_beams}
+    results = Results(arguments.format, "image", None, _formula(scorer.default_prior_weight))
     done = 0
-    for pixel_values in _batches_of_pixels(model, processor, photos, arguments.batch_size):
-        tokens = model.generate(pixel_values=pixel_values, **options)
-        texts = [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
-        for name, text, pixels in zip(photos.read[done:], texts, pixel_values, strict=False):
-            results.add(name, [{"caption": text, **_score_caption(model, processor, pixels, text)}])
+    for images in _batches(scorer, photos, arguments.batch_size):
+        texts = _captions(scorer, images, arguments.max_new_tokens, options)
+        for name, text, image in zip(photos.read[done:], texts, images, strict=False):
+            scores = scorer.score([image], [text])
+            results.add(name, [{"caption": text, **{field: scores[field].item() for field in SCORE_FIELDS}}])
         done += len(texts)
     return photos.exit_code
 
 
 def score(arguments: argparse.Namespace) -> int:
     """Prints the scores of each photo with each text: a table of information gain in the end, or all as they come."""
+    from ..captioners.arguments import load_scorer
+
     texts = read_texts(arguments.texts, arguments.texts_file, "--texts", read_texts_file)
     as_table = arguments.format == "table"
     photos = Photos(arguments.photos, streams=not as_table)
-    model, processor = _load_scorer(arguments)
-    note = _formula(_prior_weight(arguments, model))
-    figures = _figures(arguments, model, processor, photos, texts)
+    scorer = load_scorer(arguments)
+    note = _formula(_prior_weight(arguments, scorer))
+    figures = _figures(arguments, scorer, photos, texts)
     if as_table:
         gains = [of_photo[:, -1].tolist() for of_photo in figures]
         if gains:
@@ -231,11 +243,13 @@ def score(arguments: argparse.Namespace) -> int:
 
 def retrieve(arguments: argparse.Namespace) -> int:
     """Prints the best photos of each text, or the best texts of each photo."""
+    from ..captioners.arguments import load_scorer
+
     texts = read_texts(arguments.query or [], arguments.texts_file, "--query", read_texts_file)
     photos = Photos(arguments.photos, streams=arguments.query is None)
-    model, processor = _load_scorer(arguments)
-    note = _formula(_prior_weight(arguments, model))
-    figures = _figures(arguments, model, processor, photos, texts)
+    scorer = load_scorer(arguments)
+    note = _formula(_prior_weight(arguments, scorer))
+    figures = _figures(arguments, scorer, photos, texts)
     if arguments.query is None:
         results = Results(arguments.format, "image", "texts", note)
         for index, of_photo in enumerate(figures):
@@ -309,29 +323,8 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _load(model_class, arguments: argparse.Namespace):
-    """Model, on its device, and processor."""
-    from ..checkpoint import load_on_device, load_processor
-
-    return load_on_device(model_class, arguments.model, arguments.device), load_processor(arguments.model)
-
-
-def _load_scorer(arguments: argparse.Namespace):
-    from ..modeling_ig_captioner import IGCaptionerForZeroShotImageClassification
-
-    return _load(IGCaptionerForZeroShotImageClassification, arguments)
-
-
-def _load_classifier(arguments: argparse.Namespace):
-    from ..pipeline_ig_captioner import IGZeroShotImageClassificationPipeline
-
-    model, processor = _load_scorer(arguments)
-    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
-    return IGZeroShotImageClassificationPipeline(model=model, **parts, task=TASK, device=model.device)
-
-
-def _prior_weight(arguments: argparse.Namespace, model) -> float:
-    return model.config.prior_weight if arguments.prior_weight is None else arguments.prior_weight
+def _prior_weight(arguments: argparse.Namespace, scorer) -> float:
+    return scorer.default_prior_weight if arguments.prior_weight is None else arguments.prior_weight
 
 
 def _formula(prior_weight: float) -> str:
@@ -342,48 +335,44 @@ def _formula(prior_weight: float) -> str:
 
 def _score_note(arguments: argparse.Namespace, config) -> str:
     """What the table of `classify` calls score."""
-    gain = "IG" if config.score_temperature == 1 else f"IG / {config.score_temperature:g}"
+    temperature = getattr(config, "score_temperature", 1)  # a captioner of the Hub has none
+    gain = "IG" if temperature == 1 else f"IG / {temperature:g}"
     note = (
         f"sigmoid of {gain}, each label on its own" if arguments.multi_label else f"softmax of {gain} over the labels"
     )
-    limit = config.abstain_threshold if arguments.abstain_below is None else arguments.abstain_below
+    limit = getattr(config, "abstain_threshold", None) if arguments.abstain_below is None else arguments.abstain_below
     if limit is None or limit == -math.inf:
         return note
     return f'{note}, with "none of these" at IG = {limit:g}'
 
 
-def _batches_of_pixels(model, processor, photos: Iterable, batch_size: int) -> Iterator[Any]:
-    """`pixel_values` [B, 3, H, W] on the model's device; photos are large, and held one at a time."""
-    import torch
-
-    pixels = (processor(images=photo, return_tensors="pt")["pixel_values"] for photo in photos)
-    while batch := list(islice(pixels, batch_size)):
-        yield torch.cat(batch).to(model.device, model.dtype)
+def _batches(scorer, photos: Iterable, batch_size: int) -> Iterator[list[Any]]:
+    """Photos as the scorer keeps them: large ones are held one at a time."""
+    prepared = map(scorer.prepare, photos)
+    while batch := list(islice(prepared, batch_size)):
+        yield batch
 
 
-def _score_caption(model, processor, pixels, text: str) -> dict[str, float]:
-    """Log-likelihoods and information gain of a caption as a text of its own, end-of-sequence included."""
-    import torch
-
-    from ..compiled_labels import encode_for
-
-    with torch.no_grad():
-        scores = model.score(pixels[None], **encode_for(model, processor.tokenizer, [text]))
-    return {name: scores[name].item() for name in SCORE_FIELDS}
+def _captions(scorer, images: list[Any], max_new_tokens: int | None, options: dict[str, Any]) -> list[str]:
+    try:
+        return scorer.caption(images, max_new_tokens, **options)
+    except ValueError as error:
+        if max_new_tokens is None:
+            raise
+        raise ValueError(f"--max-new-tokens: {error}") from error
 
 
-def _figures(arguments: argparse.Namespace, model, processor, photos: Photos, texts: list[str]) -> Iterator[Any]:
+def _figures(arguments: argparse.Namespace, scorer, photos: Photos, texts: list[str]) -> Iterator[Any]:
     """The `SCORE_FIELDS` of N texts for each photo as it comes: float32 [N, 3], on the CPU."""
     import torch
 
-    from ..compiled_labels import encode_for
+    from ..captioners.arguments import read_prior
 
-    compiled = model.compile_texts(**encode_for(model, processor.tokenizer, texts), with_fingerprint=False)
-    weight = _prior_weight(arguments, model)
-    for pixel_values in _batches_of_pixels(model, processor, photos, arguments.batch_size):
-        with torch.no_grad():
-            scores = model.score(pixel_values, compiled, prior_weight=weight)
-        fields = torch.broadcast_tensors(*(scores[name].cpu() for name in SCORE_FIELDS))
+    compiled = scorer.compile_labels(texts, "{}", **read_prior(arguments))
+    weight = _prior_weight(arguments, scorer)
+    for images in _batches(scorer, photos, arguments.batch_size):
+        scores = scorer.score(images, compiled, prior_weight=weight)
+        fields = torch.broadcast_tensors(*(scores[name] for name in SCORE_FIELDS))
         yield from torch.stack(fields, dim=-1)
 
 

@@ -7,10 +7,12 @@ from typing import Any
 from ..installed import DEFAULT_CHECKPOINT
 from .arguments import (
     MODEL_HELP,
+    add_captioner,
     add_command,
     add_device,
     add_format,
     add_labels,
+    add_prior,
     add_strict,
     check_labels,
     read_labels,
@@ -63,7 +65,9 @@ def add_compile_labels(commands) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder to write, missing or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace compiled labels in DIR")
     add_labels(parser)
+    add_prior(parser)
     add_strict(parser)
+    add_captioner(parser)
     add_device(parser)
 
 
@@ -109,16 +113,13 @@ def info(arguments: argparse.Namespace) -> int:
 
 def compile_labels(arguments: argparse.Namespace) -> int:
     """Writes compiled labels, for `classify --labels-file` and `CompiledLabels.load`."""
-    from ..checkpoint import load_on_device, load_processor
-    from ..compiled_labels import compile_labels
-    from ..modeling_ig_captioner import IGCaptionerForZeroShotImageClassification
+    from ..captioners.arguments import load_scorer, read_prior
     from ..release import new_folder
 
     labels, templates = read_labels(arguments)
     directory = arguments.directory.expanduser().resolve()
     _check_labels_folder(directory, arguments.overwrite)
-    model = load_on_device(IGCaptionerForZeroShotImageClassification, arguments.model, arguments.device)
-    compiled = compile_labels(model, load_processor(arguments.model).tokenizer, labels, templates)
+    compiled = load_scorer(arguments).compile_labels(labels, templates, **read_prior(arguments))
     with new_folder(directory) as folder:
         compiled.save(folder)
     print(f"{printable(directory)}: {len(compiled.labels):,} labels in {len(compiled.templates):,} templates")
@@ -152,11 +153,13 @@ def push(arguments: argparse.Namespace) -> int:
 
 def describe_checkpoint(model: str) -> dict[str, Any]:
     """Sizes, architecture and settings by name."""
-    from ..checkpoint import load_processor
+    from ..checkpoint import folder_or_repository, is_own, load_processor
     from ..configuration_ig_captioner import IGCaptionerConfig
     from ..processing_ig_captioner import default_templates
     from ..release import read_in_short
 
+    if not is_own(folder_or_repository(model)):
+        return _describe_captioner(model)
     processor = load_processor(model)
     config = IGCaptionerConfig.from_pretrained(model)
     text = config.text_config
@@ -177,6 +180,18 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
         "templates": " | ".join(default_templates(config)),
         "score_temperature": config.score_temperature,
         "abstain_threshold": "none" if config.abstain_threshold is None else config.abstain_threshold,
+    }
+
+
+def _describe_captioner(model: str) -> dict[str, Any]:
+    """What a captioner of the Hub is, and how it would be asked; from its configuration alone."""
+    from ..captioners.info import describe_captioner
+
+    return {
+        "checkpoint": str(model),
+        "licence": _read_licence(model),
+        **_describe_weights(model),
+        **describe_captioner(model),
     }
 
 

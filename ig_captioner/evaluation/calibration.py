@@ -316,10 +316,11 @@ def calibrate(
         config: of the model.
     """
     matrix, labels = merge_equal_names(matrix, labels, class_names)
-    scores = matrix.information_gain(config.prior_weight)
+    prior_weight = getattr(config, "prior_weight", 1.0)  # a captioner of the Hub has none of these settings
+    scores = matrix.information_gain(prior_weight)
     held_out, test = ((scores[part], labels[part]) for part in split)
     fitted = fit_temperature(*held_out)
-    given = config.score_temperature
+    given = getattr(config, "score_temperature", 1.0)
     temperatures = {f"temperature {given:.3g}": given, f"fitted, {fitted:.3g}": fitted}
     reliability = {
         name: bin_by_score(Answers(confidence(test[0], temperature), is_right(*test)))
@@ -329,10 +330,10 @@ def calibrate(
     coverage = {name: answers for name, (answers, _) in ways.items()}
     tables = {
         "Calibration": calibration_rows(matrix, labels, split, tuned, given),
-        "Abstaining": abstaining_rows(ways, config.prior_weight),
+        "Abstaining": abstaining_rows(ways, prior_weight),
     }
     details = {
-        f"Reliability at prior weight {config.prior_weight:g}": reliability_table(reliability),
+        f"Reliability at prior weight {prior_weight:g}": reliability_table(reliability),
         "Thresholds of information gain": threshold_table(by_gain, coverage["by information gain"]),
     }
     return Calibration(fitted, by_gain, tables, details, reliability, coverage)

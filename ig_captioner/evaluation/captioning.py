@@ -21,12 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint import caption_tokens, load_on_device, load_processor
+from ..captioners.arguments import load_scorer
+from ..captioners.scorer import CaptionScorer
 from ..data.samples import Samples, captioned, separate
-from ..modeling_ig_captioner import IGCaptionerForConditionalGeneration
 from .processes import is_first, map_batches
 from .rows import Row, bootstrap
-from .scores import to_pixels
 from .task import describe_samples, finish
 
 
@@ -41,20 +40,16 @@ Ngrams = Counter[tuple[str, ...]]
 
 def run(arguments: argparse.Namespace) -> int:
     """CIDEr-D, BLEU-4 and METEOR of generated captions; the captions go to `captions.jsonl`."""
-    model = load_on_device(IGCaptionerForConditionalGeneration, arguments.model, arguments.device)
-    processor = load_processor(arguments.model)
-    options = {
-        "num_beams": arguments.num_beams,
-        "max_new_tokens": caption_tokens(arguments.max_new_tokens, model.config.text_config),
-    }
+    scorer = load_scorer(arguments)
+    options = {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens}
     samples = Samples(arguments.data, captioned, arguments.limit)
     images, references = separate(samples)
-    captions = generate_captions(model, processor, images, arguments.batch_size, **options)
+    captions = generate_captions(scorer, images, arguments.batch_size, **options)
     row = captioning_row(f"{arguments.num_beams} beams" if arguments.num_beams > 1 else "greedy", captions, references)
     if is_first():
         write_captions(arguments.output, samples.keys, captions, references)
     data = {**describe_samples(arguments, samples), "different captions": len(set(captions))}
-    finish(arguments, model, "Captioning", {"Captions": [row]}, notes_on(row.metrics), data)
+    finish(arguments, scorer, "Captioning", {"Captions": [row]}, notes_on(row.metrics), data)
     return 0
 
 
@@ -90,15 +85,11 @@ def words(text: str) -> list[str]:
 
 
 def generate_captions(
-    model: Any, processor: Any, images: Iterable[Image.Image], batch_size: int = 16, **options: Any
+    scorer: CaptionScorer, images: Iterable[Image.Image], batch_size: int = 16, **options: Any
 ) -> list[str]:
-    """A caption for each image. `options` go to `generate`."""
-
-    def write(batch: list[Image.Image]) -> list[str]:
-        tokens = model.generate(pixel_values=to_pixels(model, processor, batch), **options)
-        return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
-
-    return [caption for captions in map_batches(write, images, batch_size) for caption in captions]
+    """A caption for each image. `options` go to `CaptionScorer.caption`."""
+    written = map_batches(lambda batch: scorer.caption(batch, **options), images, batch_size)
+    return [caption for captions in written for caption in captions]
 
 
 # CIDEr-D

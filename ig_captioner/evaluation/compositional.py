@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..captioners.scorer import CaptionScorer
 from ..compiled_labels import encode_for
 from ..data.samples import Samples, describe_skipped, split_by_hash
 from ..data.shards import first_by_hash, image_of
@@ -86,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         items = [item for index, item in enumerate(items) if str(index) in chosen]
     model, processor, clip = load_models(arguments)
     priors = prior_of_texts(model, processor.tokenizer, items)
-    tables, data = {}, {"data": str(arguments.pairs), "items": len(items)}
+    tables: dict[str, list[Row]] = {}
+    data: dict[str, Any] = {"data": str(arguments.pairs), "items": len(items)}
     if arguments.data is not None:
         tables, data = score_items(arguments, items, priors, model, processor, clip)
     if len(items[0].images) == 1:
@@ -237,6 +239,8 @@ def score_images(
 
 def score_own_texts(model: Any, processor: Any, questions: Iterable[Question], batch_size: int = 16) -> list[Tensor]:
     """log P(T|I) [K] of the texts of each image, which no other image sees; the batch size changes nothing."""
+    if isinstance(model, CaptionScorer):
+        return [model.log_likelihoods(image, texts)[0] for image, texts in questions]
 
     def score(batch: list[Question]) -> list[Tensor]:
         images, texts = zip(*batch, strict=True)
@@ -261,8 +265,12 @@ def score_own_texts(model: Any, processor: Any, questions: Iterable[Question], b
 
 def prior_of_texts(model: Any, tokenizer: Any, items: Sequence[Item]) -> list[Tensor]:
     """log P(T) [K] of each item."""
+    texts = [text for item in items for text in item.texts]
     with torch.no_grad():
-        encoded = encode_for(model, tokenizer, [text for item in items for text in item.texts])
+        if isinstance(model, CaptionScorer):
+            priors = model.compile_labels(texts, "{}").texts.prior_log_likelihood.cpu()
+            return list(priors.split([len(item.texts) for item in items]))
+        encoded = encode_for(model, tokenizer, texts)
         priors = model.compile_texts(**encoded, with_fingerprint=False).prior_log_likelihood.cpu()
     return list(priors.split([len(item.texts) for item in items]))
 

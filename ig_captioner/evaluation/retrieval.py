@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from PIL import Image
 from torch import Tensor, tensor
 
+from ..captioners.arguments import read_prior
 from ..data.samples import Samples, captioned, split_by_hash
 from .ranking import ranks, recall_metrics, true_pairs, tune_prior_weight
 from .rows import Contender, Row, contenders, gain_row, make_row
@@ -31,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     samples = Samples(arguments.data, captioned, arguments.limit)
     captions = [own[: arguments.captions] for _, own in samples]
     split = split_by_hash(samples.keys, arguments.held_out_fraction)
+    options = {"batch_size": arguments.batch_size, **read_prior(arguments)}
 
     def images_of(indices: list[int]) -> Iterator[Image.Image]:
         chosen = set(indices)
@@ -41,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def score(indices: list[int]) -> tuple[ScoreMatrix, Tensor]:
         texts = texts_of(indices)
-        matrix = score_pairs(model, processor, images_of(indices), texts, batch_size=arguments.batch_size)
+        matrix = score_pairs(model, processor, images_of(indices), texts, **options)
         return matrix, true_pairs([captions[index] for index in indices], texts)
 
     held_out, test = map(score, split)

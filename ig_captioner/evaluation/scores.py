@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..captioners.scorer import CaptionScorer, as_images
 from ..compiled_labels import CompiledLabels, encode_for, is_compiled
 from ..data.samples import separate
 from ..information_gain import information_gain, mean_over_templates
@@ -54,15 +55,19 @@ def text_scorer(
     """Makes a function that scores all texts under each image of a batch; its company in the batch changes nothing.
 
     Args:
-        model: a model with `score`, in evaluation mode, on any device and of any dtype.
-        processor: has an `image_processor` and a `tokenizer`.
+        model: a model with `score`, in evaluation mode, on any device and of any dtype; or a `CaptionScorer`.
+        processor: has an `image_processor` and a `tokenizer`; of no use to a scorer.
         texts: may repeat; compiled once, unless they are.
         chunk_size: see `model.score`.
-        prior: `prior_source` and `reference_pixel_values`, see `model.score`.
+        prior: `prior_source`, `reference_images` and `reference_mean`, see `CaptionScorer.score`.
 
     Raises:
         ValueError: for a model in training mode, or no texts.
     """
+    if isinstance(model, CaptionScorer):
+        return _scorer_of_captioner(model, texts, **prior)
+    if (references := prior.pop("reference_images", None)) is not None:
+        prior["reference_pixel_values"] = to_pixels(model, processor, list(as_images(references)))
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
     if not len(texts):
@@ -83,6 +88,23 @@ def text_scorer(
         with torch.no_grad():
             scores = model.score(to_pixels(model, processor, images), compiled, chunk_size=chunk_size)
         return ScoreMatrix(scores.caption_log_likelihood.cpu(), scores.prior_log_likelihood.cpu(), lengths)
+
+    return score
+
+
+def _scorer_of_captioner(
+    scorer: CaptionScorer, texts: Sequence[str] | CompiledLabels, **prior: Any
+) -> Callable[[list[Image.Image]], ScoreMatrix]:
+    if is_compiled(texts):  # every text for itself: a scorer gives means over templates
+        each = tuple(format_labels(texts.labels, texts.templates))
+        labels = CompiledLabels(each, ("{}",), texts.texts, texts.tokens_sha256)
+    else:
+        labels = scorer.compile_labels(list(texts), "{}", **prior)
+    lengths = labels.texts.trie.lengths.float().cpu()
+
+    def score(images: list[Image.Image]) -> ScoreMatrix:
+        scores = scorer.score(images, labels)
+        return ScoreMatrix(scores.caption_log_likelihood, scores.prior_log_likelihood, lengths)
 
     return score
 

@@ -7,7 +7,8 @@ import argparse
 import shlex
 from typing import Any
 
-from ..checkpoint import load_on_device, load_processor
+from ..captioners.arguments import load_scorer
+from ..checkpoint import folder_or_repository, is_own, load_on_device, load_processor
 from ..configuration_ig_captioner import IGCaptionerConfig
 from ..data.prompts import is_text_file, read_templates
 from ..data.samples import Samples, describe_skipped, label_from_field, labelled_decoder
@@ -24,7 +25,14 @@ from .rows import RESAMPLES, Row
 
 
 def load_models(arguments: argparse.Namespace):
-    """Loads model and processor, and the contrastive model if one is asked for."""
+    """Loads model and processor, and the contrastive model if one is asked for.
+
+    The model is a `CaptionScorer` for a captioner that is none of this package's, where the task takes them.
+    """
+    if "prompt" in arguments and not is_own(folder_or_repository(arguments.model)):
+        scorer = load_scorer(arguments)
+        clip = None if arguments.clip is None else ContrastiveModel.load(arguments.clip, scorer.device)
+        return scorer, scorer.processors, clip
     model = load_on_device(IGCaptionerForZeroShotImageClassification, arguments.model, arguments.device)
     clip = None if arguments.clip is None else ContrastiveModel.load(arguments.clip, model.device)
     return model, load_processor(arguments.model), clip
@@ -73,6 +81,8 @@ def finish(
     if not is_first():
         return
     task = arguments.run.__name__.replace("_", "-")
+    if hasattr(model, "describe"):  # a captioner of the Hub
+        data = {**data, **model.describe()}
     intervals = (
         f"In brackets: 95 % bootstrap intervals over test samples ({RESAMPLES} resamples, percentiles, a fixed seed). "
         "They say nothing about other training runs."

@@ -13,6 +13,8 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from ..captioners.arguments import read_prior
+from ..checkpoint import is_own
 from ..configuration_ig_captioner import IGCaptionerConfig
 from ..data.prompts import read_class_names
 from ..data.samples import split_by_hash
@@ -47,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     templates = choose_templates(arguments, model.config)
     samples = labelled_samples(arguments, arguments.data, class_names, arguments.limit)
     size = {"batch_size": arguments.batch_size}
-    matrix, labels = classify_images(model, processor, samples, class_names, templates, **size)
+    options = {**size, **read_prior(arguments)}
+    matrix, labels = classify_images(model, processor, samples, class_names, templates, **options)
     others = {}
     if clip is not None:
         images = clip.embed_images((image for image, _ in samples), **size)
@@ -135,6 +138,8 @@ def check_checkpoint_folder(model: str) -> None:
     path = Path(model)
     if not (path / "config.json").is_file():
         raise ValueError(f"a calibration can be saved into the folder of a checkpoint alone, got {model!r}")
+    if not is_own(model):
+        raise ValueError(f"a calibration can be saved into a checkpoint of this package alone, got {model!r}")
     if path.resolve() == Path(DEFAULT_CHECKPOINT).resolve():
         raise ValueError("the checkpoint in the package is not changed: `ig-captioner release DIR` makes a copy of it")
 
