@@ -17,22 +17,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.damage_checkpoint import flip_bit, truncate
 from ig_captioner import DEFAULT_CHECKPOINT, CompiledLabels, IGCaptionerForZeroShotImageClassification, compile_labels
 from ig_captioner.checkpoint import load_model, load_processor
 
 
 LABELS = ["cat", "dog", "horse", "a woman on skis", "cup of coffee", "motorcycle"]
 TEMPLATES = ["a photo of a {}.", "a {}"]
-
-
-def flip_bit(path: Path, rng: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-
-
-def truncate(path: Path, rng: random.Random) -> None:
-    path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
 
 
 def outcome_of(folder: Path, model, pixel_values: torch.Tensor, intact: CompiledLabels) -> str:

@@ -21,7 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithCrossAttentions,
+)
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .compat_ig_captioner import CACHE_NAME, accepts_both_cache_names, rename_cache
@@ -146,6 +150,22 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
             return as_tokens(features)
         return mean_over_grids(self._patches(features, pixel_values), grids)
 
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """What the encoder makes of images [B, channels, height, width], under the name that other models have for it.
+
+        There is no `get_text_features`: a captioner has no vector of a text to compare with that of an image, it
+        scores both together (`score`).
+
+        Returns:
+            `last_hidden_state`, all tokens of the encoder [B, P, E], and `pooler_output`, the mean over patches [B, E].
+        """
+        if self.config.has_own_encoder:
+            return self.vision_model(pixel_values=pixel_values, **kwargs)
+        features = run_encoder(self.vision_model, pixel_values)
+        pooled = self._patches(features, pixel_values).mean(dim=(2, 3))
+        return BaseModelOutputWithPooling(last_hidden_state=as_tokens(features), pooler_output=pooled)
+
     def pooled_features(self, pixel_values: Tensor) -> Tensor:
         """The mean over the encoder's patches, for probes: [B, E]. Class and register tokens are left out."""
         return self._patches(run_encoder(self.vision_model, pixel_values), pixel_values).mean(dim=(2, 3))
@@ -190,11 +210,16 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
     ) -> IGCaptionerModelOutput:
         """Decoder inputs [N, L], start token first, and N images (or none) to states [N, L, W].
 
+        Images alone become what `get_image_features` returns, as the pipeline "image-feature-extraction" asks for it.
+
         Args:
             image_key_values: [N, fusion layers, 2, H, P, head], instead of `pixel_values`: images read before.
             image_features: [N, P, E], instead of `pixel_values`: what `encode_features` returned.
             parallel_prediction: CapPa's mode, mask tokens in place of the text and no causal mask.
         """
+        is_image_alone = input_ids is None and inputs_embeds is None and image_key_values is None and cache is None
+        if is_image_alone and pixel_values is not None:
+            return self.get_image_features(pixel_values, **kwargs)
         key_values, image_tokens = None, None
         if image_key_values is not None:
             key_values = [(layer[:, 0], layer[:, 1]) for layer in image_key_values.unbind(1)]
@@ -250,6 +275,10 @@ class IGCaptionerModelWithHead(IGCaptionerScorer):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """As of the model without a head."""
+        return self.model.get_image_features(pixel_values, **kwargs)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -324,7 +353,11 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 skip_logits,
                 **kwargs,
             )
-        if inputs_embeds is None and cache is None and (self.training or num_items_in_batch is not None):
+        if (
+            inputs_embeds is None
+            and cache is None
+            and (self.training or input_ids is None or num_items_in_batch is not None)
+        ):
             check_decoder_inputs(input_ids, attention_mask, num_items_in_batch, self.config.text_config)
         outputs = self.model(
             input_ids,

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from .compiled_labels import encode_for, is_compiled
 from .configuration_ig_captioner import PRIOR_SOURCES
 from .information_gain import REFERENCE_MEANS, label_log_prior, mean_over_templates
+from .input_rules import tell
 from .processing_ig_captioner import (
     default_templates,
     format_labels,
@@ -95,13 +96,16 @@ def _check_parameters(parameters: dict[str, Any]) -> None:
 
 def _texts_of(settings: dict[str, Any], config: Any) -> tuple[list[str], list[str], list[str]]:
     """Labels, templates, and all labels in the first template, then in the second, and so on; checked."""
-    labels, asked = settings["candidate_labels"], settings.get("hypothesis_template")
+    labels: Any = settings["candidate_labels"]
+    asked = settings.get("hypothesis_template")
     templates = default_templates(config) if asked is None else [asked] if isinstance(asked, str) else asked
     if is_compiled(labels):
         if asked is not None and list(templates) != list(labels.templates):
             raise ValueError(f"hypothesis_template {asked!r}, but the labels were compiled with {labels.templates!r}")
         labels, templates = list(labels.labels), list(labels.templates)
     texts = format_labels(labels, templates, "hypothesis_template")
+    if len(labels) == 1 and "," in labels[0]:
+        tell("one label with commas is one label: to rank several, pass a list of them", labels)
     return list(labels), list(templates), texts
 
 
@@ -174,6 +178,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
     ```
     """
 
+    model: Any
     _load_processor = False
     _load_image_processor = True
     _load_video_processor = False
@@ -314,7 +319,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         pixels = self.image_processor(images=photos, return_tensors="pt")["pixel_values"]
         return pixels.to(self.device, self.dtype)
 
-    def preprocess(self, image, timeout: float | None = None) -> dict[str, torch.Tensor]:
+    def preprocess(self, image, timeout: float | None = None) -> dict[str, Any]:
         """`pixel_values` [1, 3, H, W] of one image, in the model's dtype; the image itself for a scorer."""
         if self.scorer is not None:
             return {"images": load_rgb_image(image, timeout=timeout)}

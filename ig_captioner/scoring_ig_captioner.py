@@ -100,24 +100,25 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
                 unknown reduction or prior, or texts that were compiled with other weights.
         """
         self._tell_of_dropout()
+        given: Any = input_ids
         positions = self._positions_per_pass(chunk_size)
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         image_tokens = self._read_images(pixel_values, image_features)
-        if isinstance(input_ids, Tensor):
-            references = self._references(prior_source, reference_pixel_values, input_ids.device)
-            texts = self._compile(input_ids, attention_mask, references, reference_mean, positions)
+        if isinstance(given, Tensor):
+            references = self._references(prior_source, reference_pixel_values, given.device)
+            texts = self._compile(given, attention_mask, references, reference_mean, positions)
         else:
-            texts = self._compiled_before(input_ids, prior_source, reference_pixel_values).to(image_tokens.device)
-        likelihoods = self._log_likelihoods(texts, image_tokens, positions), texts.prior_log_likelihood.clone()
+            texts = self._compiled_before(given, prior_source, reference_pixel_values).to(image_tokens.device)
+        caption, prior = self._log_likelihoods(texts, image_tokens, positions), texts.prior_log_likelihood.clone()
         if reduction == "mean":
-            likelihoods = tuple(values / texts.trie.lengths for values in likelihoods)
-        if is_compiled(input_ids):
-            likelihoods = tuple(mean_over_templates(values, len(input_ids.templates)) for values in likelihoods)
-        gain = information_gain(*likelihoods, self.config.prior_weight if prior_weight is None else prior_weight)
+            caption, prior = caption / texts.trie.lengths, prior / texts.trie.lengths
+        if is_compiled(given):
+            caption, prior = (mean_over_templates(values, len(given.templates)) for values in (caption, prior))
+        gain = information_gain(caption, prior, self.config.prior_weight if prior_weight is None else prior_weight)
         if label_prior is not None:
             gain = gain + label_log_prior(label_prior, gain.shape[1]).to(gain.device)
-        return IGCaptionerScoreOutput(*likelihoods, gain)
+        return IGCaptionerScoreOutput(caption, prior, gain)
 
     def _read_images(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
         """Images as the decoder reads them, [B, P, E]."""
@@ -246,7 +247,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         """log P of every edge of a trie: [B, E] under B images, [1, E] without."""
         trie = texts.trie
         images = 1 if image_key_values is None else len(image_key_values[0][0])
-        parts = []
+        parts: list[Tensor] = []
         for start, end in trie.split(positions // images):
             blocks = self._read_blocks(trie, start, end, texts.text_states)
             states = self.model.decoder.fuse(blocks.repeat(images), image_key_values)

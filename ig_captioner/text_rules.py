@@ -31,8 +31,8 @@ class SpecialTokens:
     @classmethod
     def of(cls, config: IGCaptionerTextConfig) -> "SpecialTokens":
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        start: int = config.decoder_start_token_id  # type: ignore[assignment]  # the config refuses None
-        return cls(start, tuple(token for token in ends if token is not None), config.pad_token_id)
+        known_ends = tuple(token for token in ends if token is not None)
+        return cls(config.decoder_start_token_id, known_ends, config.pad_token_id)
 
     def is_end(self, input_ids: Tensor) -> Tensor:
         """Marks the tokens that end a text, bool [N, L]."""

@@ -43,6 +43,10 @@ def test_information_gain_is_that_of_the_package(load):
         "information_gain": -1.0,
         "information_gain_per_token": -0.5,
     }
+    assert metric.compute(predictions=[-3.0, -2.0], references=[-4.0, -4.0]) == {"information_gain": 1.5}
+    metric.add(prediction=-3.0, reference=-4.0)
+    metric.add_batch(predictions=[-2.0], references=[-4.0])
+    assert metric.compute() == {"information_gain": 1.5}
     with pytest.raises(ValueError, match="got num_tokens 0"):
         metric.compute(predictions=[-3.0], references=[-4.0], num_tokens=[0])
 

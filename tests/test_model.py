@@ -3,12 +3,15 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from torch import nn
+from transformers import pipeline
 
 from ig_captioner import (
     IGCaptionerConfig,
     IGCaptionerForConditionalGeneration,
     IGCaptionerForZeroShotImageClassification,
+    IGCaptionerImageProcessor,
     IGCaptionerModel,
     IGCaptionerVisionModel,
 )
@@ -426,3 +429,30 @@ def test_the_encoder_loads_from_a_whole_captioner(saved_class, tmp_path):
     expected = getattr(whole, "model", whole).vision_model
     for model in (encoder, again):
         assert torch.equal(model(random_images(1)).pooler_output, expected(random_images(1)).pooler_output)
+
+
+def test_image_features_under_the_names_of_other_models(tmp_path):
+    """`get_image_features` of all classes, and transformers' pipeline for features: the encoder's tokens and mean."""
+    model, images = tiny_model(), random_images(2)
+    with torch.no_grad():
+        expected = model.model.vision_model(pixel_values=images)
+        for found in (
+            model.get_image_features(images),
+            model.model.get_image_features(images),
+            model.model(None, images),
+        ):
+            assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+            assert torch.equal(found.pooler_output, expected.last_hidden_state.mean(dim=1))
+        as_tuple = model.get_image_features(images, return_dict=False)
+        assert torch.equal(as_tuple[1], expected.pooler_output)
+    with pytest.raises(ValueError, match="neither labels nor input_ids"):
+        model(pixel_values=images)
+    model.save_pretrained(tmp_path)
+    IGCaptionerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    extract = pipeline("image-feature-extraction", model=str(tmp_path), device="cpu")
+    photo = Image.linear_gradient("L").convert("RGB")
+    pixels = extract.image_processor(photo, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model.model.vision_model(pixel_values=pixels)
+    assert torch.allclose(torch.tensor(extract(photo)), expected.last_hidden_state, atol=1e-5)
+    assert torch.allclose(torch.tensor(extract(photo, pool=True)), expected.pooler_output, atol=1e-5)

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..input_rules import tell
 from .prompts import Processors
 
 
@@ -143,6 +144,8 @@ def _load_weights(auto_class: Any, name: str, trust_remote_code: bool, **kwargs:
             f"the weights of {name!r} do not fill a {type(model).__name__}: {', '.join(missing[:3])} "
             f"({len(missing)} in all) would be random"
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        tell(f"{name!r} holds an adapter, so that {model.name_or_path!r}, which it names, was loaded with it")
     return model
 
 

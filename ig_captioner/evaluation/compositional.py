@@ -87,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         items = [item for index, item in enumerate(items) if str(index) in chosen]
     model, processor, clip = load_models(arguments)
     priors = prior_of_texts(model, processor.tokenizer, items)
-    tables, data = {}, {"data": str(arguments.pairs), "items": len(items)}
+    tables: dict[str, list[Row]] = {}
+    data: dict[str, Any] = {"data": str(arguments.pairs), "items": len(items)}
     if arguments.data is not None:
         tables, data = score_items(arguments, items, priors, model, processor, clip)
     if len(items[0].images) == 1:

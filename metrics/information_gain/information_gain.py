@@ -17,12 +17,12 @@ INPUTS = """
 Args:
     predictions: log P(T|I) in nats of each text under its own image, a sum over tokens.
     references: log P(T) in nats of each text.
-    num_tokens: scored tokens of each text, end-of-sequence included.
+    num_tokens: scored tokens of each text, end-of-sequence included; without them there is no gain per token.
     prior_weight: of log P(T) (default: 1).
 
 Returns:
     information_gain: mean over texts, in nats.
-    information_gain_per_token: in nats per token.
+    information_gain_per_token: in nats per token, if num_tokens was given.
 """
 CITATION = """\
 @inproceedings{ig_captioner,
@@ -32,6 +32,9 @@ CITATION = """\
     note={arXiv 2311.17072},
 }
 """
+
+
+UNKNOWN = -1  # in place of a number of tokens: all modules of evaluate need all their columns
 
 
 class InformationGain(evaluate.Metric):
@@ -44,8 +47,25 @@ class InformationGain(evaluate.Metric):
             features=datasets.Features({**features, "num_tokens": datasets.Value("int64")}),
         )
 
+    def compute(self, *, predictions=None, references=None, num_tokens=None, **kwargs):
+        """As in evaluate; `num_tokens` may be left out."""
+        if predictions is not None:
+            kwargs["num_tokens"] = [UNKNOWN] * len(predictions) if num_tokens is None else num_tokens
+        return super().compute(predictions=predictions, references=references, **kwargs)
+
+    def add_batch(self, *, predictions=None, references=None, num_tokens=None, **kwargs):
+        """As in evaluate; `num_tokens` may be left out."""
+        num_tokens = [UNKNOWN] * len(predictions) if num_tokens is None else num_tokens
+        return super().add_batch(predictions=predictions, references=references, num_tokens=num_tokens, **kwargs)
+
+    def add(self, *, prediction=None, reference=None, num_tokens=UNKNOWN, **kwargs):
+        """As in evaluate; `num_tokens` may be left out."""
+        return super().add(prediction=prediction, reference=reference, num_tokens=num_tokens, **kwargs)
+
     def _compute(self, predictions, references, num_tokens, prior_weight: float = 1.0) -> dict[str, float]:
         gain, tokens = np.asarray(predictions) - prior_weight * np.asarray(references), np.asarray(num_tokens)
+        if (tokens == UNKNOWN).all():
+            return {"information_gain": float(gain.mean())}
         if not (tokens > 0).all():
             raise ValueError(f"every text has at least one token, got num_tokens {tokens.min()}")
         return {
