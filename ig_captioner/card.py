@@ -31,6 +31,7 @@ from .configuration_ig_captioner import REMOTE_CODE_FILES, IGCaptionerConfig, as
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .evaluation.report import HUB_TASKS, evaluations, to_markdown, weights_digest
 from .modeling_ig_captioner import IGCaptionerForConditionalGeneration
+from .processing_ig_captioner import default_templates
 
 
 CARD_FILE = "README.md"
@@ -197,7 +198,7 @@ def _section(results: dict[str, Any]) -> str:
 
 
 def _metadata(repo_id: str, facts: CardFacts, results: Sequence[dict[str, Any]]) -> ModelCardData:
-    entries = [entry for one in results for entry in evaluations(_plain(one))]
+    entries = [entry for one in results for entry in evaluations(_plain(one), headlines=True)]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINE_TAG,
@@ -223,6 +224,7 @@ def _sizes(model: IGCaptionerPreTrainedModel) -> dict[str, Any]:
         "text_only_layers": text.num_text_only_layers,
         "text_width": text.hidden_size,
         "fusion": text.fusion.replace("_", " "),
+        "templates": " or ".join(f"`{template}`" for template in default_templates(model.config)),
         "max_tokens": text.max_position_embeddings,
         "vocab_size": f"{text.vocab_size:,}",
     }
