@@ -23,7 +23,7 @@ from .processes import place
 
 
 class Metric(NamedTuple):
-    """How a metric is shown."""
+    """The form in which a metric is shown."""
 
     heading: str
     type: str
@@ -65,7 +65,7 @@ HUB_TASKS = {
 
 
 def metric_of(name: str) -> Metric:
-    """How a metric is shown; what is not known is a share of right answers, under its own name."""
+    """The form of a metric; an unknown one is a share of right answers, under its own name."""
     return METRICS.get(name, Metric(f"{name} %", "accuracy"))
 
 
