@@ -83,7 +83,7 @@ def shows_errors(handler: Callable) -> Callable:
 
 
 class Handlers:
-    """What happens on the page's events: from values of its components to values of its components."""
+    """Handlers of the page's events: from values of its components to values of its components."""
 
     def __init__(self, captioner: Captioner) -> None:
         self.captioner, self.lanes = captioner, Lanes()
@@ -98,7 +98,7 @@ class Handlers:
 
     @shows_errors
     async def fetch(self, url: str) -> tuple[PIL.Image.Image, Tensor]:
-        """The photo behind a URL, and its `pixel_values`."""
+        """Fetches the photo at a URL, and makes its `pixel_values`."""
         return await asyncio.to_thread(self._decode, await fetch(url))
 
     def _decode(self, content: bytes) -> tuple[PIL.Image.Image, Tensor]:
