@@ -9,7 +9,7 @@ OUTPUT_DIR is then a checkpoint. Needs `pip install 'ig_captioner[finetune]'`.
 import argparse
 
 import torch
-from datasets import load_dataset
+from datasets import Image, load_dataset
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForConditionalGeneration
@@ -26,11 +26,12 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)
     model = IGCaptionerForConditionalGeneration.from_pretrained(DEFAULT_CHECKPOINT, dtype=torch.float32)
     data = load_dataset("imagefolder", data_dir=options.photos, split="train")
+    data = data.cast_column("image", Image(decode=False))  # the processor reads files by the rules of the scores
     names = [name.replace("_", " ") for name in data.features["label"].names]
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         texts = [f"a photo of a {names[row['label']]}." for row in rows]
-        batch = processor(images=[row["image"] for row in rows], text=texts, return_tensors="pt")
+        batch = processor(images=[row["image"]["path"] for row in rows], text=texts, return_tensors="pt")
         # the model makes its inputs of the labels, and adds CE(T) to CE(T|I) by itself
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return {"pixel_values": batch["pixel_values"], "labels": labels}

@@ -11,20 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
 from tokenizers import Tokenizer
 
 
-def to_pixel_values(photo: Image.Image, settings: dict) -> np.ndarray:
-    """`pixel_values` [channels, height, width] of an RGB image."""
-    from input_rules import centre_box  # how the model's images and texts were read in training
+def read_photo(path: str, settings: dict) -> np.ndarray:
+    """`pixel_values` [channels, height, width], by the rules that the export wrote beside the graphs."""
+    from input_rules import centre_box, read_image_file
 
-    height, width = settings["size"]["height"], settings["size"]["width"]
-    box = centre_box(photo.height, photo.width, (height, width), settings["crop_pct"])
+    photo, height, width = read_image_file(path), settings["size"]["height"], settings["size"]["width"]
+    box = centre_box(photo.height, photo.width, (height, width), settings.get("crop_pct"))
     pixels = np.asarray(photo.resize((width, height), settings["resample"], box=box), dtype=np.float32)
-    pixels = pixels * np.float32(settings["rescale_factor"])
     mean, std = (np.array(settings[name], dtype=np.float32) for name in ("image_mean", "image_std"))
-    return ((pixels - mean) / std).transpose(2, 0, 1)
+    return ((pixels * np.float32(settings["rescale_factor"]) - mean) / std).transpose(2, 0, 1)
 
 
 def main() -> None:
@@ -35,25 +33,20 @@ def main() -> None:
     parser.add_argument("--template", default="a photo of a {}.")
     options = parser.parse_args()
     sys.path.insert(0, str(options.folder))
-    from input_rules import clean_text, read_image_file
+    from input_rules import clean_text
 
     settings = json.loads((options.folder / "settings.json").read_text(encoding="utf-8"))
     graphs = "image_encoder", "text_scorer", "text_prior"
     encoder, scorer, prior = (onnxruntime.InferenceSession(options.folder / f"{name}.onnx") for name in graphs)
-
     tokenizer = Tokenizer.from_file(str(options.folder / "tokenizer.json"))
-    labels = [clean_text(label) for label in options.labels]
-    encoded = tokenizer.encode_batch([options.template.replace("{}", label) for label in labels])
-    texts = {
-        "input_ids": np.array([text.ids for text in encoded]),
-        "attention_mask": np.array([text.attention_mask for text in encoded]),
-    }
+    names = [*map(clean_text, options.labels), "none of these"]  # the last is a candidate where there is a threshold
+    encoded = tokenizer.encode_batch([options.template.replace("{}", name) for name in names[:-1]])
+    columns = {"input_ids": "ids", "attention_mask": "attention_mask"}
+    texts = {name: np.array([getattr(text, column) for text in encoded]) for name, column in columns.items()}
     (prior_log_likelihood,) = prior.run(None, texts)  # [C], the same for every photo
 
-    names = [*labels, "none of these"]  # the last one is a candidate where there is a threshold
     for path in options.photos:
-        pixel_values = to_pixel_values(read_image_file(path), settings["image_processor"])[None]
-        (image_key_values,) = encoder.run(None, {"pixel_values": pixel_values})
+        (image_key_values,) = encoder.run(None, {"pixel_values": read_photo(path, settings["image_processor"])[None]})
         (caption_log_likelihood,) = scorer.run(None, {"image_key_values": image_key_values, **texts})
         gains = caption_log_likelihood[0] - settings["prior_weight"] * prior_log_likelihood
         if settings["abstain_threshold"] is not None:

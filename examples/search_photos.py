@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
 from ig_captioner import DEFAULT_CHECKPOINT
+from ig_captioner.data.folders import list_images
 from ig_captioner.processing_ig_captioner import load_rgb_image
 
 
@@ -22,7 +23,7 @@ def main() -> None:
     options = parser.parse_args()
     model = AutoModelForZeroShotImageClassification.from_pretrained(options.model, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(options.model)
-    paths = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    paths = [Path(path) for path in list_images(str(options.folder))]
     if not paths:
         raise SystemExit(f"no photos in {options.folder}")
 

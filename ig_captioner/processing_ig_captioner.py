@@ -239,8 +239,6 @@ def format_labels(
             raise ValueError(
                 f"{template_name} must be a string with {{}} in it, where the label goes, got {shorten(template)}"
             )
-    if len(labels) == 1 and "," in labels[0]:
-        tell("one label with commas is one label: to rank several, pass a list of them", labels)
     words, sentences = clean_texts(labels, "candidate_labels"), clean_texts(listed, template_name)
     return [sentence.replace("{}", word) for sentence in sentences for word in words]
 

@@ -221,3 +221,11 @@ def test_prompts_with_an_empty_name_are_refused(tmp_path):
         load_prompts(tmp_path / "p.json")
     (tmp_path / "p.json").write_text(json.dumps({"classes": ["cat"], "templates": ["{}"]}), encoding="utf-8-sig")
     assert load_prompts(tmp_path / "p.json") == (["cat"], ["{}"])
+
+
+def test_a_pipeline_asked_about_one_label_with_commas_says_so():
+    from ig_captioner.pipeline_ig_captioner import _texts_of
+
+    with pytest.warns(IGCaptionerWarning, match="one label with commas is one label"):
+        _texts_of({"candidate_labels": ["cat,dog,ship"]}, None)
+    _texts_of({"candidate_labels": ["Washington, D.C.", "Rome"]}, None)

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import socket
 import struct
 import threading
@@ -25,7 +26,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_hub import save_checkpoint
+from small_checkpoint import save_checkpoint
 
 from ig_captioner import DEFAULT_CHECKPOINT, IGZeroShotImageClassificationPipeline
 from ig_captioner.compiled_labels import encode_for
@@ -39,6 +40,7 @@ from ig_captioner.demo.inputs import (
     MAX_PIXELS,
     MAX_REDIRECTS,
     InputError,
+    check_characters,
     check_number,
     fetch,
     is_public,
@@ -47,6 +49,7 @@ from ig_captioner.demo.inputs import (
     parse_templates,
     read_upload,
 )
+from ig_captioner.demo.lanes import SHORT_TEXTS, Lanes
 from ig_captioner.demo.page import caption_view, label_bars, number, token_view, visible
 from ig_captioner.demo.scores import Captioner, Piece, RankedLabel, Scores, TextTokens, as_code, large_set
 from tiny import naive_log_likelihoods
@@ -161,9 +164,19 @@ def test_limits_of_texts():
     check_number(["cat"] * 500, ["{}", "a {}"])
     with pytest.raises(InputError, match="501 labels in 2 sentences are 1,002 texts: 1,000 at most"):
         check_number(["cat"] * 501, ["{}", "a {}"])
+    labels = ["a" * 99] * 1000
+    check_characters(labels, ["{}."])
+    for templates, count in ((["a {}."], "102,000"), (["{} {}"], "199,000"), (["{}", "{}."], "199,000")):
+        with pytest.raises(InputError, match=f"have {count} characters in all: 100,000 at most"):
+            check_characters(labels, templates)
     with pytest.raises(InputError, match="17 sentences"):
         parse_templates("{}\n" * 17)
-    for template, match in (("a photo", "has no {}"), ("", "has no {}"), ("{}" * 300, "600 characters")):
+    for template, match in (
+        ("a photo", "has no {}"),
+        ("", "has no {}"),
+        ("{}" * 300, "600 characters"),
+        ("{} " * 4, "4 places for the label: 3 at most"),
+    ):
         with pytest.raises(InputError, match=match):
             parse_templates(template)
 
@@ -196,9 +209,9 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("size", [(5_000, 4_001), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize("size", [(8_000, 8_001), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
 def test_pixels_are_counted_before_they_are_decoded(size):
-    with pytest.raises(InputError, match="more than 20 megapixels"):
+    with pytest.raises(InputError, match=f"more than {MAX_PIXELS // 10**6} megapixels"):
         open_photo(png_header(*size))
 
 
@@ -257,6 +270,11 @@ def test_only_uploaded_files_are_read(tmp_path):
 )
 def test_public_addresses(address):
     assert is_public(address)
+
+
+@pytest.mark.parametrize("address", ["192.88.99.1", "192.0.0.8", "3fff::1", "2001:2::1", "100.64.0.1", "198.18.0.1"])
+def test_special_purpose_addresses(address):
+    assert not is_public(address)
 
 
 @pytest.mark.parametrize("address", PRIVATE.split())
@@ -877,6 +895,58 @@ def test_launch(checkpoint, monkeypatch, capsys):
     assert calls == [("127.0.0.1", 1234, False), "waits"] and "http://there/" in capsys.readouterr().out
     with pytest.raises(OSError, match="no such model folder"):
         demo.launch("./missing")
+
+
+def test_sigterm_ends_the_server_as_ctrl_c_does(checkpoint, monkeypatch):
+    pytest.importorskip("gradio")
+    from ig_captioner.demo import app as demo
+
+    monkeypatch.setattr(demo, "serve", lambda *arguments: "http://there/")
+    monkeypatch.setattr(demo.gr.Blocks, "block_thread", lambda self: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            demo.launch(checkpoint, device="cpu")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_short_request_does_not_wait_for_a_long_one():
+    lanes, order, long_runs = Lanes(), [], threading.Event()
+
+    def long_request():
+        with lanes.enter(SHORT_TEXTS + 1):
+            long_runs.set()
+            short_is_done.wait(10)
+            order.append("long")
+
+    short_is_done = threading.Event()
+    thread = threading.Thread(target=long_request)
+    thread.start()
+    assert long_runs.wait(10)
+    with lanes.enter(SHORT_TEXTS):
+        order.append("short")
+    short_is_done.set()
+    thread.join(10)
+    assert order == ["short", "long"]
+
+
+def test_long_requests_wait_for_one_another():
+    lanes, running, most = Lanes(), [], []
+
+    def long_request():
+        with lanes.enter(SHORT_TEXTS + 1):
+            running.append(1)
+            most.append(len(running))
+            time.sleep(0.01)
+            running.pop()
+
+    threads = [threading.Thread(target=long_request) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert most == [1, 1, 1, 1]
 
 
 # The Space

@@ -196,13 +196,13 @@ def huge_png() -> bytes:
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header, rows = struct.pack(">IIBBBBB", 6000, 6000, 1, 0, 0, 0, 0), zlib.compress(bytes(751 * 6000))
+    header, rows = struct.pack(">IIBBBBB", 9000, 9000, 1, 0, 0, 0, 0), zlib.compress(bytes(1126 * 9000))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def test_huge_photos(page, captioner, photo, png):
     upload(page, huge_png())
-    assert "more than 20 megapixels" in toast(page)
+    assert "more than 64 megapixels" in toast(page)
     page.click("#photo button[aria-label='Remove Image']")
     page.expected_problems = ("413",)  # the browser's own line about the refused upload
     upload(page, png + bytes(MAX_BYTES))

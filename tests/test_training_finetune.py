@@ -204,3 +204,13 @@ def test_lora_trains_saves_loads_and_merges(checkpoint, by_folder, tmp_path):
     assert torch.allclose(adapted(**inputs).logits, expected, atol=1e-4)
     assert not torch.allclose(plain, expected, atol=1e-3)
     assert torch.allclose(adapted.merge_and_unload()(**inputs).logits, expected, atol=1e-4)
+
+
+def test_photos_of_a_data_set_are_read_by_the_rules_for_all_images(tmp_path):
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / name).mkdir()
+        Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / name / f"{number}.png")
+    rows = finetuning.load_data(str(tmp_path), 0.5, 0)["train"]
+    assert finetuning.read_photo(rows[0]["image"]).getpixel((1, 1)) == (255, 255, 255)
+    with pytest.raises(ValueError, match="no image of the formats"):
+        finetuning.read_photo({"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "path": "photo.jpg"})

@@ -7,6 +7,7 @@ import numpy as np
 
 from ig_captioner.data.prompts import read_templates
 from ig_captioner.data.shards import Encode, read_captions, read_metadata
+from ig_captioner.input_rules import clean_text
 from ig_captioner.processing_ig_captioner import format_labels
 
 from .config import SourceConfig
@@ -79,7 +80,8 @@ def names_in(metadata: dict[str, Any], fields: Sequence[str]) -> list[str]:
     names: list[str] = []
     for field in fields:
         value = metadata.get(field, [])
-        names += [name for name in ([value] if isinstance(value, str) else value) if isinstance(name, str) and name]
+        texts = [value] if isinstance(value, str) else value
+        names += [name for name in (clean_text(text) for text in texts if isinstance(text, str)) if name]
     return names
 
 

@@ -11,6 +11,7 @@ per class, a folder written by `datasets`' `save_to_disk`, or the Hub name of a 
 """
 
 import argparse
+import io
 import json
 import os
 from collections import Counter
@@ -19,12 +20,14 @@ from typing import Any
 
 import datasets
 import evaluate
+import PIL.Image
 import torch
 from torch import Tensor
 from transformers import AutoProcessor, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
 from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerProcessor
 from ig_captioner.information_gain import IGNORE_INDEX
+from ig_captioner.input_rules import read_image_file
 from ig_captioner.processing_ig_captioner import cut_texts
 
 from .checkpoint import write_text_atomically
@@ -50,6 +53,8 @@ def load_data(source: str, eval_fraction: float, seed: int) -> datasets.DatasetD
         data = datasets.load_dataset(source)
     if isinstance(data, datasets.Dataset):
         data = datasets.DatasetDict({"train": data})
+    if "image" in data["train"].features:  # decoded by `read_photo`: `datasets` tries formats that start programs
+        data = data.cast_column("image", datasets.Image(decode=False))
     held_out = next((name for name in ("test", "validation", "val") if name in data), None)
     if held_out:
         return datasets.DatasetDict({"train": data["train"], "test": data[held_out]})
@@ -93,6 +98,13 @@ def tell_of_cut_captions(data: datasets.DatasetDict, processor: IGCaptionerProce
         print(f"{share} are cut at {max_length} tokens (--max_length), the first is {cut[0]!r}")
 
 
+def read_photo(image: Any) -> PIL.Image.Image:
+    """Decodes an image of a data set by the rules for all images; others pass."""
+    if not isinstance(image, dict):
+        return image
+    return read_image_file(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"])
+
+
 class Collator:
     """Images with captions to `pixel_values` and `labels`, all the model needs: it makes its inputs of the labels."""
 
@@ -102,9 +114,8 @@ class Collator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         # Of several captions a random one; torch's generator is part of Trainer's checkpoints.
         texts = [row["captions"][int(torch.randint(len(row["captions"]), ()))] for row in rows]
-        batch = self.processor(
-            images=[row["image"] for row in rows], text=texts, return_tensors="pt", max_length=self.max_length
-        )
+        photos = [read_photo(row["image"]) for row in rows]
+        batch = self.processor(images=photos, text=texts, return_tensors="pt", max_length=self.max_length)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
         return {"pixel_values": batch["pixel_values"], "labels": labels}
 

@@ -1,4 +1,4 @@
-"""What commands print: results as tables, CSV or JSON lines, errors of one line, progress.
+"""Output of commands: results as tables, CSV or JSON lines, errors of one line, progress.
 
 In a table figures come first and text last, so that a long name puts nothing out of line.
 """
@@ -98,7 +98,7 @@ def print_json(content: Row) -> None:
 
 
 class _Lines:
-    """What a CSV writer writes to. Told to end lines with a line feed alone, it would not quote carriage returns."""
+    """A file for a CSV writer, which would not quote carriage returns if told to end lines with only a line feed."""
 
     def write(self, line: str) -> None:
         sys.stdout.write(line.removesuffix("\r\n") + "\n")
@@ -146,7 +146,7 @@ def columns(text: str) -> int:
 
 
 def terminal_columns() -> int:
-    """How wide the terminal is; 80 where there is none."""
+    """Width of the terminal; 80 where there is none."""
     return shutil.get_terminal_size().columns
 
 

@@ -12,6 +12,7 @@ import asyncio
 import functools
 import html
 import inspect
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from .inputs import (
     MAX_LABELS,
     MAX_PIXELS,
     InputError,
+    check_characters,
     check_number,
     fetch,
     open_photo,
@@ -34,6 +36,7 @@ from .inputs import (
     parse_templates,
     read_upload,
 )
+from .lanes import Lanes
 from .page import CSS, MAX_SHOWN, caption_view, header, label_bars, note, placeholder, threshold_note, token_view
 from .scores import Captioner, Scores, as_code, large_set
 
@@ -47,6 +50,7 @@ except ImportError as error:
 
 
 MAX_PRIOR_WEIGHT = 1.5
+MAX_WAITING = 40  # requests that wait for the model, each in a thread; Gradio queues the rest
 KEPT_SECONDS = 3600  # uploads, and what a session has computed
 LABELS = ["cat", "dog", "horse", "woman", "cup of coffee", "rocket", "motorcycle"]
 CHOICE = "Which words does the image support?"
@@ -79,10 +83,10 @@ def shows_errors(handler: Callable) -> Callable:
 
 
 class Handlers:
-    """What happens on the page's events: from values of its components to values of its components."""
+    """Handlers of the page's events: from values of its components to values of its components."""
 
     def __init__(self, captioner: Captioner) -> None:
-        self.captioner = captioner
+        self.captioner, self.lanes = captioner, Lanes()
 
     @shows_errors
     def read(self, upload: dict[str, Any] | None) -> Tensor:
@@ -94,12 +98,13 @@ class Handlers:
 
     @shows_errors
     async def fetch(self, url: str) -> tuple[PIL.Image.Image, Tensor]:
-        """The photo behind a URL, and its `pixel_values`."""
+        """Fetches the photo at a URL, and makes its `pixel_values`."""
         return await asyncio.to_thread(self._decode, await fetch(url))
 
     def _decode(self, content: bytes) -> tuple[PIL.Image.Image, Tensor]:
-        photo = open_photo(content)
-        return photo, self.captioner.read(photo)
+        with self.lanes.enter():  # one photo at a time is decoded
+            photo = open_photo(content)
+            return photo, self.captioner.read(photo)
 
     def forget(self) -> tuple:
         """Nothing to be kept, and nothing to be shown: what a new photo begins with."""
@@ -111,7 +116,9 @@ class Handlers:
         """Scores to be kept; bars, choice of labels, tokens and code to be shown."""
         labels, templates = parse_labels(text), parse_templates(sentences)
         check_number(labels, templates)
-        scores = self.captioner.classify(_chosen(pixel_values), labels, templates)
+        check_characters(labels, templates)
+        with self.lanes.enter(len(labels) * len(templates)):
+            scores = self.captioner.classify(_chosen(pixel_values), labels, templates)
         best = scores.ranked(prior_weight)[0].label
         choice = gr.Dropdown(choices=list(scores.labels), value=best, visible=True)
         return scores, *self.rank(scores, prior_weight), choice, self.explain(scores, best)
@@ -119,12 +126,16 @@ class Handlers:
     @shows_errors
     def classify_large_set(self, pixel_values: Tensor | None, sentences: str, prior_weight: float) -> tuple:
         """Scores of the large set to be kept, and bars."""
-        scores = self.captioner.classify_large_set(_chosen(pixel_values), parse_templates(sentences))
+        templates = parse_templates(sentences)
+        check_characters(large_set(), templates)
+        with self.lanes.enter(len(large_set()) * len(templates)):
+            scores = self.captioner.classify_large_set(_chosen(pixel_values), templates)
         return scores, self.rank_large_set(scores, prior_weight)
 
     @shows_errors
     def caption(self, pixel_values: Tensor | None) -> str:
-        caption = self.captioner.caption(_chosen(pixel_values))
+        with self.lanes.enter():
+            caption = self.captioner.caption(_chosen(pixel_values))
         return caption_view(caption, self.captioner.pieces(caption.tokens))
 
     def rank(self, scores: Scores | None, prior_weight: float) -> tuple[str, str]:
@@ -234,13 +245,13 @@ def _add_outputs(captioner: Captioner) -> dict[str, Any]:
 
 
 def _connect(handlers: Handlers, parts: dict[str, Any]) -> None:
-    """The page's events. Those that run the model wait for one another."""
+    """The page's events. Those that run the model wait for one another in `Lanes`."""
 
     def pick(names: str) -> list[Any]:
         return [parts[name] for name in names.split()]
 
     private: dict[str, Any] = {"api_visibility": "private"}
-    model = {**private, "concurrency_id": "model", "concurrency_limit": 1}
+    model = {**private, "concurrency_id": "model", "concurrency_limit": MAX_WAITING}
     at_once = {**private, "show_progress": "hidden"}
     classify = {
         "fn": handlers.classify,
@@ -311,6 +322,8 @@ def launch(
     app = build_app(model, device)
     warnings.simplefilter("ignore", IGCaptionerWarning)  # the page tells visitors; on this side they would fill a log
     url = serve(app, host, port, open_browser)
+    # As Ctrl+C: Gradio then deletes the uploads. Docker and systemd stop a server by SIGTERM.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     print(f"The demo is at {url} (Ctrl+C stops it)", flush=True)
     app.block_thread()
 

@@ -1,4 +1,4 @@
-"""What the web demo lets in: photos and labels within limits, and files behind URLs on the public internet. No Gradio.
+"""Checks of what the web demo lets in: photos and labels within limits, and URLs on the public internet. No Gradio.
 
 Everything that is refused is an `InputError` whose message is meant for the person at the browser.
 """
@@ -7,6 +7,7 @@ import asyncio
 import io
 import ipaddress
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,23 @@ from ..input_rules import (
 )
 
 
-MAX_BYTES = 10 * 2**20  # of a photo's file
-MAX_PIXELS = 20_000_000
+MAX_BYTES = 25 * 2**20  # of a photo's file
+MAX_PIXELS = 64_000_000  # phones take up to 50; decoded they take three bytes each
 MAX_LABELS = 1_000  # typed ones, each in each sentence
 MAX_SENTENCES = 16
 MAX_CHARACTERS = 500  # of a label, and of the sentence around it
+MAX_PLACES = 3  # of a label in a sentence
+MAX_ALL_CHARACTERS = 100_000  # of all labels in all sentences
 MAX_URL_CHARACTERS = 2_000
 MAX_REDIRECTS = 3
-FETCH_SECONDS = 15.0  # for all of a photo behind a URL, redirects included
+FETCH_SECONDS = 15.0  # for all of a photo at a URL, redirects included
 # Those of `input_rules.FORMATS` that browsers show, too.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Of IANA's registries of special-purpose addresses: what `is_global` of older Pythons lets pass.
+SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20", "5f00::/16")))
 
 
 class InputError(ValueError):
@@ -75,15 +80,31 @@ def parse_templates(text: str) -> list[str]:
         _check_text("sentence", template)
         if "{}" not in template:
             raise InputError(f"The sentence {template!r} has no {{}}, where the label goes.")
+        if template.count("{}") > MAX_PLACES:
+            raise InputError(
+                f"The sentence {template[:40]!r} has {template.count('{}')} places for the label: {MAX_PLACES} at most."
+            )
     return templates
 
 
-def check_number(labels: list[str], templates: list[str]) -> None:
+def check_number(labels: Sequence[str], templates: Sequence[str]) -> None:
     """Raises InputError if labels in sentences make too many texts."""
     if len(labels) * len(templates) > MAX_LABELS:
         raise InputError(
             f"{len(labels):,} labels in {len(templates)} sentences are {len(labels) * len(templates):,} texts: "
             f"{MAX_LABELS:,} at most."
+        )
+
+
+def check_characters(labels: Sequence[str], templates: Sequence[str]) -> None:
+    """Raises InputError if labels in sentences make more text than a request may ask for."""
+    in_labels, characters = sum(map(len, labels)), 0
+    for template in templates:
+        places = template.count("{}")
+        characters += len(labels) * (len(template) - 2 * places) + places * in_labels
+    if characters > MAX_ALL_CHARACTERS:
+        raise InputError(
+            f"The labels in their sentences have {characters:,} characters in all: {MAX_ALL_CHARACTERS:,} at most."
         )
 
 
@@ -137,7 +158,7 @@ def open_photo(content: bytes) -> PIL.Image.Image:
 
 
 async def fetch(url: str) -> bytes:
-    """The bytes behind an http or https URL, from an address on the public internet.
+    """Fetches the bytes at an http or https URL, from an address on the public internet.
 
     A name is looked up once for each redirect, and the connection goes to the address that was checked: a name that
     leads elsewhere the next time does not help. Proxies of the environment are not used.
@@ -209,4 +230,6 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip not in GLOBAL_IPV6:
             return False
+    if any(ip in network for network in SPECIAL):
+        return False
     return ip.is_global and not ip.is_multicast
