@@ -14,6 +14,7 @@ class Remarks:
 
     def __init__(self) -> None:
         self.names: defaultdict[str, list[str]] = defaultdict(list)
+        self.shown: dict = {}  # other libraries' warnings that Python has shown once, as it does
 
     @contextmanager
     def about(self, name: str) -> Iterator[None]:
@@ -26,7 +27,8 @@ class Remarks:
             if issubclass(warning.category, IGCaptionerWarning):
                 self.names[str(warning.message)].append(name)
             else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+                place = warning.filename, warning.lineno
+                warnings.warn_explicit(warning.message, warning.category, *place, registry=self.shown)
 
     def tell(self) -> None:
         """Says each remark once, with the number of inputs that it is about and the first of their names."""
