@@ -95,11 +95,12 @@ def text_scorer(
 def _scorer_of_captioner(
     scorer: CaptionScorer, texts: Sequence[str] | CompiledLabels, **prior: Any
 ) -> Callable[[list[Image.Image]], ScoreMatrix]:
-    if is_compiled(texts):  # every text for itself: a scorer gives means over templates
-        each = tuple(format_labels(texts.labels, texts.templates))
-        labels = CompiledLabels(each, ("{}",), texts.texts, texts.tokens_sha256)
+    given: Any = texts
+    if is_compiled(given):  # every text for itself: a scorer gives means over templates
+        each = tuple(format_labels(given.labels, given.templates))
+        labels = CompiledLabels(each, ("{}",), given.texts, given.tokens_sha256)
     else:
-        labels = scorer.compile_labels(list(texts), "{}", **prior)
+        labels = scorer.compile_labels(list(given), "{}", **prior)
     lengths = labels.texts.trie.lengths.float().cpu()
 
     def score(images: list[Image.Image]) -> ScoreMatrix:
