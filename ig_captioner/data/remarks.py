@@ -14,7 +14,7 @@ class Remarks:
 
     def __init__(self) -> None:
         self.names: defaultdict[str, list[str]] = defaultdict(list)
-        self.shown: dict = {}  # other libraries' warnings that Python has shown once, as it does
+        self.passed: set[tuple[str, str, int]] = set()  # other libraries' warnings, which Python shows once, too
 
     @contextmanager
     def about(self, name: str) -> Iterator[None]:
@@ -26,9 +26,9 @@ class Remarks:
         for warning in caught:
             if issubclass(warning.category, IGCaptionerWarning):
                 self.names[str(warning.message)].append(name)
-            else:
-                place = warning.filename, warning.lineno
-                warnings.warn_explicit(warning.message, warning.category, *place, registry=self.shown)
+            elif (key := (str(warning.message), warning.filename, warning.lineno)) not in self.passed:
+                self.passed.add(key)
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
     def tell(self) -> None:
         """Says each remark once, with the number of inputs that it is about and the first of their names."""
