@@ -10,7 +10,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from test_hub import save_checkpoint
+from small_checkpoint import save_checkpoint
 
 import ig_captioner
 from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForConditionalGeneration, IGCaptionerWarning

@@ -26,7 +26,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_hub import save_checkpoint
+from small_checkpoint import save_checkpoint
 
 from ig_captioner import DEFAULT_CHECKPOINT, IGZeroShotImageClassificationPipeline
 from ig_captioner.compiled_labels import encode_for

@@ -14,7 +14,8 @@ import transformers
 from hub_server import OWNER, TOKEN, HubServer
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
-from test_hub import WITHOUT_THE_PACKAGE, run_python, save_checkpoint
+from small_checkpoint import save_checkpoint
+from test_hub import WITHOUT_THE_PACKAGE, run_python
 
 from ig_captioner import IGCaptionerForZeroShotImageClassification, IGCaptionerWarning
 from ig_captioner.checkpoint import load_model, load_processor
