@@ -33,7 +33,7 @@ from .arguments import (
     read_texts_file,
     threshold,
 )
-from .output import Results, Row, check_finite, note_if_slow, table, terminal_columns
+from .output import Fields, Results, check_finite, note_if_slow, table, terminal_columns
 
 
 MOST_BEAMS = 64
@@ -376,7 +376,7 @@ def _figures(arguments: argparse.Namespace, scorer, photos: Photos, texts: list[
         yield from torch.stack(fields, dim=-1)
 
 
-def _rows(kind: str, names: Sequence[str], figures: Sequence[Any], top_k: int | None = None) -> list[Row]:
+def _rows(kind: str, names: Sequence[str], figures: Sequence[Any], top_k: int | None = None) -> list[Fields]:
     """A row for each of N names, or for the best by information gain, of which equals stay in order.
 
     Args:
