@@ -107,7 +107,7 @@ def own_checkpoint(model: str | Path) -> str:
 
 
 def dtype_on(device: torch.device, wanted: str = "auto") -> str:
-    """Returns what is wanted; for "auto" float32 on a CPU, where half precision is slow as a rule, else the stored one."""
+    """Returns what is wanted; for "auto" float32 on a CPU, where half precision is slow as a rule, else "auto"."""
     return "float32" if wanted == "auto" and device.type == "cpu" else wanted
 
 
