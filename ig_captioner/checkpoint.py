@@ -53,7 +53,7 @@ def _check_folder(model_class: type[IGCaptionerPreTrainedModel], name: str) -> N
     if (folder / "adapter_config.json").exists():  # transformers would load the model that it names
         raise ValueError(f"{name} holds an adapter (adapter_config.json): {ADAPTER_ADVICE}")
     shapes = read_shapes(folder)
-    if shapes is None:
+    if shapes is None or model_class.config_class is not IGCaptionerConfig:  # an encoder taken out of a whole model
         return
     try:
         check_sizes(IGCaptionerConfig.get_config_dict(name)[0], len(shapes))

@@ -298,7 +298,7 @@ def test_the_limits_of_the_demo_are_those_of_its_code():
     for said in (
         f"{limits.MAX_BYTES // 2**20} MiB",
         f"{limits.MAX_PIXELS // 10**6} megapixels",
-        f"{limits.MAX_LABELS:,}; {limits.MAX_CHARACTERS} characters each",
+        f"{limits.MAX_LABELS:,} texts; {limits.MAX_CHARACTERS} characters each, {limits.MAX_ALL_CHARACTERS:,} in all",
         f"{limits.MAX_REDIRECTS} redirects, {limits.FETCH_SECONDS:g} seconds",
         f"{', '.join(limits.FORMATS[:-1])} or {limits.FORMATS[-1]}",
     ):
