@@ -450,7 +450,7 @@ def check_rows(rows: list[RankedLabel], expected: list[dict]) -> None:
 def test_every_prior_weight_follows_from_one_run_of_the_model(captioner, photo, pixel_values, monkeypatch):
     scores = captioner.classify(pixel_values, LABELS, TEMPLATES)
     expected = {weight: expected_rows(captioner, photo, LABELS, TEMPLATES, weight) for weight in WEIGHTS}
-    monkeypatch.setattr(captioner, "model", None)
+    monkeypatch.setattr(captioner, "scorer", None)
     for weight in WEIGHTS:
         check_rows(scores.ranked(weight), expected[weight])
         assert scores.ranked(weight, 2) == scores.ranked(weight)[:2]
@@ -521,7 +521,7 @@ def shipped() -> Captioner:
 
 @pytest.mark.parametrize("text", ["a cat.", "émile's 🐱 cup of coffee, 猫", "שלום", "\x00\x1b", "\ufffd\ufffd x", ""])
 def test_pieces_are_the_text_without_broken_characters(shipped, text):
-    ids = shipped.processor.tokenizer(text)["input_ids"]
+    ids = shipped.scorer.tokenizer(text)["input_ids"]
     values = [float(2**i) for i in range(len(ids))]  # a sum of them says which they were
     pieces = shipped.pieces(TextTokens(ids, values, [1.0] * len(ids)))
     assert "".join(piece.text for piece in pieces).strip() == text.strip()
@@ -706,7 +706,7 @@ def test_classify(handlers, captioner, checkpoint, pixel_values, raises_on_the_p
 def test_the_slider_ranks_again(handlers, captioner, pixel_values, monkeypatch):
     scores = handlers.classify(pixel_values, "\n".join(LABELS), "{}", 1.0)[0]
     large = handlers.classify_large_set(pixel_values, "{}", 1.0)[0]
-    monkeypatch.setattr(captioner, "model", None)
+    monkeypatch.setattr(captioner, "scorer", None)
     for weight in WEIGHTS:
         bars, code = handlers.rank(scores, weight)
         assert bars == label_bars(scores.ranked(weight), 4, weight) and f"prior_weight={weight!r}" in code
