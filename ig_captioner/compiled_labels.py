@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import safetensors
 import torch
@@ -178,7 +178,7 @@ def compile_labels(
     return CompiledLabels(tuple(labels), listed, model.compile_texts(**encoded, **options), digest_of_tokens(**encoded))
 
 
-def is_compiled(labels: Any) -> bool:
+def is_compiled(labels: Any) -> TypeGuard[CompiledLabels]:
     """Whether these are `CompiledLabels`, by what they have: in remote code the class is another one."""
     return hasattr(labels, "tokens_sha256")
 

@@ -287,8 +287,8 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
                 asked = "reference_images" if prior_source is None else f"prior_source {prior_source!r}"
                 raise ValueError(f"compiled labels have their prior already, but {asked} came with them")
             given.check_tokenizer(self.model, self.tokenizer, **tokenizer_kwargs)
-            texts = given.texts.verified_for(self.model).to(self.model.device)
-            return _Candidates(labels, len(templates), texts, added)
+            verified = given.texts.verified_for(self.model).to(self.model.device)
+            return _Candidates(labels, len(templates), verified, added)
         try:
             encoded = encode_for(self.model, self.tokenizer, texts, **tokenizer_kwargs)
         except (TypeError, OverflowError) as error:

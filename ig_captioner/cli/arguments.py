@@ -237,6 +237,8 @@ def read_texts_file(file: str) -> list[str]:
     """Texts of a file, a line each."""
     from ..data.texts import read_lines
 
+    if not os.path.exists(file):
+        raise FileNotFoundError(f"no such file: {file!r}")
     return read_lines(file)
 
 
