@@ -228,7 +228,7 @@ def test_int8_layers_are_off_by_their_rounding_and_no_more(int8):
         rounding = inputs.abs().amax(dim=1, keepdim=True) / 127 * 0.501 if rounds_inputs else torch.zeros(4, 1)
         bound = rounding * rounded.abs().sum(dim=1) + 1e-5 * (inputs.abs() @ rounded.abs().T)
         error = (layer(inputs) - nn.functional.linear(inputs, rounded, layer.bias)).abs()
-        # without 8-bit dot products (AVX2), the kernel of int8 inputs cuts sums of two products at 16 bits: some are off
+        # without 8-bit dot products (AVX2), the kernel of int8 inputs cuts sums of two products at 16 bits: some differ
         within = (error <= bound).float().mean().item()
         assert within > 0.5 if rounds_inputs else within == 1, f"{name}: {within:.2f}"
 
