@@ -5,7 +5,7 @@
 The folders are named below. Their results say which command would repeat them alone, with paths as they are given here.
 The files `results.json` are kept once, in the folder of the checkpoint:
 
-    python -m ig_captioner.card ig_captioner/checkpoints/tiny benchmarks/results/evaluation/*/results.json
+    python -m ig_captioner.card ig_captioner/checkpoints/everyday benchmarks/results/evaluation/*/results.json
 """
 
 import argparse
@@ -16,18 +16,23 @@ from pathlib import Path
 from ig_captioner.cli import main as ig_captioner
 
 
-TASKS = {  # paths below the data root end in one of these
+ONE_TEMPLATE = "--templates benchmarks/results/evaluation/one-template.txt"
+TASKS = {  # paths below the data root end in one of `PATHS`
+    "tiny-imagenet": "zero-shot --data tiny-imagenet-val-0000.tar.gz --class-names json/tinyimagenet.json "
+    + ONE_TEMPLATE,
+    "imagenet-photos": "zero-shot --data imagenet202-photos-test-0000.tar.gz --class-names json/tinyimagenet.json "
+    + ONE_TEMPLATE,
+    "caltech101": "zero-shot --data caltech101-val-0000.tar.gz --class-names json/caltech_names.json " + ONE_TEMPLATE,
     "cifar10": "zero-shot --data cifar10-test-0000.tar.gz --class-names cifar10",
-    "cifar10-one-template": "zero-shot --data cifar10-test-0000.tar.gz --class-names cifar10 --templates "
-    "benchmarks/results/evaluation/cifar10-one-template/one-template.txt",  # that of its training
     "flickr8k": "retrieval --data flickr8k-val-0000.tar --captions 1",
     "captioning": "captioning --data flickr8k-val-0000.tar",
-    "linear-probe": "linear-probe --train cifar10-train-*.tar.gz --data cifar10-test-0000.tar.gz --class-names cifar10",
+    "linear-probe": "linear-probe --train tiny-imagenet-train-*.tar.gz --data tiny-imagenet-val-0000.tar.gz "
+    "--class-names json/tinyimagenet.json --shots 100",
+    "linear-probe-caltech101": "linear-probe --train caltech101-train-0000.tar.gz --data caltech101-val-0000.tar.gz "
+    "--class-names json/caltech_names.json --shots 100",
     "sugarcrepe": "compositional --format sugarcrepe --pairs json/sugarcrepe --data smoke-coco-ccby.tar",
-    "lit": "lit --train flickr8k-train-*.tar --data flickr8k-val-0000.tar --labelled cifar10-test-0000.tar.gz "
-    "--class-names cifar10 --steps 400 --batch-size 128 --layers 2 --learning-rates 1e-3 3e-3",
 }
-PATHS = (".tar", ".tar.gz", "json/sugarcrepe")
+PATHS = (".tar", ".tar.gz", ".json", "json/sugarcrepe")
 
 
 def command_of(name: str, options: argparse.Namespace) -> list[str]:

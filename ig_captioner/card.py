@@ -260,7 +260,7 @@ def make_card(folder: Path, model: IGCaptionerPreTrainedModel, repo_id: str) -> 
         return (folder / CARD_FILE).read_bytes()
     with safe_open(min(folder.glob("model*.safetensors")), framework="pt") as weights:
         stored = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (no dictionary)
-    stored_dtype = " and ".join(sorted(DTYPES.get(name, name) for name in stored))
+    stored_dtype = " and ".join(sorted(DTYPES[name] for name in stored if name in DTYPES))  # counters are no weights
     has_code = all((folder / name).is_file() for name in REMOTE_CODE_FILES)
     card = fill_card(model, repo_id, facts, results, stored_dtype=stored_dtype, has_code=has_code)
     return f"{card}\n".encode()

@@ -62,14 +62,14 @@ def _check_folder(model_class: type[IGCaptionerPreTrainedModel], name: str) -> N
         raise ValueError(f"the weights of {name} do not fit its configuration: {error}") from error
 
 
-def load_on_device(model_class: type[Model], model: str | Path, device: str = "auto") -> Model:
+def load_on_device(model_class: type[Model], model: str | Path, device: str = "auto", dtype: str = "auto") -> Model:
     """Loads a model as in [`load_model`] onto the device "auto", "cpu" or "cuda".
 
     On a CPU the weights become float32, since half precision is slow there and gains nothing; on a GPU they keep the
     stored dtype.
     """
     chosen = choose_device(device)
-    return load_model(model_class, model, dtype=dtype_on(chosen)).to(chosen)
+    return load_model(model_class, model, dtype=dtype_on(chosen, dtype)).to(chosen)
 
 
 def load_processor(model: str | Path) -> IGCaptionerProcessor:
@@ -106,9 +106,9 @@ def own_checkpoint(model: str | Path) -> str:
     return name
 
 
-def dtype_on(device: torch.device) -> str:
-    """Returns float32 for a CPU, where half precision is slow and gains nothing, and else "auto", the stored dtype."""
-    return "float32" if device.type == "cpu" else "auto"
+def dtype_on(device: torch.device, wanted: str = "auto") -> str:
+    """Returns what is wanted; for "auto" float32 on a CPU, where half precision is slow as a rule, else "auto"."""
+    return "float32" if wanted == "auto" and device.type == "cpu" else wanted
 
 
 def _suggestion(name: str) -> str:

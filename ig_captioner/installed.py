@@ -10,4 +10,4 @@ except PackageNotFoundError:  # a checkout on the path, not installed
     __version__ = "0+unknown"
 
 # The checkpoint that ships with the package, usable wherever a model name or folder is.
-DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "tiny")
+DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "everyday")

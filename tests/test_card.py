@@ -100,10 +100,10 @@ def test_the_template_is_at_the_top_of_the_repository():
 
 
 def test_the_card_of_the_shipped_checkpoint_is_up_to_date():
-    """Else: `python -m ig_captioner.card ig_captioner/checkpoints/tiny`."""
+    """Else: `python -m ig_captioner.card ig_captioner/checkpoints/everyday`."""
     folder = Path(DEFAULT_CHECKPOINT)
     model = load_model(IGCaptionerForConditionalGeneration, folder)
-    assert (folder / "README.md").read_bytes() == make_card(folder, model, "tiny")
+    assert (folder / "README.md").read_bytes() == make_card(folder, model, "everyday")
     assert "stored as float16, loaded as float32" in (folder / "README.md").read_text(encoding="utf-8")
     for results in read_results(folder):
         assert results["run"]["weights_sha256"] == weights_digest(DEFAULT_CHECKPOINT)

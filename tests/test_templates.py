@@ -116,4 +116,4 @@ def test_a_line_says_what_the_model_is_that_nobody_chose(capsys, monkeypatch, fo
     )
     assert cli.main([*asked, "--model", str(folder)]) == 0
     assert capsys.readouterr().err == ""
-    assert "CIFAR" in read_in_short(DEFAULT_CHECKPOINT)
+    assert "Flickr8k" in read_in_short(DEFAULT_CHECKPOINT)

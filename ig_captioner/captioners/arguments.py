@@ -17,7 +17,8 @@ def load_scorer(arguments: argparse.Namespace) -> CaptionScorer | OwnCaptionScor
     """The captioner that `--model` names, of this package or any other, on its device."""
     device = choose_device(arguments.device)
     options = {"prompt": arguments.prompt, "trust_remote_code": arguments.trust_remote_code}
-    return CaptionScorer.from_pretrained(arguments.model, device=device, dtype=dtype_on(device), **options)
+    dtype = dtype_on(device, getattr(arguments, "dtype", "auto"))
+    return CaptionScorer.from_pretrained(arguments.model, device=device, dtype=dtype, **options)
 
 
 def read_prior(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def _add_task(tasks, name: str, usage: str, summary: str, examples: str, needs_d
     task.add_argument("--limit", type=positive_integer, metavar="N", help=limit)
     add_strict(task)
     add_device(task)
+    help = "number format of the model; auto: float32 on a CPU, on a GPU as stored (default: %(default)s)"
+    task.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help=help)
     return task
 
 

@@ -109,16 +109,21 @@ class Scores(Protocol):
     def blind(self) -> Tensor: ...
 
 
-def contenders(matrix: Scores, tuned: float, others: dict[str, Tensor] | None = None) -> list[Contender]:
+def contenders(
+    matrix: Scores, tuned: float, others: dict[str, Tensor] | None = None, configured: float = 1.0
+) -> list[Contender]:
     """The scores of all rows of an evaluation.
 
     Args:
         tuned: the prior weight of the row "tuned".
         others: scores of other models, by name.
+        configured: the prior weight that the checkpoint carries; it has a row where that is neither 0 nor 1.
     """
+    weights = weights_of_rows(tuned)
+    if configured not in (0.0, 1.0):
+        weights |= {"as the checkpoint is set": configured}
     ours = [
-        Contender(name, matrix.information_gain(weight), weight, baseline=False)
-        for name, weight in weights_of_rows(tuned).items()
+        Contender(name, matrix.information_gain(weight), weight, baseline=False) for name, weight in weights.items()
     ]
     return [*ours, Contender("blind", matrix.blind()), *(Contender(*other) for other in (others or {}).items())]
 

@@ -33,7 +33,9 @@ def load_models(arguments: argparse.Namespace):
         scorer = load_scorer(arguments)
         clip = None if arguments.clip is None else ContrastiveModel.load(arguments.clip, scorer.device)
         return scorer, scorer.processors, clip
-    model = load_on_device(IGCaptionerForZeroShotImageClassification, arguments.model, arguments.device)
+    model = load_on_device(
+        IGCaptionerForZeroShotImageClassification, arguments.model, arguments.device, arguments.dtype
+    )
     clip = None if arguments.clip is None else ContrastiveModel.load(arguments.clip, model.device)
     return model, load_processor(arguments.model), clip
 

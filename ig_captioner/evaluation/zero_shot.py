@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     split = held_out, test = split_by_hash(samples.keys, arguments.held_out_fraction)
     tuned = tune_on(matrix.select(held_out), labels[held_out], class_names)
-    tested = contenders(matrix.select(test), tuned, {name: scores[test] for name, scores in others.items()})
+    of_others = {name: scores[test] for name, scores in others.items()}
+    tested = contenders(matrix.select(test), tuned, of_others, getattr(model.config, "prior_weight", 1.0))
     calibration = calibrate(matrix, labels, class_names, split, tuned, model.config)
     tables = {
         f"{len(class_names)} classes": [class_row(each, labels[test], class_names) for each in tested],
