@@ -136,3 +136,17 @@ def test_evaluate_retrieval_captioning_and_compositional(folder, capsys, tmp_pat
     asked = ("--format", "sugarcrepe", "--pairs", tmp_path / "pairs.json", "--held-out-fraction", 0.5)
     items = evaluate(capsys, tmp_path, "compositional", *asked, *common)
     assert items["tables"]["Items with their images"] and items["tables"]["All items, text alone"]
+
+
+def test_the_functions_of_the_demo(folder):
+    from ig_captioner.demo.scores import Captioner
+
+    captioner, scorer = Captioner(folder, "cpu"), CaptionScorer.from_pretrained(folder)
+    image = captioner.read(photo(0))
+    scores = captioner.classify(image, ["cat", "dog"], ["a photo of a {}.", "a {}"])
+    expected = scorer.score(photo(0), scorer.compile_labels(["cat", "dog"], ["a photo of a {}.", "a {}"]))
+    assert scores.caption_log_likelihood == pytest.approx(expected.caption_log_likelihood[0].tolist(), abs=1e-3)
+    assert scores.prior_log_likelihood == pytest.approx(expected.prior_log_likelihood.tolist(), abs=1e-3)
+    pieces = captioner.pieces(scores.tokens[0])
+    assert "".join(piece.text for piece in pieces) == "a photo of a cat."
+    assert captioner.caption(image).text == scorer.caption(photo(0))[0]

@@ -7,22 +7,22 @@ Legend: C labels, L tokens of a text. Log-likelihoods are in nats.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
-from torch import Tensor
 
-from ..checkpoint import caption_tokens, load_on_device, load_processor
-from ..compiled_labels import CompiledLabels, compile_labels
+from ..captioners.own import OwnCaptionScorer
+from ..captioners.scorer import CaptionScorer
+from ..checkpoint import choose_device, dtype_on
+from ..compiled_labels import CompiledLabels
 from ..data.prompts import load_prompts
 from ..information_gain import information_gain
 from ..installed import DEFAULT_CHECKPOINT
-from ..modeling_ig_captioner import IGCaptionerForConditionalGeneration
-from ..processing_ig_captioner import default_templates, format_labels
+from ..processing_ig_captioner import format_labels
 from ..release import read_in_short
 
 
@@ -112,85 +112,70 @@ class Captioner:
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        ValueError, OSError: it is no checkpoint of this package, or there is no such device.
+        ValueError, OSError: it is no captioner that can be scored with, or there is no such device.
     """
 
     def __init__(self, model: str, device: str = "auto") -> None:
         self.name = model
-        self.processor = load_processor(model)
-        self.model = load_on_device(IGCaptionerForConditionalGeneration, model, device)
-        config = self.model.config
-        self.prior_weight = config.prior_weight
-        self.templates = default_templates(config)
-        self.in_short = read_in_short(model)
+        chosen = choose_device(device)
+        self.scorer = CaptionScorer.from_pretrained(model, device=chosen, dtype=dtype_on(chosen))
+        self.is_own = isinstance(self.scorer, OwnCaptionScorer)
+        config = self.scorer.config
+        self.prior_weight = self.scorer.default_prior_weight
+        self.templates = self.scorer.default_templates
+        self.in_short = read_in_short(model) if self.is_own else None
         self.settings: dict[str, Any] = {
-            "temperature": config.score_temperature,
-            "abstain_threshold": config.abstain_threshold,
+            "temperature": getattr(config, "score_temperature", 1.0),  # a captioner of the Hub has no such settings
+            "abstain_threshold": getattr(config, "abstain_threshold", None),
         }
-        self.max_tokens = min(self.processor.tokenizer.model_max_length, config.text_config.max_position_embeddings)
+        positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.max_tokens = min(self.scorer.tokenizer.model_max_length, positions or sys.maxsize)
         self.compile_large_set = lru_cache(MAX_KEPT_TEMPLATES)(self._compile_large_set)
 
-    def read(self, photo: Image.Image) -> Tensor:
-        """`pixel_values` [1, 3, H, W] of an RGB image."""
-        inputs = self.processor.image_processor(images=[photo], return_tensors="pt")
-        return inputs["pixel_values"].to(self.model.device, self.model.dtype)
+    def read(self, photo: Image.Image) -> Any:
+        """What is kept of an RGB image, to be scored and captioned."""
+        return self.scorer.prepare(photo)
 
-    @torch.no_grad()
-    def classify(self, pixel_values: Tensor, labels: Sequence[str], templates: Sequence[str]) -> Scores:
+    def classify(self, image: Any, labels: Sequence[str], templates: Sequence[str]) -> Scores:
         """Scores of labels, and of every token of each."""
-        compiled = compile_labels(self.model, self.processor.tokenizer, labels, templates)
-        tokens = self._tokens(compiled, pixel_values)
-        lengths = self.processor.tokenizer(format_labels(labels, templates), verbose=False)
+        texts = format_labels(list(labels), list(templates))
+        tokens = self._tokens(image, texts)
+        lengths = self.scorer.tokenizer(texts, verbose=False)
         return Scores(
-            compiled.labels,
-            compiled.templates,
+            tuple(labels),
+            tuple(templates),
             _means_over_templates([sum(text.conditional) for text in tokens], len(labels)),
-            _means_over_templates(compiled.texts.prior_log_likelihood.tolist(), len(labels)),
+            _means_over_templates([sum(text.unconditional) for text in tokens], len(labels)),
             tuple(tokens[: len(labels)]),
             sum(len(ids) > self.max_tokens for ids in lengths["input_ids"]),
             **self.settings,
         )
 
-    @torch.no_grad()
-    def classify_large_set(self, pixel_values: Tensor, templates: Sequence[str]) -> Scores:
+    def classify_large_set(self, image: Any, templates: Sequence[str]) -> Scores:
         """Scores of ImageNet's class names, whose texts are compiled once per set of templates."""
         compiled = self.compile_large_set(tuple(templates))
-        scores = self.model.score(pixel_values, compiled)
-        caption, prior = (
-            _means_over_templates(values.tolist(), len(compiled.labels))
-            for values in (scores.caption_log_likelihood[0], scores.prior_log_likelihood)
-        )
+        scores = self.scorer.score(image, compiled)
+        caption, prior = scores.caption_log_likelihood[0].tolist(), scores.prior_log_likelihood.tolist()
         return Scores(compiled.labels, compiled.templates, caption, prior, **self.settings)
 
     def _compile_large_set(self, templates: tuple[str, ...]) -> CompiledLabels:
-        return compile_labels(self.model, self.processor.tokenizer, large_set(), templates)
+        return self.scorer.compile_labels(large_set(), templates)
 
-    @torch.no_grad()
-    def caption(self, pixel_values: Tensor) -> Caption:
+    def caption(self, image: Any) -> Caption:
         """The caption that the model writes, scored as a text of its own."""
-        limit = caption_tokens(None, self.model.config.text_config)
-        written = self.model.generate(pixel_values=pixel_values, max_new_tokens=limit)
-        text = self.processor.batch_decode(written, skip_special_tokens=True)[0].strip()
-        compiled = compile_labels(self.model, self.processor.tokenizer, [text], "{}", with_fingerprint=False)
-        return Caption(text, self._tokens(compiled, pixel_values)[0])
+        text = self.scorer.caption(image)[0]
+        return Caption(text, self._tokens(image, [text])[0])
 
-    def _tokens(self, compiled: CompiledLabels, pixel_values: Tensor) -> list[TextTokens]:
+    def _tokens(self, image: Any, texts: Sequence[str]) -> list[TextTokens]:
         """Both log-probabilities of every token of the texts."""
-        trie = compiled.texts.trie
-        conditional = self.model.edge_log_likelihoods(compiled.texts, pixel_values)[0].tolist()
-        unconditional = self.model.edge_log_likelihoods(compiled.texts)[0].tolist()
-        ids, texts = trie.edge_tokens.tolist(), []
-        for edges, length in zip(trie.text_edges.tolist(), trie.lengths.tolist(), strict=True):
-            own = edges[:length]
-            texts.append(TextTokens(*([values[edge] for edge in own] for values in (ids, conditional, unconditional))))
-        return texts
+        return [TextTokens(*each) for each in self.scorer.tokens_of_texts(image, texts)]
 
     def pieces(self, tokens: TextTokens) -> list[Piece]:
         """Tokens as text, the end of the sequence last. Those that make no whole character are taken together."""
         pieces, start, before = [], 0, ""
         last = len(tokens.ids) - 1
         for end in range(1, last + 1):
-            now = self.processor.tokenizer.decode(tokens.ids[:end])
+            now = self.scorer.tokenizer.decode(tokens.ids[:end])
             text = now.removeprefix(before) if now.startswith(before) else now[-1:]
             is_whole = text.strip() and not text.endswith(UNFINISHED)
             if is_whole or end == last or end - start == MAX_TOKENS_PER_CHARACTER:

@@ -126,7 +126,7 @@ def test_classify(handlers, captioner, checkpoint, pixel_values, raises_on_the_p
 def test_the_slider_ranks_again(handlers, captioner, pixel_values, monkeypatch):
     scores = handlers.classify(pixel_values, "\n".join(LABELS), "{}", 1.0)[0]
     large = handlers.classify_large_set(pixel_values, "{}", 1.0)[0]
-    monkeypatch.setattr(captioner, "model", None)
+    monkeypatch.setattr(captioner, "scorer", None)
     for weight in WEIGHTS:
         bars, code = handlers.rank(scores, weight)
         assert bars == label_bars(scores.ranked(weight), 4, weight) and f"prior_weight={weight!r}" in code

@@ -24,9 +24,9 @@ def by_label(rows: list[RankedLabel]) -> dict[str, tuple]:
 
 def expected_rows(captioner, photo, labels, template, prior_weight) -> list[dict]:
     classify = IGZeroShotImageClassificationPipeline(
-        model=captioner.model,
-        tokenizer=captioner.processor.tokenizer,
-        image_processor=captioner.processor.image_processor,
+        model=captioner.scorer.model,
+        tokenizer=captioner.scorer.processor.tokenizer,
+        image_processor=captioner.scorer.processor.image_processor,
         device="cpu",
     )
     settings = {"hypothesis_template": template, "prior_weight": prior_weight, "return_log_likelihoods": True}
@@ -42,7 +42,7 @@ def check_rows(rows: list[RankedLabel], expected: list[dict]) -> None:
 def test_every_prior_weight_follows_from_one_run_of_the_model(captioner, photo, pixel_values, monkeypatch):
     scores = captioner.classify(pixel_values, LABELS, TEMPLATES)
     expected = {weight: expected_rows(captioner, photo, LABELS, TEMPLATES, weight) for weight in WEIGHTS}
-    monkeypatch.setattr(captioner, "model", None)
+    monkeypatch.setattr(captioner, "scorer", None)
     for weight in WEIGHTS:
         check_rows(scores.ranked(weight), expected[weight])
         assert scores.ranked(weight, 2) == scores.ranked(weight)[:2]
@@ -55,10 +55,10 @@ def test_tokens_are_what_one_forward_pass_each_gives(captioner, pixel_values):
     for label, tokens, caption, prior in zip(
         LABELS, scores.tokens, scores.caption_log_likelihood, scores.prior_log_likelihood, strict=True
     ):
-        assert tokens.ids == captioner.processor.tokenizer(f"a {label}.")["input_ids"]
+        assert tokens.ids == captioner.scorer.processor.tokenizer(f"a {label}.")["input_ids"]
         with torch.no_grad():
-            conditional = naive_log_likelihoods(captioner.model, pixel_values[0], tokens.ids)
-            unconditional = naive_log_likelihoods(captioner.model, None, tokens.ids)
+            conditional = naive_log_likelihoods(captioner.scorer.model, pixel_values[0], tokens.ids)
+            unconditional = naive_log_likelihoods(captioner.scorer.model, None, tokens.ids)
         assert tokens.conditional == pytest.approx(conditional, abs=1e-4)
         assert tokens.unconditional == pytest.approx(unconditional, abs=1e-4)
         assert sum(tokens.conditional) == pytest.approx(caption, abs=1e-4)
@@ -80,9 +80,11 @@ def test_scores_that_underflow():
 
 def test_the_large_set_is_compiled_once(captioner, photo, pixel_values, monkeypatch):
     assert len(large_set()) == len(set(large_set())) == 998
-    compiled, compile_texts = [], captioner.model.compile_texts
+    compiled, compile_texts = [], captioner.scorer.model.compile_texts
     monkeypatch.setattr(
-        captioner.model, "compile_texts", lambda *args, **kwargs: compiled.append(1) or compile_texts(*args, **kwargs)
+        captioner.scorer.model,
+        "compile_texts",
+        lambda *args, **kwargs: compiled.append(1) or compile_texts(*args, **kwargs),
     )
     scores = captioner.classify_large_set(pixel_values, TEMPLATES)
     other = captioner.classify_large_set(-pixel_values, TEMPLATES)
@@ -95,18 +97,18 @@ def test_the_large_set_is_compiled_once(captioner, photo, pixel_values, monkeypa
 
 def test_captions_are_scored_as_texts(captioner, pixel_values):
     caption = captioner.caption(pixel_values)
-    ids = captioner.model.generate(pixel_values=pixel_values, max_new_tokens=captioner.max_tokens - 1)
-    assert caption.text == captioner.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
-    text = encode_for(captioner.model, captioner.processor.tokenizer, [caption.text])
+    ids = captioner.scorer.model.generate(pixel_values=pixel_values, max_new_tokens=captioner.max_tokens - 1)
+    assert caption.text == captioner.scorer.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    text = encode_for(captioner.scorer.model, captioner.scorer.processor.tokenizer, [caption.text])
     with torch.no_grad():
-        scores = captioner.model.score(pixel_values, **text, prior_weight=1.0)
+        scores = captioner.scorer.model.score(pixel_values, **text, prior_weight=1.0)
     assert sum(caption.tokens.conditional) == pytest.approx(scores.caption_log_likelihood.item(), abs=1e-4)
     assert caption.tokens.information_gain == pytest.approx(scores.information_gain.item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("text", ["a cat.", "émile's 🐱 cup of coffee, 猫", "שלום", "\x00\x1b", "\ufffd\ufffd x", ""])
 def test_pieces_are_the_text_without_broken_characters(shipped, text):
-    ids = shipped.processor.tokenizer(text)["input_ids"]
+    ids = shipped.scorer.processor.tokenizer(text)["input_ids"]
     values = [float(2**i) for i in range(len(ids))]  # a sum of them says which they were
     pieces = shipped.pieces(TextTokens(ids, values, [1.0] * len(ids)))
     assert "".join(piece.text for piece in pieces).strip() == text.strip()
