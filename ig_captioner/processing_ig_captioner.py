@@ -122,7 +122,7 @@ def _open(source: Any, timeout: float | None) -> PIL.Image.Image:
         raise FileNotFoundError("no such file, and neither a URL nor a base64 image") from error
 
 
-class IGCaptionerImagesKwargs(ImagesKwargs, total=False):
+class IGCaptionerImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of [`IGCaptionerImageProcessor`]."""
 
     crop_pct: float | None
@@ -196,7 +196,8 @@ class IGCaptionerImageProcessor(_Backend):
             raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
         if not (size.height and size.width):
             raise ValueError(f"crop_pct needs a size of height and width, got {size}")
-        left, top, right, bottom = centre_box(*image.shape[-2:], (size.height, size.width), crop_pct)
+        height, width = image.shape[-2:]
+        left, top, right, bottom = centre_box(height, width, (size.height, size.width), crop_pct)
         return image[..., top:bottom, left:right]
 
 
