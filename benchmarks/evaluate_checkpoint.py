@@ -17,19 +17,20 @@ from ig_captioner.cli import main as ig_captioner
 
 
 ONE_TEMPLATE = "--templates benchmarks/results/evaluation/one-template.txt"
+CALTECH_NAMES = "--class-names benchmarks/results/evaluation/caltech-names.txt"
 TASKS = {  # paths below the data root end in one of `PATHS`
     "tiny-imagenet": "zero-shot --data tiny-imagenet-val-0000.tar.gz --class-names json/tinyimagenet.json "
     + ONE_TEMPLATE,
     "imagenet-photos": "zero-shot --data imagenet202-photos-test-0000.tar.gz --class-names json/tinyimagenet.json "
     + ONE_TEMPLATE,
-    "caltech101": "zero-shot --data caltech101-val-0000.tar.gz --class-names json/caltech_names.json " + ONE_TEMPLATE,
+    "caltech101": f"zero-shot --data caltech101-val-0000.tar.gz {CALTECH_NAMES} {ONE_TEMPLATE}",
     "cifar10": "zero-shot --data cifar10-test-0000.tar.gz --class-names cifar10",
     "flickr8k": "retrieval --data flickr8k-val-0000.tar --captions 1",
     "captioning": "captioning --data flickr8k-val-0000.tar",
     "linear-probe": "linear-probe --train tiny-imagenet-train-*.tar.gz --data tiny-imagenet-val-0000.tar.gz "
     "--class-names json/tinyimagenet.json --shots 100",
     "linear-probe-caltech101": "linear-probe --train caltech101-train-0000.tar.gz --data caltech101-val-0000.tar.gz "
-    "--class-names json/caltech_names.json --shots 100",
+    f"{CALTECH_NAMES} --shots 100",
     "sugarcrepe": "compositional --format sugarcrepe --pairs json/sugarcrepe --data smoke-coco-ccby.tar",
 }
 PATHS = (".tar", ".tar.gz", ".json", "json/sugarcrepe")

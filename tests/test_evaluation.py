@@ -1,5 +1,6 @@
 """Zero-shot classification and retrieval against slow, obvious references, and the script that runs all tasks."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ig_captioner.cli import build_parser
 from ig_captioner.data.prompts import load_prompts
 from ig_captioner.data.samples import Samples, label_from_field, labelled_decoder
 from ig_captioner.data.shards import BrokenSampleError, first_by_hash, read_captions, read_shard
+from ig_captioner.evaluation.compositional import score_own_texts
 from ig_captioner.evaluation.ranking import (
     PRIOR_WEIGHTS,
     accuracies,
@@ -88,6 +90,15 @@ def test_batch_and_chunk_size_change_nothing(model, processor, options):
     expected = score_pairs(model, processor, images, TEXTS)
     for values, reference in zip(score_pairs(model, processor, images, TEXTS, **options), expected, strict=True):
         torch.testing.assert_close(values, reference, atol=1e-4, rtol=0)
+
+
+def test_texts_of_each_image_alone_are_scored_in_half_precision_too(model, processor):
+    questions = [*zip(make_images(2), (TEXTS[:2], TEXTS[2:]), strict=True)]
+    expected = score_own_texts(model, processor, questions)
+    found = score_own_texts(copy.deepcopy(model).bfloat16(), processor, questions)
+    for half, single in zip(found, expected, strict=True):
+        assert half.dtype == torch.float32
+        assert torch.allclose(half, single, rtol=0.05, atol=0.5)
 
 
 def test_equal_texts_share_one_score(model, processor):

@@ -57,7 +57,7 @@ TOWERS["mean"] = "--learning_rate 1e-3 --pooling mean"
 LABELLED = {
     "tiny-imagenet": ("tiny-imagenet-val-0000.tar.gz", "json/tinyimagenet.json", "a photo of a {}."),
     "imagenet-photos": ("imagenet202-photos-test-0000.tar.gz", "json/tinyimagenet.json", "a photo of a {}."),
-    "caltech101": ("caltech101-val-0000.tar.gz", "json/caltech_names.json", "a photo of a {}."),
+    "caltech101": ("caltech101-val-0000.tar.gz", "benchmarks/results/evaluation/caltech-names.txt", "a photo of a {}."),
     "cifar10": ("cifar10-test-0000.tar.gz", "cifar10", None),
 }
 SHOTS = {"tiny-imagenet": "tiny-imagenet-train-*.tar.gz", "caltech101": "caltech101-train-0000.tar.gz"}
@@ -227,7 +227,7 @@ class Search:
         return str(self.options.data / name)
 
     def names(self, name: str) -> str:
-        return self.data(name) if "/" in name else name
+        return self.data(name) if name.startswith("json/") else name
 
     def captioner_tasks(self) -> dict[str, list[Any]]:
         tasks: dict[str, list[Any]] = {}

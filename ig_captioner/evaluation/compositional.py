@@ -257,7 +257,8 @@ def score_own_texts(model: Any, processor: Any, questions: Iterable[Question], b
                 use_cache=False,
             ).last_hidden_state
             labels, head = ids.masked_fill(mask == 0, IGNORE_INDEX), model.lm_head
-            _, token_scores = linear_loss(states, head.weight, head.bias, labels, torch.ones_like(states[..., 0]))
+            weights = torch.ones(labels.shape, device=ids.device)  # float32, whatever the model is in
+            _, token_scores = linear_loss(states, head.weight, head.bias, labels, weights)
         return list(token_scores.float().sum(dim=-1).cpu().split(counts))
 
     return [scores for batch in map_batches(score, questions, batch_size) for scores in batch]
