@@ -182,6 +182,34 @@ def test_a_paligemma_text_is_no_part_of_the_prompt():
     assert abs(float(wrong - truth)) > HARM
 
 
+def test_the_loss_of_blip_is_no_score():
+    """It counts the padding of `labels`; a score is the sum over the text, whatever stands after it."""
+    build, pad = build_of("blip"), 0
+    truth = TRIE.sum_over_texts(read_generated(family_of(build.model), build.inputs, TRIE))[0]
+    start = build.inputs["input_ids"][0, -1:].tolist()
+    longest = max(map(len, TEXTS))
+    by_loss = []
+    for text in TEXTS:
+        ids = torch.tensor([[*start, *text, *[pad] * (longest - len(text))]])
+        mask = torch.tensor([[1] * (1 + len(text)) + [0] * (longest - len(text))])
+        loss = build.model(
+            pixel_values=build.inputs["pixel_values"], input_ids=ids, attention_mask=mask, labels=ids
+        ).loss
+        by_loss.append(-float(loss) * len(text))
+    assert float((torch.tensor(by_loss) - truth).abs().max()) > HARM
+    assert error(read_tree, build) < RIGHT and error(read_rows, build) < RIGHT
+
+
+def test_a_blip_text_begins_behind_its_own_start_token():
+    """[DEC], which is not the tokenizer's [CLS]."""
+    build = build_of("blip")
+    family = family_of(build.model)
+    other = dict(build.inputs, input_ids=build.inputs["input_ids"].clone())
+    other["input_ids"][0, 0] = 5 if int(other["input_ids"][0, 0]) != 5 else 6
+    right, wrong = (read_tree(family, family.prefill(inputs), TRIE) for inputs in (build.inputs, other))
+    assert float((right - wrong).abs().max()) > HARM
+
+
 def test_token_types_are_part_of_the_prompt():
     """Without them Gemma 3 reads the image from left to right only."""
     build = build_of("gemma3")
