@@ -8,11 +8,6 @@ is timed on a few texts and scaled. Memory is the peak of a process of its own, 
 """
 
 import argparse
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +16,11 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from benchmarks.measure import row
+from benchmarks.measure import Measurement, circumstances, median_ratio, peak_memory, row, take_turns, write_report
 from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerProcessor
 from ig_captioner.captioners.families import Family, family_of
 from ig_captioner.captioners.readers import read_rows, read_tree, tokens_of
 from ig_captioner.data.prompts import load_prompts
-from ig_captioner.evaluation.report import cpu_model, git_commit
 from ig_captioner.label_trie import TextTrie, build_trie
 
 
@@ -89,88 +83,60 @@ def read_pairwise(family: Family, inputs: dict[str, Tensor], texts: list[Tensor]
     return torch.stack(found)
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
 @torch.no_grad()
-def time_readers(name: str, number: int) -> list[dict[str, Any]]:
-    """CPU time of one image and all texts, prefill included, medians over rounds in which all take turns."""
+def time_readers(name: str, number: int) -> list[Measurement]:
+    """One image and all texts, prefill included; medians over rounds in which all ways take turns."""
     family, inputs, trie = load(name, number)
     texts = [text[:length] for text, length in zip(tokens_of(trie), trie.lengths.tolist(), strict=True)]
-    few = texts[:: max(1, number // TIMED_TEXTS)][:TIMED_TEXTS]
+    step = max(1, number // TIMED_TEXTS)
+    few = texts[::step]
     ways = {
-        "one pass per text": lambda: read_pairwise(family, inputs, few),
+        "pairwise": lambda: read_pairwise(family, inputs, few),
         "tree": lambda: read_tree(family, family.prefill(inputs), trie),
         "rows": lambda: read_rows(family, family.prefill(inputs), trie),
     }
-    scale = {"one pass per text": number / len(few)}
-    rounds = [{way: seconds(run) * scale.get(way, 1) for way, run in ways.items()} for _ in range(ROUNDS)]
-    truth = read_pairwise(family, inputs, few)
-    rows = []
-    for way in ways:
-        times = [each[way] for each in rounds]
-        ratio = statistics.median(each["one pass per text"] / each[way] for each in rounds)
-        rows.append(row(f"{name}, {number} texts, {way}", statistics.median(times), "s", "one pass per text", ratio))
-    for way, reader in (("tree", read_tree), ("rows", read_rows)):
-        read = trie.sum_over_texts(reader(family, family.prefill(inputs), trie))[0]
-        error = (read[:: max(1, number // TIMED_TEXTS)][:TIMED_TEXTS] - truth).abs().max()
-        rows.append(row(f"{name}, {number} texts, {way}: largest difference", float(error), "nats"))
+    times = take_turns(ways, ROUNDS)
+    times["pairwise"] = [seconds * number / len(few) for seconds in times["pairwise"]]
+    truth, rows = ways["pairwise"](), []
+    for way, of_way in times.items():
+        ratio = median_ratio(times["pairwise"], of_way)  # how many times faster
+        rows.append(row(f"{name}, {number} texts: {way}", sorted(of_way)[len(of_way) // 2], "s", "pairwise", ratio))
+    for way in ("tree", "rows"):
+        error = (trie.sum_over_texts(ways[way]())[0, ::step] - truth).abs().max()
+        rows.append(row(f"{name}, {number} texts: {way}, largest difference from pairwise", float(error), "nats"))
     return rows
 
 
-def peak_memory(name: str, number: int) -> list[dict[str, Any]]:
-    """Peak resident memory above that of the loaded model: prefill alone, and prefill with the tree."""
-    peaks = {}
-    for what in ("prefill", "tree", "rows"):
-        command = [sys.executable, "-m", "benchmarks.any_captioner", "--measure", name, str(number), what]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        peaks[what] = float(output.split()[-1])
-    return [
-        row(f"{name}, {number} texts, {what}", peaks[what], "MiB", "prefill", peaks[what] / peaks["prefill"])
-        for what in peaks
-    ]
-
-
-@torch.no_grad()
-def measure(name: str, number: int, what: str) -> None:
-    """Prints the peak in MiB; in a process of its own, as a peak never falls."""
+def prepare(name: str, number: int, way: str) -> Callable[[], Any]:
+    """What `peak_memory` measures: one image and, unless `way` is "prefill", all texts behind it."""
     family, inputs, trie = load(name, number)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    prefix = family.prefill(inputs)
-    if what != "prefill":
-        {"tree": read_tree, "rows": read_rows}[what](family, prefix, trie)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+    @torch.no_grad()
+    def run() -> Any:
+        prefix = family.prefill(inputs)
+        return prefix if way == "prefill" else {"tree": read_tree, "rows": read_rows}[way](family, prefix, trie)
+
+    return run
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| | value | ratio |", "|---|---|---|"]
-    for each in rows:
-        ratio = "" if each["ratio"] is None else f"{each['ratio']:.3g} x ({each['ratio_to']})"
-        lines.append(f"| {each['name']} | {each['value']:.3g} {each['unit']} | {ratio} |")
-    return "\n".join(lines)
+def memory_of_readers(name: str, number: int) -> list[Measurement]:
+    peaks = {way: peak_memory(prepare, name, number, way) for way in ("prefill", "tree", "rows")}
+    return [
+        row(f"{name}, {number} texts: peak of {way}", peak, "MB", "prefill", peak / peaks["prefill"])
+        for way, peak in peaks.items()
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, nargs="+", default=[100, 1000], metavar="N")
-    parser.add_argument("--output", type=Path, help="a folder for results.md")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=Path("any_captioner.json"), help="(default: %(default)s)")
     arguments = parser.parse_args()
-    if arguments.measure:
-        name, number, what = arguments.measure
-        measure(name, int(number), what)
-        return
-    timed = [each for name in MODELS for number in arguments.texts for each in time_readers(name, number)]
-    held = [each for name in MODELS for each in peak_memory(name, max(arguments.texts))]
-    run = f"Commit {git_commit()}, {cpu_model()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}."
-    result = f"Time of one image:\n\n{table(timed)}\n\nPeak memory of one image:\n\n{table(held)}\n\n{run}"
-    print(result)
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "results.md").write_text(result + "\n", encoding="utf-8")
+    rows = [each for name in MODELS for each in memory_of_readers(name, max(arguments.texts))]
+    rows += [each for name in MODELS for number in arguments.texts for each in time_readers(name, number)]
+    texts = " ".join(map(str, arguments.texts))
+    run = circumstances(f"python -m benchmarks.any_captioner --texts {texts}", threads=torch.get_num_threads())
+    print(write_report(arguments.output, rows, run))
 
 
 if __name__ == "__main__":

@@ -79,9 +79,12 @@ def _block_norms(tower: Tower, axes: Axes, cross: bool) -> list[Norm]:
 
 
 def _norm_entries(tower: Tower, norm: Norm) -> list[Entry]:
-    scale = [Entry(f"{norm.leaf}/scale", f"{norm.weight}.weight", norm.axis)]
-    bias = [Entry(f"{norm.leaf}/bias", f"{norm.weight}.bias", norm.axis)]
-    return scale * (tower.scale or norm.always_scaled) + bias * tower.norm_bias
+    entries = []
+    if tower.scale or norm.always_scaled:
+        entries.append(Entry(f"{norm.leaf}/scale", f"{norm.weight}.weight", norm.axis))
+    if tower.norm_bias:
+        entries.append(Entry(f"{norm.leaf}/bias", f"{norm.weight}.bias", norm.axis))
+    return entries
 
 
 def _attention(tower: Tower, leaf: str, weight: str, axes: Axes, read: str) -> list[Entry]:
@@ -94,7 +97,9 @@ def _attention(tower: Tower, leaf: str, weight: str, axes: Axes, read: str) -> l
         if tower.qk_norm and name != "value":
             entries.append(Entry(f"{leaf}/norm_{name}/scale", f"{weight}.{short}_norm.weight", axes.size))
     entries.append(Entry(f"{leaf}/out/kernel", f"{weight}.o_proj.weight", f"{split} {axes.width}", "in2"))
-    return entries + [Entry(f"{leaf}/out/bias", f"{weight}.o_proj.bias", axes.width)] * tower.bias
+    if tower.bias:
+        entries.append(Entry(f"{leaf}/out/bias", f"{weight}.o_proj.bias", axes.width))
+    return entries
 
 
 def _mlp(tower: Tower, axes: Axes) -> list[Entry]:

@@ -1,6 +1,6 @@
 """The card of a checkpoint, README.md: a template filled from its configuration, recorded facts and measured results.
 
-What no configuration says stands beside the checkpoint: in `card.yaml` what it is, what it was trained on and under
+What no configuration says is beside the checkpoint: in `card.yaml` what it is, what it was trained on and under
 which terms ([`CardFacts`]); in `results/` what `ig-captioner evaluate` measured, a JSON file per task. A README.md
 without a `card.yaml` is somebody's own and stays as it is.
 
@@ -31,6 +31,7 @@ from .configuration_ig_captioner import REMOTE_CODE_FILES, IGCaptionerConfig, as
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .evaluation.report import HUB_TASKS, evaluations, to_markdown, weights_digest
 from .modeling_ig_captioner import IGCaptionerForConditionalGeneration
+from .processing_ig_captioner import default_templates
 
 
 CARD_FILE = "README.md"
@@ -47,7 +48,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 @strict
 @dataclass
 class CardFacts:
-    """What `card.yaml` may say. Texts are Markdown.
+    """The fields of `card.yaml`. Texts are Markdown.
 
     title: heading of the card; by default the name under which its examples load the model.
     in_short: one line on what the model is, what it knows and what it does not; commands and the demo show it.
@@ -80,7 +81,7 @@ class CardFacts:
 
 
 def read_facts(folder: Path) -> CardFacts | None:
-    """What `card.yaml` says; None where there is none. Raises ValueError naming what is wrong in it."""
+    """Reads `card.yaml`; None where there is none. Raises ValueError naming what is wrong in it."""
     path = folder / FACTS_FILE
     if not path.is_file():
         return None
@@ -97,7 +98,7 @@ def write_facts(folder: Path, facts: CardFacts) -> None:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """What `results/` holds, in the order of the tasks, then of the file names, which tell equal titles apart."""
+    """Reads `results/`, in the order of the tasks, then of the file names, which tell equal titles apart."""
     order = list(HUB_TASKS)
     found = [(path.stem, _read_result(path)) for path in sorted((folder / RESULTS_FOLDER).glob("*.json"))]
     found.sort(key=lambda entry: order.index(entry[1]["task"]))
@@ -162,7 +163,7 @@ def fill_card(
     Args:
         repo_id: the name that the card's examples load.
         stored_dtype: of the weights on disk, if it is not the model's.
-        has_code: whether the code that `trust_remote_code=True` runs stands beside the card.
+        has_code: whether the code that `trust_remote_code=True` runs is beside the card.
     """
     facts, dtype = facts or CardFacts(), str(model.dtype).removeprefix("torch.")
     stored = stored_dtype or dtype
@@ -197,7 +198,7 @@ def _section(results: dict[str, Any]) -> str:
 
 
 def _metadata(repo_id: str, facts: CardFacts, results: Sequence[dict[str, Any]]) -> ModelCardData:
-    entries = [entry for one in results for entry in evaluations(_plain(one))]
+    entries = [entry for one in results for entry in evaluations(_plain(one), headlines=True)]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINE_TAG,
@@ -223,6 +224,7 @@ def _sizes(model: IGCaptionerPreTrainedModel) -> dict[str, Any]:
         "text_only_layers": text.num_text_only_layers,
         "text_width": text.hidden_size,
         "fusion": text.fusion.replace("_", " "),
+        "templates": " or ".join(f"`{template}`" for template in default_templates(model.config)),
         "max_tokens": text.max_position_embeddings,
         "vocab_size": f"{text.vocab_size:,}",
     }
@@ -242,7 +244,7 @@ def _encoder_in_words(config: IGCaptionerConfig) -> dict[str, str]:
 
 
 def make_card(folder: Path, model: IGCaptionerPreTrainedModel, repo_id: str) -> bytes:
-    """The card of the checkpoint in `folder`: its own, or one from what stands there.
+    """The card of the checkpoint in `folder`: its own, or one made from the files there.
 
     Args:
         model: that checkpoint, loaded.

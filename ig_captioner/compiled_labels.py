@@ -83,7 +83,7 @@ class CompiledLabels:
     tokens_sha256: str
 
     def __len__(self) -> int:
-        """How many texts there are, C."""
+        """Number of texts, C."""
         return len(self.texts.trie.text_edges)
 
     def __repr__(self) -> str:
@@ -184,7 +184,7 @@ def is_compiled(labels: Any) -> bool:
 
 
 def max_positions_of(model: Any) -> int | None:
-    """How many tokens a text may have."""
+    """The greatest number of tokens of a text."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -232,7 +232,7 @@ def fingerprint_of(model: Any) -> str:
 
 
 def _parts_of(value: Any) -> Iterator[Any]:
-    """What is hashed of an entry of a state dict: of a tensor its form and checksum; of packed weights all parts."""
+    """Parts of an entry of a state dict to be hashed: form and checksum of a tensor; all parts of packed weights."""
     if isinstance(value, (tuple, list)):
         for part in value:
             yield from _parts_of(part)
@@ -278,7 +278,7 @@ def checksum(tensor: Tensor) -> Iterator[Any]:
 
 
 def _circumstances(model: Any) -> tuple:
-    """What scores depend on beside weights: the architecture, autocast, hooks and the state of adapters."""
+    """Lists what scores depend on beside weights: the architecture, autocast, hooks and the state of adapters."""
     config = model.config
     image_tokens = (config.image_token_grids, config.image_token_norm, config.image_position_embedding)
     architecture = [architecture_of(config.vision_config), architecture_of(config.text_config), image_tokens]

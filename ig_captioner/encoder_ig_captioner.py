@@ -253,7 +253,7 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
                 self._require_grads_hooks.append(embeddings.register_forward_hook(require_grad))
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
-        """As in transformers. A mask token outside the vocabulary comes into a larger one; cut off, it is no more."""
+        """As in transformers. Shrinking below the mask token removes it and disables parallel prediction."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         text = self.config.get_text_config()
         if (getattr(text, "mask_token_id", None) or 0) >= len(embeddings.weight):

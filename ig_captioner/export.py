@@ -12,12 +12,12 @@
 The numbers of images and texts, the length of texts and everything about a trie are dynamic; the image size is not.
 Texts are what the tokenizer returns, padded on the right, no longer than the model has positions for; nothing checks
 that. Nothing is split into chunks either: a call holds [B, C, L, V] logits, or [B, N, V] of a trie, at once. The trie's
-tensors stand under their input names in the `labels.safetensors` that `CompiledLabels.save` writes, log P(T) beside
+tensors are under their input names in the `labels.safetensors` that `CompiledLabels.save` writes, log P(T) beside
 them. Scores are those of `score` to 1e-3 nats (measured: about 1e-5), the information gain is
 log P(T|I) - prior_weight * log P(T).
 
 Smaller weights are a matter of loading, not of this file. `benchmarks/export.py` measures what they cost: on a CPU
-bfloat16 saves time too, while int8 weights alone save only space.
+bfloat16 saves time too, while int8 weights save only space.
 
     from_pretrained(..., dtype=torch.bfloat16)
     from_pretrained(..., quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))    # torchao.quantization

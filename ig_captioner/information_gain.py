@@ -117,7 +117,7 @@ def mean_over_templates(values: Tensor, num_templates: int) -> Tensor:
 
 
 def loss_weights(labels: Tensor, reduction: str = "token", num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """What each token's -log P counts in the loss of texts, [N, L] float32; nan if nothing is labelled.
+    """Weights of each token's -log P in the loss of texts, [N, L] float32; nan if nothing is labelled.
 
     Args:
         labels: [N, L]; -100 marks what is not scored.

@@ -7,7 +7,7 @@ token, so that log P(text) is a sum over edges:
                                 +- car - . - [EOS]
 
 The last token of a text is an edge without a node: nothing is predicted after it. Nodes are numbered depth first, where
-the descendants of a node are the interval behind it. They are cut into blocks, which the decoder reads as the rows of a
+the descendants of a node are the interval after it. They are cut into blocks, which the decoder reads as the rows of a
 batch; a block begins with copies of the ancestors of its first node, so that it needs no other block. The attention
 mask within a block is two comparisons, `key <= query < ends[key]`.
 
@@ -37,9 +37,9 @@ class TextTrie:
     Args:
         tokens, depths: decoder inputs [G, Q] and their positions in a text.
         ends: [G, Q], one past the last descendant of each position, within the block.
-        nodes: [N], where each node stands among the G * Q positions, ascending.
+        nodes: [N], the place of each node among the G * Q positions, ascending.
         edge_nodes, edge_tokens: [E], the node that an edge leaves, ascending, and the token that it adds.
-        text_edges: [C, L], the edges of each text; E behind its end.
+        text_edges: [C, L], the edges of each text; E after its end.
     """
 
     tokens: Tensor
@@ -100,7 +100,7 @@ def build_trie(
     texts, lengths = texts[order], lengths[order]
     depth = np.arange(texts.shape[1])
 
-    # In sorted order a text adds to the trie what lies behind the beginning that it shares with the text before it.
+    # In sorted order a text adds to the trie what follows the beginning that it shares with the text before it.
     shared = (texts[1:] == texts[:-1]) & (texts[1:] >= 0)
     shared = np.concatenate([[0], shared.cumprod(axis=1).sum(axis=1)])
     known_nodes = np.concatenate([[-1], np.minimum(shared[1:], lengths[:-1] - 1)])
@@ -115,7 +115,7 @@ def build_trie(
     parent = np.where(node_depth == 0, -1, node_of[node_row, node_depth - 1])
     edge_node, edge_token = node_of[is_new_edge], texts[is_new_edge]
     by_node = edge_node.argsort(kind="stable")
-    rank = np.append(by_node.argsort(), len(by_node))  # the last one stands for "behind the end"
+    rank = np.append(by_node.argsort(), len(by_node))  # the last entry means "after the end"
     text_edges = np.empty_like(edge_of)
     text_edges[order] = rank[np.where(is_text, edge_of, len(by_node))]
 
@@ -144,7 +144,7 @@ def _pack(parent: np.ndarray, depth: np.ndarray, block_size: int) -> tuple[np.nd
     """Cuts N nodes into as few blocks as `block_size` allows, all of the smallest size that needs no more of them.
 
     Returns:
-        The node at each position [G, Q], -1 behind the last one, and whether it is a copy of an ancestor [G, Q].
+        The node at each position [G, Q], -1 after the last one, and whether it is a copy of an ancestor [G, Q].
     """
 
     def first_nodes(size: int) -> list[int]:

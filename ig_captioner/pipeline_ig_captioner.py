@@ -1,4 +1,4 @@
-"""Zero-shot image classification by information gain, behind the interface of transformers' own pipeline.
+"""Zero-shot image classification by information gain, with the interface of transformers' own pipeline.
 
 Shapes: B images, C candidate labels, T templates, N = T x C texts, L text tokens.
 
@@ -135,8 +135,8 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
     score being linear in them, of IG.
 
     "None of these" is one more candidate, with the label None, once there is an `abstain_threshold`: its
-    information gain is that threshold. It comes first where no label reaches the threshold, and else behind those
-    that do. At `prior_weight=1` a threshold of 0 stands for an image that has nothing to do with any of the texts,
+    information gain is that threshold. It comes first where no label reaches the threshold, and otherwise after
+    those that do. At `prior_weight=1` a threshold of 0 means an image that has nothing to do with any of the texts,
     P(I); but gains of right labels may well be negative, so take one from labelled images and the same templates
     (`ig-captioner evaluate zero-shot --save-threshold`).
 
@@ -201,7 +201,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
             )
         if not gives_scored_form(self.tokenizer):
             logger.warning(
-                f"{type(self.tokenizer).__name__} does not put EOS, and nothing else, behind a text: "
+                f"{type(self.tokenizer).__name__} does not put EOS, and nothing else, after a text: "
                 "log-likelihoods will not be those of complete texts."
             )
 
@@ -229,7 +229,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
 
         Returns:
             For one image a list of `{"score": float, "label": str}`, best first (equals stay in the order
-            given, "none of these" behind them); for a list of images a list of such lists, empty if it is; for a
+            given, "none of these" after them); for a list of images a list of such lists, empty if it is; for a
             generator or `Dataset` an iterator over them.
 
         Raises:

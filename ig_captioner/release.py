@@ -1,7 +1,7 @@
 """Releases of a checkpoint: the complete folder that the Hub expects, and its upload.
 
 A released folder needs nothing but transformers: weights, configuration, tokenizer, processor, a card, and the code
-that `trust_remote_code=True` runs. What it must hold stands in `RELEASE_FILES`; `push_release` uploads it.
+that `trust_remote_code=True` runs. `RELEASE_FILES` lists what it must hold; `push_release` uploads it.
 """
 
 import ast
@@ -105,7 +105,7 @@ def save_release(
 ) -> Path:
     """Writes the complete Hub folder of a checkpoint, and loads it again to be sure.
 
-    The folder appears under its name only once it has been verified; an error leaves nothing behind. Its card is filled
+    The folder appears under its name only once it has been verified; an error leaves nothing there. Its card is filled
     from `card.yaml` and `results/` beside the checkpoint (see `card`); a card without those is kept as it is.
 
     Args:
@@ -148,7 +148,7 @@ def save_release(
 
 
 def check_target(directory: Path, overwrite: bool) -> None:
-    """Raises ValueError or OSError if `directory` must not be replaced; never lets anything but a release go."""
+    """Refuses to replace anything but an earlier release: raises ValueError or OSError."""
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -331,7 +331,7 @@ def _commit(
 
 
 def _read_release(folder: Path) -> dict[str, Path | bytes] | None:
-    """What a released folder holds beside its manifest, by name, weights as paths.
+    """Lists what a released folder holds beside its manifest, by name, weights as paths.
 
     None, told, if that is not what `save_release` wrote.
     """
@@ -362,7 +362,7 @@ def _read_release(folder: Path) -> dict[str, Path | bytes] | None:
 
 
 def _manifest(contents: Mapping[str, Path | bytes]) -> bytes:
-    """What `release.json` says of files by their names."""
+    """Reads what `release.json` says of files, by name."""
     digests = {name: _sha256(content) for name, content in contents.items()}
     return (json.dumps({"ig_captioner": __version__, "sha256": digests}, indent=2) + "\n").encode()
 

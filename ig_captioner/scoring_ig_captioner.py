@@ -272,7 +272,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         return self.model.decoder.read_trie(trie.tokens[blocks], trie.depths[blocks], trie.ends[blocks], states)
 
     def _positions_per_pass(self, chunk_size: int | None) -> int:
-        """How many nodes of a trie, times images, the decoder reads at once."""
+        """Number of nodes of a trie, times images, that the decoder reads at once."""
         if chunk_size is None:
             return self._numbers_at_once() // (2 * self.config.text_config.intermediate_size)
         if chunk_size < 1:

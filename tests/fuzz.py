@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from evaluation_room import make_images
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from test_evaluation import make_images
 
 
 MEMORY = 512  # MiB by which all inputs of a file together may raise the peak of the process

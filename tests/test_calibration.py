@@ -9,11 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from PIL import Image
-from test_cli import run  # noqa: F401 (a fixture)
-from test_evaluation import make_images, png, write_shard
-from test_evaluation_cli import (  # noqa: F401 (fixtures)
+from evaluation_room import (
     HELD_OUT,
     KEYS,
     LABELS,
@@ -21,13 +17,13 @@ from test_evaluation_cli import (  # noqa: F401 (fixtures)
     PHOTOS,
     TEMPLATES,
     by_name,
-    class_scores,
-    evaluate,
-    model,
-    processor,
-    room,
+    make_images,
+    png,
     values,
+    write_shard,
 )
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 
 from ig_captioner import (
     DEFAULT_CHECKPOINT,
@@ -262,7 +258,7 @@ TEST = [index for index, key in enumerate(KEYS) if not is_held_out(key, HELD_OUT
 TUNING = [index for index in range(PHOTOS) if index not in TEST]
 
 
-def test_calibration_of_zero_shot_equals_a_slow_loop(evaluate, room, class_scores, tmp_path):  # noqa: F811
+def test_calibration_of_zero_shot_equals_a_slow_loop(evaluate, room, class_scores, tmp_path):
     results = evaluate("zero-shot", "--data", room / "shards", "--class-names", room / "prompts.json")
     caption, prior = class_scores
     labels = torch.tensor(LABELS)
@@ -310,7 +306,7 @@ def test_doubts(number, temperature, words):
     assert len(doubts) == len(words) and all(word in doubt for word, doubt in zip(words, doubts, strict=True))
 
 
-def test_a_calibration_in_doubt_is_told_and_not_saved(run, room, tmp_path):  # noqa: F811
+def test_a_calibration_in_doubt_is_told_and_not_saved(run, room, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(room / "model", folder)
     before = (folder / "config.json").read_bytes()
@@ -333,7 +329,7 @@ def write_nearly_right(path, gain: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-def test_what_is_fitted_is_saved_and_used(run, room, processor, class_scores, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_fitted_is_saved_and_used(run, room, processor, class_scores, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "FEWEST_HELD_OUT", len(TUNING))
     folder = tmp_path / "calibrated"
     shutil.copytree(room / "model", folder)
@@ -370,7 +366,7 @@ def test_what_is_fitted_is_saved_and_used(run, room, processor, class_scores, tm
         assert entries == pytest.approx(scores, abs=1e-3)
 
 
-def test_only_a_folder_of_ones_own_is_changed(run, room, tmp_path, monkeypatch):  # noqa: F811
+def test_only_a_folder_of_ones_own_is_changed(run, room, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--data", str(room / "shards"), "--class-names", str(room / "prompts.json"), "--output", "out"]
     for model_name, message in ((DEFAULT_CHECKPOINT, "in the package"), ("someone/model", "'someone/model'")):

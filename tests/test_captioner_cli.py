@@ -114,7 +114,7 @@ def test_evaluate_zero_shot(folder, photos, capsys, tmp_path):
     error = run(
         capsys, "evaluate", "zero-shot", *data, "--model", folder, "--save-temperature", "--output", tmp_path, code=1
     )
-    assert "checkpoint of this package alone" in error
+    assert "only into a checkpoint of this package" in error
 
 
 def test_evaluate_retrieval_captioning_and_compositional(folder, capsys, tmp_path):

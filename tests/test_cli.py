@@ -9,11 +9,10 @@ import sys
 import time
 import weakref
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
-from test_hub import save_checkpoint
+from command_line import FIELDS, LABELS, write_photo
 
 import ig_captioner
 from ig_captioner import (
@@ -24,58 +23,13 @@ from ig_captioner import (
 )
 from ig_captioner.checkpoint import choose_device, load_model, load_processor
 from ig_captioner.cli import output as cli_output
-from ig_captioner.cli import release as cli_release
 from ig_captioner.cli.output import columns
 from ig_captioner.data.prompts import load_prompts
 from ig_captioner.input_rules import clean_text
 from ig_captioner.processing_ig_captioner import load_rgb_image
 
 
-FIELDS = ["label", "score", "caption_log_likelihood", "prior_log_likelihood", "information_gain"]
-LABELS = ["cat", "dog", "a photo", "of"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    return str(save_checkpoint(tmp_path_factory.mktemp("cli") / "tiny", dtype=torch.float16))
-
-
-def write_photo(path, seed: int) -> None:
-    """A small photo of noise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-    PIL.Image.fromarray(pixels).resize((30, 20)).save(path)
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch, checkpoint):
-    """A folder with three photos and a broken one, and a small model as the default."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["ig_captioner.cli.main"], "DEFAULT_CHECKPOINT", checkpoint)
-    monkeypatch.setattr(cli_release, "DEFAULT_CHECKPOINT", checkpoint)
-    for seed in range(3):
-        write_photo(tmp_path / f"{seed}.png", seed)
-    (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
-    return tmp_path
-
-
-def without_note(err: str) -> list[str]:
-    """The lines of stderr but the first where it says which model was taken because none was named."""
-    lines = err.splitlines()
-    return lines[1:] if lines and lines[0].startswith("ig-captioner: no --model given") else lines
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs a command. Gives the exit code, and the lines of stdout and of stderr, without that note."""
-
-    def command(*arguments: str) -> tuple[int, list[str], list[str]]:
-        capsys.readouterr()  # what the test itself has caused
-        code = cli.main(list(arguments))
-        out, err = capsys.readouterr()
-        return code, out.splitlines(), without_note(err)
-
-    return command
+pytestmark = pytest.mark.usefixtures("here")
 
 
 # classify

@@ -3,17 +3,20 @@
 import json
 
 import pytest
-from test_cli import LABELS, checkpoint, here, run  # noqa: F401 (fixtures)
-from test_hub import save_checkpoint
+from command_line import LABELS
+from small_checkpoint import save_checkpoint
 
 
-def predictions(run, *options: str) -> list[dict]:  # noqa: F811
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def predictions(run, *options: str) -> list[dict]:
     code, lines, errors = run("classify", "0.png", "--labels", *LABELS, "--format", "jsonl", *options)
     assert (code, errors) == (0, [])
     return json.loads(lines[0])["predictions"]
 
 
-def test_none_of_these_is_an_answer(run):  # noqa: F811
+def test_none_of_these_is_an_answer(run):
     plain = predictions(run)
     best = plain[0]["information_gain"]
     above = predictions(run, "--abstain-below", str(best + 1))
@@ -25,21 +28,21 @@ def test_none_of_these_is_an_answer(run):  # noqa: F811
     assert code == 0 and lines[4].split()[-3:] == ["(none", "of", "these)"]
 
 
-def test_labels_on_their_own(run):  # noqa: F811
+def test_labels_on_their_own(run):
     for row in predictions(run, "--multi-label"):
         assert (row["score"] > 0.5) == (row["information_gain"] > 0)
     code, lines, _ = run("classify", "0.png", "--labels", *LABELS, "--multi-label")
     assert code == 0 and "each label on its own" in lines[0]
 
 
-def test_a_saved_threshold_can_be_switched_off(run, here):  # noqa: F811
+def test_a_saved_threshold_can_be_switched_off(run, here):
     model = ("--model", str(save_checkpoint(here / "calibrated", abstain_threshold=1e4)))
     assert predictions(run, *model)[0]["label"] is None
     off = predictions(run, *model, "--abstain-below=-inf")
     assert {row["label"] for row in off} == set(LABELS)
 
 
-def test_tables_tell_what_was_calibrated(run, here):  # noqa: F811
+def test_tables_tell_what_was_calibrated(run, here):
     model = str(save_checkpoint(here / "calibrated", score_temperature=2.5, abstain_threshold=-1.25))
     notes = {
         (): 'softmax of IG / 2.5 over the labels, with "none of these" at IG = -1.25',
@@ -54,6 +57,6 @@ def test_tables_tell_what_was_calibrated(run, here):  # noqa: F811
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "none"])
-def test_a_threshold_must_be_a_number(run, text):  # noqa: F811
+def test_a_threshold_must_be_a_number(run, text):
     code, lines, errors = run("classify", "0.png", "--labels", "cat", "--abstain-below", text)
     assert (code, lines, len(errors)) == (2, [], 1) and repr(text) in errors[0] and "-inf" in errors[0]

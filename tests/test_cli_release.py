@@ -1,7 +1,5 @@
 """`ig-captioner info`, `compile-labels`, `release`, `push`, `demo` and `completion`."""
 
-# ruff: noqa: F811 (fixtures of another file are arguments here)
-
 import csv
 import io
 import json
@@ -13,12 +11,14 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_checkpoint import save_checkpoint
 from test_card import write_measured
-from test_cli import checkpoint, here, run  # noqa: F401 (fixtures)
-from test_hub import save_checkpoint
 
 from ig_captioner import CompiledLabels, IGCaptionerForConditionalGeneration, cli, release
 from ig_captioner.release import RELEASE_FILES
+
+
+pytestmark = pytest.mark.usefixtures("here")
 
 
 # info

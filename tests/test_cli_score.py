@@ -1,7 +1,5 @@
 """`ig-captioner score` and `retrieve` against the model, pair by pair."""
 
-# ruff: noqa: F811 (fixtures of another file are arguments here)
-
 import csv
 import io
 import json
@@ -9,11 +7,14 @@ import os
 
 import pytest
 import torch
-from test_cli import FIELDS, checkpoint, here, run, write_photo  # noqa: F401 (fixtures)
+from command_line import FIELDS, write_photo
 
 from ig_captioner import IGCaptionerForConditionalGeneration
 from ig_captioner.checkpoint import load_model, load_processor
 from ig_captioner.processing_ig_captioner import load_rgb_image
+
+
+pytestmark = pytest.mark.usefixtures("here")
 
 
 TEXTS = ["a cat", "a photo of a dog.", "of", "a cat"]
@@ -81,7 +82,9 @@ def test_the_matrix_of_scores(run, expected, monkeypatch):
 def test_texts_of_a_file(run, here):
     (here / "texts.txt").write_bytes("\ufeffa photo of a dog.\r\n\n of".encode())
     given = run("score", *PHOTOS, "--texts", "a cat", "a photo of a dog.", "of")
-    assert given[0] == 0 and run("score", *PHOTOS, "--texts", "a cat", "--texts-file", "texts.txt") == given
+    code, lines, notes = run("score", *PHOTOS, "--texts", "a cat", "--texts-file", "texts.txt")
+    assert given == (0, lines, []) and code == 0
+    assert len(notes) == 1 and "empty lines between others" in notes[0]
     code, lines, errors = run("score", *PHOTOS, "--texts-file", "missing.txt")
     assert (code, lines, errors) == (1, [], ["ig-captioner: error: no such file: 'missing.txt'"])
 

@@ -10,10 +10,11 @@ import pytest
 from ig_captioner.cli.arguments import find_photos
 from ig_captioner.data.folders import class_numbers, list_images
 from ig_captioner.data.prompts import load_prompts, read_class_names, read_templates
+from ig_captioner.data.remarks import Remarks
 from ig_captioner.data.samples import Samples, label_from_field, labelled_decoder, read_source
 from ig_captioner.data.shards import BrokenSampleError, Skipped, read_captions
 from ig_captioner.data.texts import decode_text, read_label_lines, read_lines
-from ig_captioner.input_rules import IMAGE_EXTENSIONS, IGCaptionerWarning, clean_text, split_at_commas
+from ig_captioner.input_rules import IMAGE_EXTENSIONS, IGCaptionerWarning, clean_text, split_at_commas, tell
 
 
 def write_photo(path, colour=(255, 0, 0)):
@@ -229,3 +230,17 @@ def test_a_pipeline_asked_about_one_label_with_commas_says_so():
     with pytest.warns(IGCaptionerWarning, match="one label with commas is one label"):
         _texts_of({"candidate_labels": ["cat,dog,ship"]}, None)
     _texts_of({"candidate_labels": ["Washington, D.C.", "Rome"]}, None)
+
+
+def test_remarks_are_said_once_and_other_warnings_pass():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        remarks = Remarks()
+        for number in range(5):
+            with remarks.about(f"{number}.png"):
+                tell("guessed")
+                warnings.warn("of another library", UserWarning, stacklevel=1)
+        remarks.tell()
+        remarks.tell()
+    found = [str(warning.message) for warning in caught]
+    assert found == ["of another library", "guessed (5: '0.png', '1.png', '2.png', ...)"]

@@ -1,13 +1,11 @@
 """Zero-shot classification and retrieval against slow, obvious references, and the script that runs all tasks."""
 
-import io
 import os
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from evaluation_room import make_images, pair_by_pair, png, write_shard
 
 from benchmarks import evaluate_checkpoint
 from ig_captioner import (
@@ -59,24 +57,6 @@ def model(request, processor):
         {**VARIANTS[request.param], "vocab_size": len(processor.tokenizer), "max_position_embeddings": 40}
     )
     return IGCaptionerForZeroShotImageClassification.from_config(config).eval()
-
-
-def make_images(number):
-    """Noise, so that no two images score alike."""
-    pixels = torch.randint(0, 256, (number, 12, 10, 3), generator=torch.Generator().manual_seed(5)).to(torch.uint8)
-    return [Image.fromarray(image.numpy()) for image in pixels]
-
-
-def pair_by_pair(model, processor, images, texts):
-    """log P(T|I) [B, N] and log P(T) [N], one `model.score` per pair, without padding."""
-    caption, prior = torch.empty(len(images), len(texts)), torch.empty(len(texts))
-    for b, image in enumerate(images):
-        for n, text in enumerate(texts):
-            inputs = processor(images=image, text=text, return_tensors="pt")
-            with torch.no_grad():
-                output = model.score(inputs["pixel_values"], inputs["input_ids"])
-            caption[b, n], prior[n] = output.caption_log_likelihood, output.prior_log_likelihood
-    return caption, prior
 
 
 def random_matrix(images, texts, seed=0):
@@ -300,22 +280,6 @@ def test_labels_from_field():
             by_field({"json": value})
     with pytest.raises(BrokenSampleError, match="bad JSON"):
         by_field({"json": b"{"})
-
-
-def png(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_shard(path, samples):
-    """`samples`: (key, {extension: content})."""
-    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
-        for key, files in samples:
-            for extension, content in files.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
 
 
 def test_labelled_images_skip_the_broken_and_name_the_unknown(tmp_path):

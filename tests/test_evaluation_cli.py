@@ -10,142 +10,32 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-import yaml
+from evaluation_room import (
+    CAPTIONS,
+    HELD_OUT,
+    KEYS,
+    LABELS,
+    NAMES,
+    PHOTOS,
+    TEMPLATES,
+    by_name,
+    make_images,
+    pair_by_pair,
+    values,
+)
 from PIL import Image
-from test_cli import run  # noqa: F401 (a fixture)
-from test_evaluation import make_images, pair_by_pair, png, real_data, slow_accuracy, slow_rank, write_shard
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+from test_evaluation import real_data, slow_accuracy, slow_rank
+from transformers import CLIPImageProcessor, CLIPProcessor
 
-from ig_captioner import IGCaptionerForZeroShotImageClassification, IGCaptionerImageProcessor, IGCaptionerProcessor
 from ig_captioner.data.samples import Samples, read_source, split_by_hash
 from ig_captioner.data.shards import image_of, is_held_out, read_captions
 from ig_captioner.evaluation.contrastive import ContrastiveModel
 from ig_captioner.evaluation.ranking import PRIOR_WEIGHTS
-from ig_captioner.evaluation.report import git_commit, table_lines
+from ig_captioner.evaluation.report import git_commit
 from ig_captioner.evaluation.retrieval import text_to_image_rows
-from ig_captioner.evaluation.rows import Row, bootstrap
+from ig_captioner.evaluation.rows import bootstrap
 from ig_captioner.evaluation.scores import ScoreMatrix
-from tiny import VARIANTS, assert_clear_order, tiny_config
-from training.train_tokenizer import train_tokenizer
-
-
-NAMES = ["cat", "hot dog", "bird"]
-TEMPLATES = ["a photo of a {}.", "a small {}"]
-PHOTOS = 24
-LABELS = [index * index % 3 for index in range(PHOTOS)]  # no bird
-KEYS = [f"photo{index:02d}" for index in range(PHOTOS)]
-CAPTIONS = [
-    [f"{NAMES[index % 3]} {index}", f"{NAMES[index % 2]} and {index}", "a cat"][: 1 + index % 3]
-    for index in range(PHOTOS)
-]
-HELD_OUT = 0.3
-
-
-@pytest.fixture(scope="module")
-def processor():
-    texts = [*NAMES, *TEMPLATES, *(caption for own in CAPTIONS for caption in own)]
-    return IGCaptionerProcessor(
-        IGCaptionerImageProcessor(size={"height": 16, "width": 16}), train_tokenizer(texts, vocab_size=400)
-    )
-
-
-@pytest.fixture(scope="module")
-def model(processor):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 40}
-    return IGCaptionerForZeroShotImageClassification.from_config(tiny_config({**VARIANTS["prefix"], **sizes})).eval()
-
-
-@pytest.fixture(scope="module")
-def room(model, processor, tmp_path_factory):
-    """A model, a CLIP model, and the same photos as shards, as a folder, and as a data set on disk."""
-    root, images = tmp_path_factory.mktemp("room"), make_images(PHOTOS)
-    model.save_pretrained(root / "model")
-    processor.save_pretrained(root / "model")
-    make_clip(root / "clip")
-
-    def metadata(index):
-        return json.dumps({"class_name": NAMES[LABELS[index]], "captions": CAPTIONS[index]}).encode()
-
-    (root / "shards").mkdir()
-    samples = [(key, {"png": png(images[index]), "json": metadata(index)}) for index, key in enumerate(KEYS)]
-    write_shard(root / "shards" / "a.tar", [*samples[:9], ("broken", {"png": b"", "json": metadata(0)})])
-    write_shard(root / "shards" / "b.tar.gz", samples[9:])
-    for index, image in enumerate(images):
-        folder = root / "folder" / NAMES[LABELS[index]].replace(" ", "_")
-        folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"{KEYS[index]}.png")
-    (root / "templates.txt").write_text("\n".join(TEMPLATES))
-    (root / "prompts.json").write_text(json.dumps({"classes": NAMES, "templates": TEMPLATES}))
-    return root
-
-
-def make_clip(folder):
-    """A random CLIP with a tokenizer of whole words, whose end-of-text token has the largest id, as CLIP's has.
-
-    CLIP takes a text's features there. (With `eos_token_id` 2, transformers takes them at the largest id of the text.)
-    """
-    words = sorted({word for text in [*NAMES, *TEMPLATES] for word in text.replace(".", " .").split()} - {"{}"})
-    vocabulary = {word: index for index, word in enumerate(["[pad]", "[unknown]", *words, "[end]"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[unknown]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    end = vocabulary["[end]"]
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A [end]", special_tokens=[("[end]", end)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[pad]", eos_token="[end]")
-
-    torch.manual_seed(1)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**size, "vocab_size": len(tokenizer), "max_position_embeddings": 24, "pad_token_id": 0, "eos_token_id": end}
-    vision = {**size, "image_size": 16, "patch_size": 8}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, initializer_factor=5.0)
-    CLIPModel(config).save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-
-
-@pytest.fixture
-def evaluate(run, room, tmp_path):  # noqa: F811
-    """Runs a task. Gives `results.json`, checked to be consistent with the other files."""
-
-    def command(task, *arguments, output="out"):
-        options = [
-            "--model",
-            str(room / "model"),
-            "--held-out-fraction",
-            str(HELD_OUT),
-            "--output",
-            str(tmp_path / output),
-        ]
-        code, lines, errors = run("evaluate", task, *map(str, arguments), *options)
-        assert code == 0 and len(errors) <= 1
-        assert all("were skipped: 1 x empty image file (1: 'broken')" in line for line in errors)
-        results = json.loads((tmp_path / output / "results.json").read_text())
-        markdown = (tmp_path / output / "results.md").read_text()
-        assert lines[: len(markdown.splitlines())] == markdown.splitlines()
-        for rows in results["tables"].values():
-            assert all(line in markdown for line in table_lines(rows))
-            for row in rows:
-                for name, estimate in row["metrics"].items():
-                    assert (name == "distinct_top1") == (list(estimate) == ["value"])
-                    assert name == "distinct_top1" or estimate["low"] <= estimate["value"] <= estimate["high"]
-        index = yaml.safe_load((tmp_path / output / "model-index.yml").read_text())["model-index"]
-        metrics = [metric for result in index[0]["results"] for metric in result["metrics"]]
-        ours = [row for rows in results["tables"].values() for row in rows if not row["baseline"]]
-        assert len(metrics) == sum(len(row["metrics"]) for row in ours) > 0
-        return results
-
-    return command
-
-
-def values(row):
-    """Figures by name, of a `Row` or of a row of a results file."""
-    metrics = row.metrics if isinstance(row, Row) else row["metrics"]
-    return {name: estimate["value"] for name, estimate in metrics.items()}
-
-
-def by_name(rows):
-    return {row["name"]: row for row in rows}
+from tiny import assert_clear_order
 
 
 # Data
@@ -258,16 +148,6 @@ def test_text_to_image_draws_images_with_all_their_texts():
 
 
 # Zero-shot classification
-
-
-@pytest.fixture(scope="module")
-def class_scores(model, processor):
-    """log P(T|I) [B, C] and log P(T) [C], means over templates."""
-    parts = [pair_by_pair(model, processor, make_images(PHOTOS), [t.format(n) for n in NAMES]) for t in TEMPLATES]
-    caption, prior = (sum(values) / len(TEMPLATES) for values in zip(*parts, strict=True))
-    assert_clear_order(torch.stack([caption - weight * prior for weight in PRIOR_WEIGHTS]))
-    assert_clear_order(prior)
-    return caption, prior
 
 
 def test_zero_shot_equals_a_slow_loop(evaluate, room, class_scores, processor):
@@ -430,7 +310,7 @@ def check_recall(metrics, found):
 # Usage
 
 
-def test_help(run):  # noqa: F811
+def test_help(run):
     assert run("evaluate", "--help")[::2] == (0, [])
     for task in ("zero-shot", "retrieval", "compositional", "captioning", "linear-probe", "lit"):
         code, lines, errors = run("evaluate", task, "--help")
@@ -452,7 +332,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), WRONG)
-def test_wrong_usage(run, room, tmp_path, monkeypatch, arguments, code, message):  # noqa: F811
+def test_wrong_usage(run, room, tmp_path, monkeypatch, arguments, code, message):
     monkeypatch.chdir(tmp_path)
     model = ["--model", str(room / "model")] if len(arguments) > 1 else []
     result, lines, errors = run("evaluate", *arguments, *model)
@@ -463,7 +343,7 @@ def test_wrong_usage(run, room, tmp_path, monkeypatch, arguments, code, message)
 
 
 @pytest.mark.slow
-def test_every_task_with_the_shipped_checkpoint(run, tmp_path):  # noqa: F811
+def test_every_task_with_the_shipped_checkpoint(run, tmp_path):
     root = real_data()
     cifar, flickr = ["--data", f"{root}/cifar10-test-*.tar.gz"], ["--data", f"{root}/flickr8k-val-*.tar"]
     classes, limit = ["--class-names", "cifar10"], ["--limit", "100"]

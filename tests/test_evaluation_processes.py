@@ -7,14 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import run  # noqa: F401 (a fixture)
-from test_evaluation_cli import (
-    HELD_OUT,
-    model,  # noqa: F401 (fixtures)
-    processor,  # noqa: F401
-    room,  # noqa: F401
-)
-from test_evaluation_tasks import sets  # noqa: F401 (a fixture)
+from evaluation_room import HELD_OUT
 
 from ig_captioner.evaluation.processes import is_first, map_batches, place, sharing
 
@@ -42,7 +35,7 @@ def test_batches_come_in_order_and_each_item_once():
 
 
 @pytest.fixture(scope="module")
-def commands(room, sets):  # noqa: F811
+def commands(room, sets):
     """The arguments of every task, without batch size and output."""
     shards, classes = ["--data", room / "shards"], ["--class-names", room / "prompts.json"]
     tuning = ["--held-out-fraction", HELD_OUT, "--clip", room / "clip"]
@@ -55,7 +48,7 @@ def commands(room, sets):  # noqa: F811
         "linear-probe": [*shards, *classes, "--train", room / "folder", "--shots", 4, *tuning],
         "lit": ["--train", room / "shards", *shards, "--steps", 3, "--width", 32, "--held-out-fraction", HELD_OUT],
     }
-    model = ["--model", room / "model", "--device", "cpu"]  # noqa: F811
+    model = ["--model", room / "model", "--device", "cpu"]
     return {task: ["evaluate", task, *map(str, [*arguments, *model])] for task, arguments in tasks.items()}
 
 
@@ -76,7 +69,7 @@ def by_two_processes(commands, tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", ["zero-shot", "retrieval", "compositional", "captioning", "linear-probe", "lit"])
-def test_results_do_not_depend_on_batches_and_processes(run, commands, by_two_processes, task, tmp_path):  # noqa: F811
+def test_results_do_not_depend_on_batches_and_processes(run, commands, by_two_processes, task, tmp_path):
     shared = json.loads((by_two_processes / task / "results.json").read_text())
     assert shared["run"]["command"].startswith(f"torchrun --nproc_per_node 2 -m ig_captioner.cli evaluate {task} ")
     assert shared["run"]["hardware"]["processes"] == 2

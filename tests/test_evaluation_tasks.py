@@ -5,72 +5,13 @@ import re
 
 import pytest
 import torch
-from test_cli import run  # noqa: F401 (a fixture)
-from test_evaluation import make_images, pair_by_pair, png, write_shard
-from test_evaluation_cli import (
-    HELD_OUT,
-    KEYS,
-    LABELS,
-    PHOTOS,
-    by_name,
-    evaluate,  # noqa: F401 (fixtures)
-    model,  # noqa: F401
-    processor,  # noqa: F401
-    room,  # noqa: F401
-    values,
-)
+from evaluation_room import HELD_OUT, KEYS, LABELS, PAIRS, PHOTOS, by_name, make_images, pair_by_pair, values
 
 from ig_captioner.data.shards import is_held_out
 from ig_captioner.evaluation import compositional, linear_probe
 from ig_captioner.evaluation.compositional import Item, ItemScores, find_name, read_items
 from ig_captioner.evaluation.ranking import PRIOR_WEIGHTS
 from tiny import assert_clear_order
-
-
-PAIRS = {  # by category: (file name, right caption, wrong caption); one photo is missing, one is asked about twice
-    "swap_att": [(f"{index:012d}.jpg", f"a cat {index}", f"{index} a cat") for index in range(8)],
-    "replace_obj": [(f"{index:012d}.jpg", f"a small cat {index}", f"hot {index}") for index in (3, 9, 10, 11, 99)],
-}
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    """SugarCrepe, ARO and Winoground, and a shard of the photos."""
-    root = tmp_path_factory.mktemp("sets")
-    (root / "sugarcrepe").mkdir()
-    for category, pairs in PAIRS.items():
-        entries = [dict(zip(("filename", "caption", "negative_caption"), pair, strict=True)) for pair in pairs]
-        content = {str(index): entry for index, entry in enumerate(entries)}
-        (root / "sugarcrepe" / f"{category}.json").write_text(json.dumps(content))
-    keys = [f"coco_{index:012d}" for index in range(12)]
-    images = make_images(len(keys))
-    write_shard(root / "photos.tar", [(key, {"png": png(image)}) for key, image in zip(keys, images, strict=True)])
-    boxes = [
-        {
-            "image_path": f"{index // 2:012d}.jpg",
-            "true_caption": f"a cat {index}",
-            "false_caption": f"{index} a cat",
-            **dict(zip(("bbox_x", "bbox_y", "bbox_w", "bbox_h"), (1, 2 + index % 2, 6, 5), strict=True)),
-        }
-        for index in range(12)
-    ]
-    (root / "visual_genome_relation.json").write_text(json.dumps(boxes))
-    (root / "images").mkdir()
-    for index, image in enumerate(images):
-        image.save(root / "images" / f"ex_{index // 2}_img_{index % 2}.png")
-    lines = [
-        {
-            "id": index,
-            "image_0": f"ex_{index}_img_0",
-            "image_1": f"ex_{index}_img_1",
-            "caption_0": f"a cat {index}",
-            "caption_1": f"cat a {index}",
-            "tag": "x",
-        }
-        for index in range(7)
-    ]
-    (root / "examples.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    return root
 
 
 # Compositional sets
@@ -149,7 +90,7 @@ def test_tuning_finds_the_weight_that_was_planted():
     assert compositional.tune_on(scores) == pytest.approx(0.6, abs=0.06)
 
 
-def test_sugarcrepe_equals_a_slow_loop(evaluate, sets, room, model, processor):  # noqa: F811
+def test_sugarcrepe_equals_a_slow_loop(evaluate, sets, room, model, processor):
     arguments = ["--format", "sugarcrepe", "--pairs", sets / "sugarcrepe"]
     with_photos = [*arguments, "--data", sets / "photos.tar", "--clip", room / "clip"]
     results = evaluate("compositional", *with_photos)
@@ -183,7 +124,7 @@ def check_shares(row, columns):
     assert values(row) == pytest.approx(shares)
 
 
-def test_boxes_are_cut_out(evaluate, sets, model, processor):  # noqa: F811
+def test_boxes_are_cut_out(evaluate, sets, model, processor):
     pairs = sets / "visual_genome_relation.json"
     results = evaluate("compositional", "--format", "aro", "--pairs", pairs, "--data", sets / "photos.tar")
     likelihood, gain, *_ = results["tables"]["Items with their images"]
@@ -201,7 +142,7 @@ def test_boxes_are_cut_out(evaluate, sets, model, processor):  # noqa: F811
         assert values(row) == {"visual_genome_relation": pytest.approx(sum(right[weight]) / len(right[weight]))}
 
 
-def test_winoground_has_text_image_and_group_scores(evaluate, sets, model, processor):  # noqa: F811
+def test_winoground_has_text_image_and_group_scores(evaluate, sets, model, processor):
     arguments = ["--format", "winoground", "--pairs", sets / "examples.jsonl", "--data", sets / "images"]
     results = evaluate("compositional", *arguments)
     assert results["data"]["items"] == 7 and results["data"]["items skipped for a missing image"] == 1
@@ -225,7 +166,7 @@ def test_winoground_has_text_image_and_group_scores(evaluate, sets, model, proce
     assert values(rows["blind"]) == {"text": 0, "image": 0, "group": 0}
 
 
-def test_text_alone(run, sets, room, tmp_path):  # noqa: F811
+def test_text_alone(run, sets, room, tmp_path):
     options = ["--model", str(room / "model"), "--output", str(tmp_path), "--limit", "5"]
     arguments = ["evaluate", "compositional", "--format", "sugarcrepe", "--pairs", str(sets / "sugarcrepe")]
     assert run(*arguments, *options)[0] == 0
@@ -274,7 +215,7 @@ def test_shots_are_fixed_and_as_many_as_there_are():
     assert {keys[order[index]] for index in shuffled} == {keys[index] for index in chosen}
 
 
-def test_probe_on_the_command_line(evaluate, room, model, processor):  # noqa: F811
+def test_probe_on_the_command_line(evaluate, room, model, processor):
     data = ["--data", room / "shards", "--train", room / "folder", "--class-names", room / "prompts.json"]
     options = ["--shots", "4", "--clip", room / "clip"]
     results = evaluate("linear-probe", *data, *options, "--batch-size", "5")

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_runs import image_bytes, run_config, write_shard
 
 import training.feature_cache
 from ig_captioner.data.shards import EmptySourceError, image_of, read_shard
-from tests.test_training import run_config, workspace  # noqa: F401
-from tests.test_training_data import image_bytes, write_shard
 from training.augmentation import augment, normalise, resize
 from training.build import build_processor
 from training.config import AugmentationConfig
@@ -24,7 +23,7 @@ FROZEN = {"freeze": ["model.vision_model.*"], "model.image_token_grids": [2, 1]}
 VARIED = {"shift": 0.2, "flip_probability": 0.5, "color_jitter": 0.1, "detail": [0.5, 1.0], "sharpness": [0.5, 2.0]}
 
 
-def cached_config(workspace, folder, **overrides):  # noqa: F811
+def cached_config(workspace, folder, **overrides):
     cache = {"folder": str(folder / "features"), "views": 3, "dtype": "float32", "batch_size": 8}
     values = {**FROZEN, "data.feature_cache": cache, "data.sources.colors.augmentation": VARIED, **overrides}
     return run_config(workspace, folder / "run", **values)
@@ -47,7 +46,7 @@ def files_of(store):
     return {name: (store.folder / name).read_bytes() for name in (FEATURES, SAMPLES, SETTINGS)}
 
 
-def test_features_are_those_of_the_encoder(workspace, tmp_path):  # noqa: F811
+def test_features_are_those_of_the_encoder(workspace, tmp_path):
     config = cached_config(workspace, tmp_path)
     model, _, settings, stores, _ = open_features(config)
     store, augmentation = stores["colors"], config.data.sources["colors"].augmentation
@@ -63,7 +62,7 @@ def test_features_are_those_of_the_encoder(workspace, tmp_path):  # noqa: F811
     assert not np.allclose(store.features[0, 0], store.features[0, 1], atol=1e-3)
 
 
-def test_features_are_found_again_until_something_changes(workspace, tmp_path, computed):  # noqa: F811
+def test_features_are_found_again_until_something_changes(workspace, tmp_path, computed):
     first = open_features(cached_config(workspace, tmp_path))
     again = open_features(cached_config(workspace, tmp_path))
     assert computed == ["colors"] and again.stores["colors"].folder == first.stores["colors"].folder
@@ -90,7 +89,7 @@ def test_features_are_found_again_until_something_changes(workspace, tmp_path, c
         assert (len(computed) > before) == is_new == (store.folder != fixed.folder), changes
 
 
-def test_other_shards_make_other_features(tmp_path, workspace, computed):  # noqa: F811
+def test_other_shards_make_other_features(tmp_path, workspace, computed):
     for color in ((255, 0, 0), (0, 255, 0)):
         write_shard(tmp_path / "s.tar", [("a.png", image_bytes(color)), ("a.txt", b"a square.")])
         config = cached_config(
@@ -101,7 +100,7 @@ def test_other_shards_make_other_features(tmp_path, workspace, computed):  # noq
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_interrupted_computation_goes_on(workspace, tmp_path, monkeypatch, torn):  # noqa: F811
+def test_interrupted_computation_goes_on(workspace, tmp_path, monkeypatch, torn):
     def build(folder):
         return open_features(cached_config(workspace, folder)).stores["colors"]
 
@@ -133,7 +132,7 @@ def test_interrupted_computation_goes_on(workspace, tmp_path, monkeypatch, torn)
     assert files_of(build(tmp_path / "cut")) == files_of(whole)
 
 
-def test_unusable_samples_are_told_and_left_out(workspace, tmp_path):  # noqa: F811
+def test_unusable_samples_are_told_and_left_out(workspace, tmp_path):
     members = [("a.png", b""), ("a.txt", b"x"), ("b.png", image_bytes()), ("c.png", image_bytes()), ("c.txt", b"c")]
     write_shard(tmp_path / "s.tar", members)
     shards = {"data_root": str(tmp_path), "data.sources.colors.shards": "s.tar"}
@@ -145,12 +144,12 @@ def test_unusable_samples_are_told_and_left_out(workspace, tmp_path):  # noqa: F
         open_features(cached_config(workspace, tmp_path, **shards))
 
 
-def test_a_trained_encoder_is_refused(workspace, tmp_path):  # noqa: F811
+def test_a_trained_encoder_is_refused(workspace, tmp_path):
     with pytest.raises(ValueError, match="needs a frozen encoder: add 'model.vision_model"):
         train(cached_config(workspace, tmp_path, freeze=[]))
 
 
-def test_training_on_features_equals_training_on_images(workspace, tmp_path):  # noqa: F811
+def test_training_on_features_equals_training_on_images(workspace, tmp_path):
     plain = {"data.sources.colors.augmentation": {}, "evaluation.every_steps": 2}
     plain |= {"data.sources.colors.holdout_fraction": 0.2}
     one_view = {"folder": str(tmp_path / "features"), "dtype": "float32"}
@@ -167,7 +166,7 @@ def test_training_on_features_equals_training_on_images(workspace, tmp_path):  #
         assert one.get("loss", 0) == pytest.approx(two.get("loss", 0), rel=1e-3)
 
 
-def test_resume_is_exact(workspace, tmp_path):  # noqa: F811
+def test_resume_is_exact(workspace, tmp_path):
     dropout = {"model.text_config.dropout": 0.1, "seed": 3, "max_steps": 7}
     dropout["model.text_config"] = {
         **json.loads(json.dumps(cached_config(workspace, tmp_path).model["text_config"])),
@@ -194,7 +193,7 @@ def stop():
     raise KeyboardInterrupt
 
 
-def test_names_left_out_are_held_out_and_templates_are_drawn(workspace, tmp_path):  # noqa: F811
+def test_names_left_out_are_held_out_and_templates_are_drawn(workspace, tmp_path):
     from ig_captioner.data.shards import is_held_out, make_encoder
     from training.data import read_features
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_hub import save_checkpoint
+from small_checkpoint import save_checkpoint
 
 from ig_captioner import IGCaptionerForConditionalGeneration
 from ig_captioner.checkpoint import folder_or_repository, load_model

@@ -3,8 +3,6 @@
 Inputs are made up by hypothesis, see `fuzz.py`. That nothing hangs is seen from the tests coming to an end.
 """
 
-# ruff: noqa: F811 (fixtures of another file are arguments here)
-
 import csv
 import functools
 import io
@@ -13,6 +11,7 @@ import math
 import re
 
 import pytest
+from command_line import FIELDS, without_note
 from fuzz import (
     FILES,
     LONG_TEXTS,
@@ -27,12 +26,14 @@ from fuzz import (
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_cli import FIELDS, checkpoint, here, without_note  # noqa: F401 (fixtures)
 
 from ig_captioner import checkpoint as loading
 from ig_captioner import cli
 from ig_captioner.data.texts import decode_text
 from ig_captioner.input_rules import clean_text, split_at_commas
+
+
+pytestmark = pytest.mark.usefixtures("here")
 
 
 FORMATS = st.sampled_from(["table", "csv", "jsonl"])

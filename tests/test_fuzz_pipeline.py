@@ -26,14 +26,13 @@ from fuzz import (
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_evaluation_cli import model, processor  # noqa: F401 (fixtures)
 
 from ig_captioner import IGZeroShotImageClassificationPipeline
 from ig_captioner.input_rules import clean_text
 
 
 @pytest.fixture(scope="module")
-def classifier(model, processor):  # noqa: F811
+def classifier(model, processor):
     parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor, "device": "cpu"}
     return IGZeroShotImageClassificationPipeline(model=model, task="zero-shot-image-classification", **parts)
 

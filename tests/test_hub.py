@@ -12,14 +12,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from test_pipeline import make_config, make_image_processor
-from test_processing import make_tokenizer
+from small_checkpoint import make_tokenizer, save_checkpoint
 
 import ig_captioner
 from ig_captioner import (
     IGCaptionerForConditionalGeneration,
     IGCaptionerForZeroShotImageClassification,
-    IGCaptionerProcessor,
     IGCaptionerVisionModel,
     release,
 )
@@ -29,18 +27,6 @@ from ig_captioner.release import RELEASE_FILES, save_release
 
 HEADS = [IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification]
 CODE = [name for name in RELEASE_FILES if name.endswith(".py")]
-
-
-def save_checkpoint(
-    folder: Path, head=IGCaptionerForZeroShotImageClassification, dtype=torch.float32, **config
-) -> Path:
-    """A random checkpoint like the one in the package: no code, and here no card."""
-    torch.manual_seed(0)
-    head(make_config(prior_weight=0.75, **config)).to(dtype).save_pretrained(folder)
-    IGCaptionerProcessor(make_image_processor(), make_tokenizer(model_max_length=12)).save_pretrained(folder)
-    for path in folder.glob("*.py"):
-        path.unlink()
-    return folder
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

@@ -14,7 +14,8 @@ import transformers
 from hub_server import OWNER, TOKEN, HubServer
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
-from test_hub import WITHOUT_THE_PACKAGE, run_python, save_checkpoint
+from small_checkpoint import save_checkpoint
+from test_hub import WITHOUT_THE_PACKAGE, run_python
 
 from ig_captioner import IGCaptionerForZeroShotImageClassification, IGCaptionerWarning
 from ig_captioner.checkpoint import load_model, load_processor
@@ -62,46 +63,66 @@ def scores_of(folder: Path, photo: Path) -> list[float]:
 # What is uploaded
 
 
-def test_a_second_push_leaves_nothing_of_the_first(server, checkpoint, tmp_path):
+def test_a_push_uploads_a_release_and_leaves_the_folder_alone(server, checkpoint):
     model = load_model(IGCaptionerForZeroShotImageClassification, checkpoint)
     (checkpoint / "model.safetensors").unlink()
-    model.save_pretrained(checkpoint, max_shard_size="20kB")
+    model.save_pretrained(checkpoint, max_shard_size="20kB")  # several files, which a release joins
     (checkpoint / "optimizer.pt").write_text("not for the Hub")
     before = sorted(path.name for path in checkpoint.iterdir())
-    first = push_release(checkpoint, REPO)
+
+    url = push_release(checkpoint, REPO)
+
+    assert url == f"{server.url}/{REPO}/commit/{server.repositories[REPO].branches['main']}"
     assert sorted(path.name for path in checkpoint.iterdir()) == before
     files = server.files(REPO)
-    assert first == f"{server.url}/{REPO}/commit/{server.repositories[REPO].branches['main']}"
     assert set(files) == {*RELEASE_FILES, "card.yaml", "model.safetensors", ".gitattributes"}
-    assert f'model="{REPO}"' in files["README.md"].decode()
-    assert ModelCard(files["README.md"].decode()).data.pipeline_tag == "zero-shot-image-classification"
+    card = files["README.md"].decode()
+    assert f'model="{REPO}"' in card
+    assert ModelCard(card).data.pipeline_tag == "zero-shot-image-classification"
 
-    repository = server.repositories[REPO]
-    kept, gone = (
-        {"LICENSE", "photos/model.py"},
-        {"old_ig_captioner.py", "results/old.json", "model-00001-of-00002.safetensors"},
-    )
-    repository.add("main", {**files, **dict.fromkeys(kept | gone, b"old")}, "by hand")
+
+def test_a_second_push_replaces_the_first_and_keeps_the_files_of_others(server, checkpoint, tmp_path):
+    push_release(checkpoint, REPO)
+    repository, released = server.repositories[REPO], server.files(REPO)
+    of_others = {"LICENSE", "photos/model.py"}
+    of_an_older_release = {"old_ig_captioner.py", "results/old.json", "model-00001-of-00002.safetensors"}
+    repository.add("main", {**released, **dict.fromkeys(of_others | of_an_older_release, b"old")}, "by hand")
     release = save_release(tmp_path / "release", checkpoint)
     change_weights(release)
     server.take_requests()
-    second = push_release(release, REPO, commit_message="Better")
-    assert set(server.files(REPO)) == set(files) | kept and second != first
-    assert repository.messages[second.rsplit("/", 1)[1]] == "Better" and len(repository.commits) == 4
+
+    url = push_release(release, REPO, commit_message="Better")
+
+    assert set(server.files(REPO)) == set(released) | of_others
+    assert repository.messages[url.rsplit("/", 1)[1]] == "Better"
     requests = server.take_requests()
     assert sum("/commit/" in request for request in requests) == 1
-    assert sum(request.startswith("PUT /lfs/") for request in requests) == 1
+    assert sum(request.startswith("PUT /lfs/") for request in requests) == 1  # the weights
+
+
+def test_files_are_uploaded_as_they_are_and_listed_with_their_digests(server, checkpoint, tmp_path):
+    release = save_release(tmp_path / "release", checkpoint)
+
+    push_release(release, REPO)
+
     uploaded = server.files(REPO)
-    for path in release.iterdir():  # as it is, but for the name that the card's examples load
+    for path in release.iterdir():
         content = path.read_bytes()
-        if path.name == "README.md":
+        if path.name == "README.md":  # the name that the card's examples load
             content = content.replace(b'"release"', f'"{REPO}"'.encode()).replace(b"# release", f"# {REPO}".encode())
         assert uploaded[path.name] == content or path.name == "release.json", path.name
     digests = json.loads(uploaded["release.json"])["sha256"]
     assert digests == {name: hashlib.sha256(uploaded[name]).hexdigest() for name in digests}
-    assert set(digests) == set(files) - {"release.json", ".gitattributes"}
+    assert set(digests) == set(uploaded) - {"release.json", ".gitattributes"}
 
-    assert push_release(release, REPO) == second and len(repository.commits) == 4  # nothing new, no commit
+
+def test_a_push_of_nothing_new_makes_no_commit(server, checkpoint, tmp_path):
+    release = save_release(tmp_path / "release", checkpoint)
+    url = push_release(release, REPO)
+    commits = len(server.repositories[REPO].commits)
+
+    assert push_release(release, REPO) == url
+    assert len(server.repositories[REPO].commits) == commits
 
 
 def test_branches_and_private_repositories(server, checkpoint):

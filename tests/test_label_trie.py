@@ -9,8 +9,8 @@ import sys
 import PIL.Image
 import pytest
 import torch
-from test_pipeline import LABELS, make_config, make_pipeline
-from test_processing import make_tokenizer
+from small_checkpoint import make_config, make_pipeline, make_tokenizer
+from test_pipeline import LABELS
 from transformers import dynamic_module_utils
 
 from ig_captioner import (

@@ -5,17 +5,8 @@ import math
 
 import pytest
 import torch
+from evaluation_room import HELD_OUT, png, values, write_shard
 from PIL import Image
-from test_cli import run  # noqa: F401 (a fixture)
-from test_evaluation import png, write_shard
-from test_evaluation_cli import (
-    HELD_OUT,
-    evaluate,  # noqa: F401 (fixtures)
-    model,  # noqa: F401
-    processor,  # noqa: F401
-    room,  # noqa: F401
-    values,
-)
 
 from ig_captioner import IGCaptionerForZeroShotImageClassification
 from ig_captioner.checkpoint import load_model, load_processor
@@ -59,7 +50,7 @@ def pairs():
     return Pairs(features, [[f"a photo of a {NAMES[i % 3]}.", f"a small {NAMES[i % 3]}"] for i in range(60)])
 
 
-def test_a_toy_problem_is_solved(pairs, processor):  # noqa: F811
+def test_a_toy_problem_is_solved(pairs, processor):
     tower = train(pairs.select(range(45)), processor.tokenizer, SMALL)
     new = pairs.select(range(45, 60))
     assert (rank_captions(tower, new) == 0).double().mean() > 0.9
@@ -68,7 +59,7 @@ def test_a_toy_problem_is_solved(pairs, processor):  # noqa: F811
     assert scores.abs().max() <= 1 + 1e-5
 
 
-def test_the_same_recipe_gives_the_same_tower(pairs, processor):  # noqa: F811
+def test_the_same_recipe_gives_the_same_tower(pairs, processor):
     short = SMALL._replace(steps=4)
     torch.manual_seed(1)
     first = train(pairs, processor.tokenizer, short).state_dict()
@@ -83,7 +74,7 @@ def test_the_same_recipe_gives_the_same_tower(pairs, processor):  # noqa: F811
         train(pairs.select([0]), processor.tokenizer, short)
 
 
-def test_the_best_recipe_is_taken(pairs, processor):  # noqa: F811
+def test_the_best_recipe_is_taken(pairs, processor):
     recipes = [SMALL._replace(learning_rate=rate) for rate in (1e-9, 3e-3, 1e-8)]
     parts = pairs.select(range(40)), pairs.select(range(40, 60))
     tower, rows = choose_tower(*parts, processor.tokenizer, recipes)
@@ -94,10 +85,10 @@ def test_the_best_recipe_is_taken(pairs, processor):  # noqa: F811
     assert values(rows[1])["recall_at_1"] == (found == 0).double().mean().item() > values(rows[0])["recall_at_1"]
 
 
-def test_loss_equals_a_slow_loop_with_equal_captions(processor):  # noqa: F811
+def test_loss_equals_a_slow_loop_with_equal_captions(processor):
     torch.manual_seed(0)
     features, texts = torch.randn(4, 8), ["a cat", "a small hot dog", "a cat", "bird"]
-    model = DualEncoder(processor.tokenizer, features, SMALL).eval()  # noqa: F811
+    model = DualEncoder(processor.tokenizer, features, SMALL).eval()
     with torch.no_grad():
         tokens, mask = model.encode(texts)
         loss = contrastive_loss(model.logits(features, tokens, mask), tokens.masked_fill(mask == 0, -1)).item()
@@ -115,7 +106,7 @@ def test_loss_equals_a_slow_loop_with_equal_captions(processor):  # noqa: F811
     assert loss == pytest.approx(sum(expected) / 8, abs=1e-4)
 
 
-def test_the_image_encoder_is_untouched(model, processor):  # noqa: F811
+def test_the_image_encoder_is_untouched(model, processor):
     before = {name: values.clone() for name, values in model.state_dict().items()}
     images = [image for _, image in colourful(6)]
     pairs = read_pairs(model, processor, zip(images, [["a cat"], ["bird"]] * 3, strict=True))
@@ -126,7 +117,7 @@ def test_the_image_encoder_is_untouched(model, processor):  # noqa: F811
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_lit_on_the_command_line(evaluate, run, room, tmp_path):  # noqa: F811
+def test_lit_on_the_command_line(evaluate, run, room, tmp_path):
     samples = []
     for index, (name, image) in enumerate(colourful(90)):
         labels = {"class_name": name, "captions": [f"a photo of a {name}.", f"a small {name}"]}
@@ -159,7 +150,7 @@ def test_lit_on_the_command_line(evaluate, run, room, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("pooling", ["mean", "tokens"])
-def test_a_trained_tower_is_measured_as_it_was_saved(evaluate, room, tmp_path, pooling):  # noqa: F811
+def test_a_trained_tower_is_measured_as_it_was_saved(evaluate, room, tmp_path, pooling):
     captioner = load_model(IGCaptionerForZeroShotImageClassification, room / "model").eval()
     tools = load_processor(room / "model")
     samples = list(colourful(30))

@@ -11,17 +11,16 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from test_processing import WORDS, broken_files, make_tokenizer
+from small_checkpoint import TASK, WORDS, make_config, make_image_processor, make_pipeline, make_tokenizer
+from test_processing import broken_files
 from torch.utils.data import Dataset
 from transformers import ZeroShotImageClassificationPipeline, pipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from transformers.pipelines.pt_utils import KeyDataset
 
 from ig_captioner import (
-    IGCaptionerConfig,
     IGCaptionerForConditionalGeneration,
     IGCaptionerForZeroShotImageClassification,
-    IGCaptionerImageProcessor,
     IGCaptionerProcessor,
     IGCaptionerVisionModel,
     IGZeroShotImageClassificationPipeline,
@@ -34,29 +33,9 @@ from ig_captioner.processing_ig_captioner import encode_texts
 from tiny import assert_clear_order
 
 
-TASK = "zero-shot-image-classification"
 LABELS = ["cat", "dog", "photo of a cat"]
 TEMPLATE = "a photo of a {}."
 FIELDS = ("caption_log_likelihood", "prior_log_likelihood", "information_gain")
-
-
-def make_config(**kwargs) -> IGCaptionerConfig:
-    """Two small layers a side; weights wide enough for scores to differ."""
-    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
-    small["initializer_range"] = 0.5
-    vision = {**small, "image_size": [16, 24], "patch_size": 8}
-    text = {**small, "vocab_size": len(WORDS), "max_position_embeddings": 12, "pad_token_id": 0}
-    text |= {"bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 3}
-    return IGCaptionerConfig(vision_config=vision, text_config=text, **kwargs)
-
-
-def make_image_processor() -> IGCaptionerImageProcessor:
-    return IGCaptionerImageProcessor(size={"height": 16, "width": 24})
-
-
-def make_pipeline(model, **kwargs) -> IGZeroShotImageClassificationPipeline:
-    parts = {"tokenizer": make_tokenizer(model_max_length=12), "image_processor": make_image_processor()}
-    return IGZeroShotImageClassificationPipeline(model=model, task=TASK, device="cpu", **{**parts, **kwargs})
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +47,6 @@ def model() -> IGCaptionerForZeroShotImageClassification:
 @pytest.fixture
 def classifier(model) -> IGZeroShotImageClassificationPipeline:
     return make_pipeline(model)
-
-
-@pytest.fixture(scope="module")
-def photos() -> list[PIL.Image.Image]:
-    noise = np.random.default_rng(0).integers(0, 256, (11, 4, 6, 3), dtype=np.uint8)
-    return [PIL.Image.fromarray(pixels).resize((30, 20)) for pixels in noise]
 
 
 def direct_scores(classifier, images, texts, **kwargs):

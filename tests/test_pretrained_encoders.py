@@ -1,15 +1,13 @@
 """Encoders from a folder: their weights, their image processor, and a training run that starts from them."""
 
-# ruff: noqa: F811 (a fixture of another file is an argument here)
-
 import json
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_training import run_config, workspace  # noqa: F401 (a fixture)
 from tiny_encoders import ENCODERS, SMALL_VIT
+from training_runs import run_config
 from transformers import (
     AutoModel,
     BitImageProcessorPil,

@@ -9,12 +9,11 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from small_checkpoint import EOS, START, make_tokenizer
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
 )
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
@@ -28,22 +27,6 @@ from ig_captioner.processing_ig_captioner import (
     format_labels,
     load_rgb_image,
 )
-
-
-PAD, START, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
-WORDS = [PAD, START, EOS, UNKNOWN, "a", "photo", "of", "cat", "dog", "."]
-
-
-def make_tokenizer(template: str = f"$A {EOS}", **kwargs) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer in memory: lower-cases, and adds EOS by its template."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece()
-    specials = [(START, WORDS.index(START)), (EOS, WORDS.index(EOS))]
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=specials)
-    names = {"pad_token": PAD, "bos_token": START, "eos_token": EOS, "unk_token": UNKNOWN}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**names, "model_max_length": 8, **kwargs})
 
 
 @pytest.fixture

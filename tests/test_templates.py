@@ -1,15 +1,11 @@
 """A checkpoint's own templates and the line that says what it is: kept in its folder, used wherever none is given."""
 
-# ruff: noqa: F811 (fixtures of another file are arguments here)
-
 import json
 import sys
 
 import pytest
 import torch
-from test_cli import checkpoint, here, run  # noqa: F401 (fixtures)
-from test_hub import save_checkpoint
-from test_pipeline import make_config, make_pipeline, photos  # noqa: F401 (fixture)
+from small_checkpoint import make_config, make_pipeline, save_checkpoint
 
 from ig_captioner import (
     DEFAULT_CHECKPOINT,
@@ -23,6 +19,9 @@ from ig_captioner.card import CardFacts, write_facts
 from ig_captioner.evaluation.scores import classify_images
 from ig_captioner.processing_ig_captioner import default_templates
 from ig_captioner.release import read_in_short
+
+
+pytestmark = pytest.mark.usefixtures("here")
 
 
 OWN = ["photo of a {}", "a {}."]

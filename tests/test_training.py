@@ -1,15 +1,14 @@
 """Configuration, optimisers, schedule, checkpoints, and whole runs of a few steps."""
 
-import io
 import json
 import math
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from training_runs import options, run_config
 
 from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration, IGCaptionerProcessor
 from tests.tiny import padded, random_images, random_texts, tiny_model
@@ -33,57 +32,7 @@ from training.train import NonFiniteError, run_fraction, train
 from training.train_tokenizer import train_tokenizer
 
 
-COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 MINIMAL = {"max_steps": 3, "data.sources.x.shards": "x.tar"}
-
-
-def options(values):
-    return [part for key, value in values.items() for part in (f"--{key}", json.dumps(value))]
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    """A shard of coloured squares, and a tokenizer."""
-    root = tmp_path_factory.mktemp("training")
-    with tarfile.open(root / "colors.tar", "w") as archive:
-        for index in range(24):
-            name = list(COLORS)[index % 4]
-            buffer = io.BytesIO()
-            Image.new("RGB", (8, 8), COLORS[name]).save(buffer, "PNG")
-            for suffix, content in (("png", buffer.getvalue()), ("txt", f"a {name} square.".encode())):
-                info = tarfile.TarInfo(f"{index:04d}.{suffix}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    train_tokenizer([f"a {name} square." for name in COLORS], 300).save_pretrained(root / "tokenizer")
-    return root
-
-
-def run_config(workspace, output_dir, **overrides):
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    values = {
-        "output_dir": str(output_dir),
-        "tokenizer": str(workspace / "tokenizer"),
-        "data_root": str(workspace),
-        "model.vision_config": {**small, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8},
-        "model.text_config": {
-            **small,
-            "num_hidden_layers": 2,
-            "num_text_only_layers": 1,
-            "max_position_embeddings": 16,
-        },
-        "data.max_length": 16,
-        "data.sources.colors.shards": "colors.tar",
-        "data.sources.colors.augmentation.shift": 0.1,
-        "batch_size": 8,
-        "max_steps": 4,
-        "mixed_precision": "no",
-        "log_every_steps": 2,
-        "checkpoint_minutes": 0,
-        "optimizer.lr": 0.01,
-        "optimizer.ema_decay": 0.9,
-        **overrides,
-    }
-    return load_config(None, options(values))
 
 
 # Configuration

@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from training_runs import run_config
 
-from tests.test_training import run_config, workspace  # noqa: F401
 from training.checkpoint import list_checkpoints
 from training.config import DataConfig, FeatureCacheConfig, TrainConfig, UsageError, flatten, load_config, to_dict
 from training.metrics import read_rows
@@ -22,7 +22,7 @@ STOPPED_AT, STEPS = 2, 4
 
 
 @pytest.fixture(scope="module")
-def stopped(workspace, tmp_path_factory):  # noqa: F811
+def stopped(workspace, tmp_path_factory):
     """The folder of a run that was killed after its second step, and the weights that it would have ended with."""
     folder = tmp_path_factory.mktemp("stopped")
     config = run_config(workspace, folder / "run", max_steps=STEPS, checkpoint_steps=STOPPED_AT)
@@ -33,7 +33,7 @@ def stopped(workspace, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture
-def resume(workspace, stopped, tmp_path):  # noqa: F811
+def resume(workspace, stopped, tmp_path):
     """Resumes a copy of the stopped run with other settings; returns the final weights."""
     shutil.copytree(stopped[0], tmp_path / "run")
 
@@ -95,7 +95,7 @@ def test_the_objective_of_a_checkpoint_changes_with_the_settings(resume, tmp_pat
     assert (saved["conditional_weight"], saved["prior_weight"]) == (9.0, 0.25)
 
 
-def test_a_moving_average_may_begin_and_end_with_a_resumed_run(workspace, resume, tmp_path):  # noqa: F811
+def test_a_moving_average_may_begin_and_end_with_a_resumed_run(workspace, resume, tmp_path):
     without = resume(resume_with_changes=True, **{"optimizer.ema_decay": 0.0})
     config = run_config(workspace, tmp_path / "other", **{"optimizer.ema_decay": 0.0})
     train(config)
@@ -134,7 +134,7 @@ def test_changes_that_could_not_act_are_refused_with_the_reason(resume, override
         resume(resume_with_changes=True, **overrides)
 
 
-def test_another_tokenizer_under_the_same_path_is_refused(resume, workspace, tmp_path):  # noqa: F811
+def test_another_tokenizer_under_the_same_path_is_refused(resume, workspace, tmp_path):
     resume()
     train_tokenizer(["completely different words"], 300).save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(UsageError, match="has other tokens than the one of .*checkpoint"):
@@ -166,7 +166,7 @@ def test_a_setting_that_an_older_checkpoint_does_not_know_has_its_default():
     assert find_changes(saved, dataclasses.replace(config, mixed_precision="no")) == [("mixed_precision", "auto", "no")]
 
 
-def test_more_samples_per_step_do_not_end_a_run_that_counts_samples(workspace, tmp_path):  # noqa: F811
+def test_more_samples_per_step_do_not_end_a_run_that_counts_samples(workspace, tmp_path):
     limit = {"max_steps": None, "max_samples": 32}
     config = run_config(workspace, tmp_path, batch_size=4, checkpoint_steps=4, log_every_steps=1, **limit)
     train(config)
@@ -183,7 +183,7 @@ def test_more_samples_per_step_do_not_end_a_run_that_counts_samples(workspace, t
 # The data (what counts as changed shards: test_training_shards.py)
 
 
-def test_lost_shards_are_recorded_and_moved_ones_are_the_same(workspace, tmp_path):  # noqa: F811
+def test_lost_shards_are_recorded_and_moved_ones_are_the_same(workspace, tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("a.tar", "b.tar"):
         shutil.copy(workspace / "colors.tar", tmp_path / "data" / name)

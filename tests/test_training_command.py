@@ -6,9 +6,9 @@ import logging
 import pytest
 import torch
 import yaml
+from training_runs import run_config
 
 from ig_captioner import precision
-from tests.test_training import options, run_config, workspace  # noqa: F401
 from training.config import (
     DataConfig,
     FeatureCacheConfig,
@@ -104,7 +104,7 @@ def test_a_usage_error_is_one_line(capsys, tmp_path, monkeypatch, arguments, mes
     assert message in fails(capsys, *arguments)
 
 
-def test_missing_shards_a_used_folder_and_an_unknown_model_key_are_one_line(workspace, tmp_path, capsys):  # noqa: F811
+def test_missing_shards_a_used_folder_and_an_unknown_model_key_are_one_line(workspace, tmp_path, capsys):
     config = tmp_path / "config.yaml"
     values = to_dict(run_config(workspace, tmp_path / "run", max_steps=1))
     config.write_text(yaml.safe_dump(values))
@@ -132,7 +132,7 @@ def test_numbers_may_be_written_with_an_exponent():
 # What a run says
 
 
-def test_a_short_run_by_the_clock_logs_rows_and_says_where_its_files_are(workspace, tmp_path, capsys):  # noqa: F811
+def test_a_short_run_by_the_clock_logs_rows_and_says_where_its_files_are(workspace, tmp_path, capsys):
     config = run_config(
         workspace, tmp_path, max_steps=None, max_minutes=0.02, log_every_steps=10**6, trackers=["tensorboard"]
     )
@@ -144,13 +144,13 @@ def test_a_short_run_by_the_clock_logs_rows_and_says_where_its_files_are(workspa
     assert f"tensorboard --logdir {tmp_path / 'tracked'}" in said
 
 
-def test_decoding_that_takes_longer_shows_a_progress_line(workspace, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_decoding_that_takes_longer_shows_a_progress_line(workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("training.data.SILENT_SECONDS", 0)
     start_run(run_config(workspace, tmp_path))
     assert "decoding colors (1 shards): 24 samples" in capsys.readouterr().err
 
 
-def test_the_last_steps_of_a_run_are_logged(workspace, tmp_path):  # noqa: F811
+def test_the_last_steps_of_a_run_are_logged(workspace, tmp_path):
     train(run_config(workspace, tmp_path, max_steps=5, log_every_steps=3))
     assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [3, 5]
 
@@ -159,7 +159,7 @@ def test_the_last_steps_of_a_run_are_logged(workspace, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(0.25, "bf16"), (0.95, "no"), (11.0, "no")])
-def test_auto_takes_bfloat16_where_it_is_faster_and_says_why(workspace, tmp_path, monkeypatch, capsys, ratio, expected):  # noqa: F811
+def test_auto_takes_bfloat16_where_it_is_faster_and_says_why(workspace, tmp_path, monkeypatch, capsys, ratio, expected):
     monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda: ratio)
     run = start_run(run_config(workspace, tmp_path, mixed_precision="auto", **{"optimizer.name": "muon"}))
     assert run.config.mixed_precision == run.accelerator.mixed_precision == expected
@@ -173,7 +173,7 @@ def test_auto_takes_bfloat16_where_it_is_faster_and_says_why(workspace, tmp_path
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["mixed_precision"] == expected
 
 
-def test_a_resumed_run_keeps_what_auto_has_chosen(workspace, tmp_path, monkeypatch):  # noqa: F811
+def test_a_resumed_run_keeps_what_auto_has_chosen(workspace, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda: 11.0)
     config = run_config(workspace, tmp_path, mixed_precision="auto", max_steps=1)
     train(config)

@@ -1,15 +1,13 @@
 """Reading, mixing and batching of training data, on shards made here."""
 
-import io
-import itertools
 import json
 import logging
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_runs import CAPTIONS, SETTINGS, good_members, image_bytes, load, take, write_shard
 
 from ig_captioner import IGCaptionerImageProcessor
 from ig_captioner.data.shards import (
@@ -27,49 +25,9 @@ from ig_captioner.data.shards import (
 from training.augmentation import ImageSettings, augment, normalise, random_box, reflect_border
 from training.build import image_settings
 from training.config import AugmentationConfig, DataConfig, SourceConfig
-from training.data import DrawSampler, Share, load_training_data, pad_labels, split_by_length
+from training.data import DrawSampler, pad_labels, split_by_length
 from training.mixtures import CachedMixture, CachedSource, mixture_order
 from training.train_tokenizer import train_tokenizer
-
-
-CAPTIONS = ["a red square.", "a green square.", "A blue square on white .", "two small red squares side by side"]
-SETTINGS = ImageSettings((16, 16))
-
-
-def image_bytes(color=(255, 0, 0), size=(12, 10), image_format="PNG", mode="RGB"):
-    buffer = io.BytesIO()
-    Image.new(mode, size, color).save(buffer, image_format)
-    return buffer.getvalue()
-
-
-def write_shard(path, members):
-    """`members`: (name, bytes) pairs; gzipped if the path ends in .gz."""
-    with tarfile.open(path, "w:gz" if str(path).endswith(".gz") else "w") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-def good_members(start, count, captions=CAPTIONS):
-    for index in range(start, start + count):
-        yield f"{index:04d}.png", image_bytes((index % 256, 0, 0))
-        yield f"{index:04d}.txt", captions[index % len(captions)].encode()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(CAPTIONS, vocab_size=300)
-
-
-def load(config, tokenizer, root, batch_size=4, process=0, processes=1, position=None):
-    share = Share(batch_size, process, processes)
-    return load_training_data(config, tokenizer, SETTINGS, share, data_root=str(root), seed=0, position=position)
-
-
-def take(loader, count):
-    return list(itertools.islice(iter(loader), count))
 
 
 # Shards

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_encoders import SMALL_VIT, encoder_config, encoder_model, images_for
 from torch.utils.flop_counter import FlopCounterMode
+from training_runs import COLORS, run_config
 from transformers import AutoTokenizer
 
 from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerVisionConfig
-from tests.test_training import COLORS, run_config, workspace  # noqa: F401
 from tests.tiny import VARIANTS, padded, random_images, random_texts, tiny_config, tiny_model
 from training.flops import decoder_flops, encoder_flops, head_flops, main, measure_peak_flops, training_flops
 from training.train import train
@@ -87,7 +87,7 @@ def test_measured_peak_leaves_the_random_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_run_reports_speeds(workspace, tmp_path, monkeypatch):  # noqa: F811
+def test_run_reports_speeds(workspace, tmp_path, monkeypatch):
     monkeypatch.setattr("training.metrics.measure_peak_flops", lambda *arguments: 1e9)
     model = IGCaptionerForConditionalGeneration.from_pretrained(train(run_config(workspace, tmp_path)))
     tokenizer = AutoTokenizer.from_pretrained(workspace / "tokenizer")

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file
+from training_runs import run_config
 
 from benchmarks import damage_checkpoint
-from tests.test_training import run_config, workspace  # noqa: F401
 from training.checkpoint import (
     CheckpointError,
     find_problem,
@@ -79,7 +79,7 @@ def test_a_state_that_cannot_be_read_is_named_without_advice_to_load_it_unsafely
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_run_without_an_intact_checkpoint_does_not_start_over(workspace, tmp_path, damage):  # noqa: F811
+def test_a_run_without_an_intact_checkpoint_does_not_start_over(workspace, tmp_path, damage):
     config = run_config(workspace, tmp_path, max_steps=2)
     train(config)
     log = (tmp_path / "log.jsonl").read_bytes()
@@ -90,7 +90,7 @@ def test_a_run_without_an_intact_checkpoint_does_not_start_over(workspace, tmp_p
     assert (tmp_path / "log.jsonl").read_bytes() == log
 
 
-def test_a_run_goes_back_to_the_older_checkpoint_and_ends_the_same(workspace, tmp_path, caplog):  # noqa: F811
+def test_a_run_goes_back_to_the_older_checkpoint_and_ends_the_same(workspace, tmp_path, caplog):
     config = run_config(workspace, tmp_path, max_steps=4, checkpoint_steps=2)
     final = train(config)
     weights = load_file(final / "model.safetensors")
@@ -146,7 +146,7 @@ def test_lines_that_are_no_rows_are_left_out_with_a_word(tmp_path, caplog):
     assert f"{tmp_path / 'log.jsonl'}: left out what is no row: line 2, 3, 4, 6" in caplog.text
 
 
-def test_a_log_with_a_broken_line_does_not_keep_a_run_from_resuming(workspace, tmp_path):  # noqa: F811
+def test_a_log_with_a_broken_line_does_not_keep_a_run_from_resuming(workspace, tmp_path):
     config = run_config(workspace, tmp_path, max_steps=2)
     train(config)
     with open(tmp_path / "log.jsonl", "ab") as file:
@@ -156,7 +156,7 @@ def test_a_log_with_a_broken_line_does_not_keep_a_run_from_resuming(workspace, t
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [2]
 
 
-def test_a_log_is_replaced_and_never_rewritten_in_place(workspace, tmp_path, monkeypatch):  # noqa: F811
+def test_a_log_is_replaced_and_never_rewritten_in_place(workspace, tmp_path, monkeypatch):
     config = run_config(workspace, tmp_path, max_steps=2, log_every_steps=1)
     train(config)
     before = (tmp_path / "log.jsonl").read_bytes()
@@ -178,7 +178,7 @@ def test_text_is_replaced_whole(tmp_path):
     assert (tmp_path / "file").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_resumed_finished_run_does_not_repeat_rows(workspace, tmp_path):  # noqa: F811
+def test_a_resumed_finished_run_does_not_repeat_rows(workspace, tmp_path):
     extra = {"data.sources.colors.holdout_fraction": 0.3, "evaluation.every_steps": 2, "log_every_steps": 2}
     config = run_config(workspace, tmp_path, max_steps=3, **extra)
     train(config)
@@ -190,7 +190,7 @@ def test_a_resumed_finished_run_does_not_repeat_rows(workspace, tmp_path):  # no
     assert [(row["step"], "evaluation" in row) for row in read_rows(tmp_path / "log.jsonl")] == rows
 
 
-def test_a_full_disk_names_the_log(workspace, tmp_path, monkeypatch):  # noqa: F811
+def test_a_full_disk_names_the_log(workspace, tmp_path, monkeypatch):
     real = open
 
     def full(path, mode="r", *arguments, **options):
@@ -203,7 +203,7 @@ def test_a_full_disk_names_the_log(workspace, tmp_path, monkeypatch):  # noqa: F
         train(run_config(workspace, tmp_path))
 
 
-def test_the_log_of_an_earlier_run_is_moved_aside(workspace, tmp_path, caplog):  # noqa: F811
+def test_the_log_of_an_earlier_run_is_moved_aside(workspace, tmp_path, caplog):
     (tmp_path / "log.jsonl").write_text('{"step": 9}\n')
     train(run_config(workspace, tmp_path, max_steps=2))
     assert read_rows(tmp_path / "log.jsonl.1") == [{"step": 9}]

@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 import torch
+from training_runs import run_config
 
 from ig_captioner.encoder_ig_captioner import IGCaptionerMLP
-from tests.test_training import run_config, workspace  # noqa: F401
 from training.train import train
 
 
-def losses(workspace, output_dir, **options):  # noqa: F811
+def losses(workspace, output_dir, **options):
     """Per logged step: losses, and the gradient's norm."""
     options = {"model.text_config.dropout": 0.2, "log_every_steps": 1, **options}
     train(run_config(workspace, output_dir, **options))
@@ -22,11 +22,11 @@ def losses(workspace, output_dir, **options):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def plain(workspace, tmp_path_factory):  # noqa: F811
+def plain(workspace, tmp_path_factory):
     return losses(workspace, tmp_path_factory.mktemp("plain"))
 
 
-def test_gradient_checkpointing(workspace, tmp_path, plain, monkeypatch):  # noqa: F811
+def test_gradient_checkpointing(workspace, tmp_path, plain, monkeypatch):
     """With the same dropout in the second forward pass."""
     calls, forward = [], IGCaptionerMLP.forward
 
@@ -40,7 +40,7 @@ def test_gradient_checkpointing(workspace, tmp_path, plain, monkeypatch):  # noq
     assert sum(calls) == 4 * (4 + 4)
 
 
-def test_accumulation_over_parts(workspace, tmp_path):  # noqa: F811
+def test_accumulation_over_parts(workspace, tmp_path):
     """Without dropout, which draws other numbers for other parts."""
     options = {"model.text_config.dropout": 0.0}
     whole = losses(workspace, tmp_path / "whole", **options)
@@ -56,7 +56,7 @@ def compiled_with(backend, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_model(workspace, tmp_path, monkeypatch):  # noqa: F811
+def test_compiled_model(workspace, tmp_path, monkeypatch):
     """Traced, without the generation of code, which takes a minute."""
     options = {"model.text_config.dropout": 0.0}
     whole = losses(workspace, tmp_path / "plain", **options)
@@ -70,7 +70,7 @@ def test_compiled_model(workspace, tmp_path, monkeypatch):  # noqa: F811
     not shutil.which("g++"),
     reason="no g++ on the PATH: torch.compile's inductor builds C++ code on a CPU",
 )
-def test_model_compiled_to_code(workspace, tmp_path, monkeypatch):  # noqa: F811
+def test_model_compiled_to_code(workspace, tmp_path, monkeypatch):
     options = {"model.text_config.dropout": 0.0, "gradient_checkpointing": True}
     whole = losses(workspace, tmp_path / "plain", **options)
     compiled_with("inductor", monkeypatch)

@@ -8,11 +8,11 @@ import threading
 from collections import Counter
 
 import pytest
+from training_runs import good_members, load, take, write_shard
 
 import ig_captioner.data.remote
 from ig_captioner.data.remote import UnreachableError, is_url, open_url
 from ig_captioner.data.shards import EmptySourceError, Skipped, find_shards, read_shard
-from tests.test_training_data import good_members, load, take, tokenizer, write_shard  # noqa: F401
 from training.config import DataConfig, SourceConfig
 
 
@@ -198,7 +198,7 @@ def test_other_urls_go_through_fsspec(tmp_path):
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_run_goes_on_without_what_cannot_be_reached(server, tokenizer, cached):  # noqa: F811
+def test_run_goes_on_without_what_cannot_be_reached(server, tokenizer, cached):
     shards = [f"{server.url}/plain/s-{{0..1}}.tar", f"{server.url}/plain/s-7.tar", f"{server.url}/cut/s-2.tar.gz"]
     data = load(DataConfig({"x": SourceConfig(shards)}, cache_in_memory=cached, shuffle_buffer=8), tokenizer, "/none")
     batches = take(data.loader, 16)
@@ -208,7 +208,7 @@ def test_run_goes_on_without_what_cannot_be_reached(server, tokenizer, cached): 
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_nothing_reachable_fails_fast_with_counts(server, tokenizer, cached):  # noqa: F811
+def test_nothing_reachable_fails_fast_with_counts(server, tokenizer, cached):
     config = DataConfig({"x": SourceConfig([f"{server.url}/plain/t-{{0..3}}.tar"])}, cache_in_memory=cached)
     with pytest.raises(EmptySourceError, match=r"source 'x' .* 4 shard\(s\).* 4 x unreachable shard"):
         next(iter(load(config, tokenizer, "/none").loader))

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_runs import run_config
 
 import training.train
-from tests.test_training import run_config, workspace  # noqa: F401
 from training.checkpoint import list_checkpoints, save_checkpoint
 from training.metrics import read_rows
 from training.train import train
@@ -108,7 +108,7 @@ def test_number_of_processes_changes_neither_losses_nor_samples(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_sigterm_saves_and_the_run_continues(workspace, tmp_path, monkeypatch, workers):  # noqa: F811
+def test_sigterm_saves_and_the_run_continues(workspace, tmp_path, monkeypatch, workers):
     """As a cluster sends it: to the loader's workers too."""
     whole = train(run_config(workspace, tmp_path / "whole"))
     finite = training.train.all_finite
@@ -130,7 +130,7 @@ def test_sigterm_saves_and_the_run_continues(workspace, tmp_path, monkeypatch, w
     assert_same_weights(whole, train(config))
 
 
-def test_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(workspace, tmp_path, monkeypatch):  # noqa: F811
+def test_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(workspace, tmp_path, monkeypatch):
     write = torch.save
 
     def full_disk(state, file):
@@ -166,14 +166,14 @@ def test_checkpoint_cut_short_is_ignored(tmp_path, file):
     assert len(list_checkpoints(tmp_path)) == 2
 
 
-def test_new_run_does_not_mix_with_an_old_one(workspace, tmp_path):  # noqa: F811
+def test_new_run_does_not_mix_with_an_old_one(workspace, tmp_path):
     config = run_config(workspace, tmp_path, max_steps=1)
     train(config)
     with pytest.raises(FileExistsError, match=r"checkpoint-00000001 .*--resume"):
         train(config)
 
 
-def test_resuming_with_other_sources_is_an_error(workspace, tmp_path):  # noqa: F811
+def test_resuming_with_other_sources_is_an_error(workspace, tmp_path):
     train(run_config(workspace, tmp_path, max_steps=1))
     other = run_config(workspace, tmp_path, resume=True, **{"data.sources.other.shards": "colors.tar"})
     with pytest.raises(ValueError, match=r"data.sources: \['colors'\] -> \['colors', 'other'\]"):

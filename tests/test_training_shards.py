@@ -4,15 +4,11 @@ import shutil
 
 import pytest
 import yaml
-from test_training import run_config, workspace  # noqa: F401 (fixture)
-from test_training_data import good_members, load, take, tokenizer, write_shard  # noqa: F401 (fixture)
+from training_runs import good_members, load, run_config, take, write_shard
 
 from ig_captioner.data.shards import Skipped
 from training.config import DataConfig, SourceConfig, UsageError
 from training.train import train
-
-
-# ruff: noqa: F811
 
 
 def replace(path):

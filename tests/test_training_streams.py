@@ -8,10 +8,9 @@ from collections import Counter
 
 import pytest
 import torch
+from training_runs import good_members, image_bytes, load, run_config, write_shard
 
 from ig_captioner.data.shards import EmptySourceError
-from tests.test_training import run_config, workspace  # noqa: F401
-from tests.test_training_data import CAPTIONS, good_members, image_bytes, load, tokenizer, write_shard  # noqa: F401
 from training.config import AugmentationConfig, DataConfig, SourceConfig
 from training.data import DataPosition
 from training.metrics import read_rows
@@ -40,7 +39,7 @@ def epochs_of(batches):
 
 @pytest.mark.parametrize("workers", [0, 1, 3, 4])
 @pytest.mark.parametrize("sizes", [(20,), (1, 12), (2, 0, 9, 5)])
-def test_every_sample_once_per_epoch(tmp_path, tokenizer, workers, sizes):  # noqa: F811
+def test_every_sample_once_per_epoch(tmp_path, tokenizer, workers, sizes):
     """One shard and many workers, shards of uneven size, an empty one, batches that do not divide the epoch."""
     for shard, size in enumerate(sizes):
         write_shard(tmp_path / f"{shard}.tar", good_members(100 * shard, size))
@@ -56,7 +55,7 @@ def test_every_sample_once_per_epoch(tmp_path, tokenizer, workers, sizes):  # no
         assert len(keys) - len(set(keys)) == 0 or sizes == (2, 0, 9, 5)
 
 
-def test_fewer_samples_than_a_batch_and_than_workers(tmp_path, tokenizer):  # noqa: F811
+def test_fewer_samples_than_a_batch_and_than_workers(tmp_path, tokenizer):
     write_shard(tmp_path / "s.tar", good_members(0, 2))
     for config in (streamed(num_workers=3), DataConfig(sources={"x": SourceConfig(["s.tar"])}, num_workers=3)):
         for process in range(2):
@@ -65,7 +64,7 @@ def test_fewer_samples_than_a_batch_and_than_workers(tmp_path, tokenizer):  # no
                 assert set(batch["keys"]) <= {"0000", "0001"} and len(batch["keys"]) == 8
 
 
-def test_processes_and_workers_share_out_every_sample(tmp_path, tokenizer):  # noqa: F811
+def test_processes_and_workers_share_out_every_sample(tmp_path, tokenizer):
     for shard, size in enumerate((11, 3, 6, 4)):
         write_shard(tmp_path / f"{shard}.tar", good_members(100 * shard, size))
     first = []
@@ -77,7 +76,7 @@ def test_processes_and_workers_share_out_every_sample(tmp_path, tokenizer):  # n
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cached", [True, False])
-def test_set_that_yields_nothing_fails_fast_with_counts(tmp_path, tokenizer, cached, workers):  # noqa: F811
+def test_set_that_yields_nothing_fails_fast_with_counts(tmp_path, tokenizer, cached, workers):
     members = [("a.png", b""), ("a.txt", b"t"), ("b.jpg", b"<html>"), ("b.txt", b"t"), ("c.png", image_bytes())]
     write_shard(tmp_path / "0.tar", members)
     write_shard(tmp_path / "1.tar", [])
@@ -89,7 +88,7 @@ def test_set_that_yields_nothing_fails_fast_with_counts(tmp_path, tokenizer, cac
         assert count in str(caught.value)
 
 
-def test_more_readers_than_streams_is_an_error(tmp_path, tokenizer):  # noqa: F811
+def test_more_readers_than_streams_is_an_error(tmp_path, tokenizer):
     write_shard(tmp_path / "s.tar", good_members(0, 2))
     with pytest.raises(ValueError, match="4 readers .* for 3 streams"):
         load(streamed(num_workers=2, streams=3), tokenizer, tmp_path, process=1, processes=2)
@@ -99,7 +98,7 @@ def test_more_readers_than_streams_is_an_error(tmp_path, tokenizer):  # noqa: F8
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stream_goes_on_exactly_where_it_stopped(tmp_path, tokenizer, workers):  # noqa: F811
+def test_stream_goes_on_exactly_where_it_stopped(tmp_path, tokenizer, workers):
     for shard, size in enumerate((11, 3, 6, 4)):
         members = [*good_members(100 * shard, size), (f"bad{shard}.png", b""), (f"bad{shard}.txt", b"t")]
         write_shard(tmp_path / f"{shard}.tar.gz", members)
@@ -186,7 +185,7 @@ def dirty_shards(tmp_path_factory):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_stream_with_broken_samples_trains_through_with_counts_by_kind(
-    workspace,  # noqa: F811
+    workspace,
     dirty_shards,
     tmp_path,
     caplog,
@@ -206,7 +205,7 @@ def test_stream_with_broken_samples_trains_through_with_counts_by_kind(
     assert sum("3.tar:" in message for message in messages) == 1 and sum("bad" in message for message in messages) == 19
 
 
-def test_endless_brackets_and_half_characters_in_json_are_no_error(tmp_path, tokenizer):  # noqa: F811
+def test_endless_brackets_and_half_characters_in_json_are_no_error(tmp_path, tokenizer):
     nested, surrogate = b"[" * 100_000, b'{"captions": ["\\ud800"]}'
     members = [*good_members(0, 2), ("a.png", image_bytes()), ("a.json", nested)]
     write_shard(tmp_path / "s.tar", [*members, ("b.png", image_bytes()), ("b.json", surrogate)])

@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from training_runs import image_bytes, write_shard
 
 from ig_captioner import IGCaptionerConfig
 from tests.test_feature_cache import cached_config
-from tests.test_training import workspace  # noqa: F401
-from tests.test_training_data import image_bytes, write_shard
 from training.data import Share, load_training_data
 from training.feature_cache import open_features
 from training.train import train
@@ -20,7 +19,7 @@ NAMES = [f"thing {number}" for number in range(12)]
 
 
 @pytest.fixture
-def config(workspace, tmp_path):  # noqa: F811
+def config(workspace, tmp_path):
     """A run on photos of named things, a third of the names left out, and on captioned photos."""
     members = []
     for index, name in enumerate(NAMES * 4):

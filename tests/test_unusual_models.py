@@ -6,8 +6,8 @@ import warnings
 import PIL.Image
 import pytest
 import torch
-from test_pipeline import LABELS, TASK, make_config, make_image_processor, make_pipeline
-from test_processing import make_tokenizer
+from small_checkpoint import TASK, make_config, make_image_processor, make_pipeline, make_tokenizer
+from test_pipeline import LABELS
 from torch import nn
 
 from ig_captioner import (

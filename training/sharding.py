@@ -45,7 +45,8 @@ def shard(model: PreTrainedModel, mixed_precision: str) -> None:
             mp_policy=precision_of(module, mixed_precision),
             offload_policy=plugin.cpu_offload,
         )
-    register_fsdp_forward_method(model, "score")
+    for name in ("compile_texts", "score"):  # of the evaluation during training
+        register_fsdp_forward_method(model, name)
 
 
 def precision_of(module: nn.Module, mixed_precision: str) -> MixedPrecisionPolicy:

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import caption_tokens, load_model, load_processor
-from ..compiled_labels import CompiledLabels, compile_labels, encode_for, is_compiled
+from ..compiled_labels import CompiledLabels, compile_labels, encode_for
 from ..information_gain import information_gain, token_means_over_references
 from ..modeling_ig_captioner import IGCaptionerForConditionalGeneration
 from ..processing_ig_captioner import default_templates
 from ..scoring_ig_captioner import IGCaptionerScoreOutput
-from .scorer import CaptionScorer, TokenGain, as_images
+from .scorer import CaptionScorer, TextTokens, TokenGain, as_compiled, as_images, text_tokens
 from .verification import Verification
 
 
@@ -47,7 +48,8 @@ class OwnCaptionScorer(CaptionScorer):
         """As `CaptionScorer.score`; a float tensor [B, channels, height, width] is taken for `pixel_values`."""
         if reference_images is not None:
             options["reference_pixel_values"] = self._pixels(reference_images)
-        given = {"input_ids": self._verified(texts)} if is_compiled(texts) else self._encode(texts)
+        labels = as_compiled(texts)
+        given: dict[str, Any] = {"input_ids": self._verified(labels)} if labels is not None else self._encode(texts)
         with torch.no_grad():
             scores = self.model.score(self._pixels(images), **given, **options)
         return IGCaptionerScoreOutput(*(values.cpu() for values in scores.to_tuple()))
@@ -57,7 +59,7 @@ class OwnCaptionScorer(CaptionScorer):
         """As `CaptionScorer.log_likelihoods`."""
         return self.model.score(self._pixels(images), **self._encode(texts)).caption_log_likelihood.cpu()
 
-    def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+    def _encode(self, texts: Any) -> dict[str, Tensor]:
         if not texts:
             raise ValueError("there must be at least one text, got an empty list")
         return encode_for(self.model, self.processor.tokenizer, list(texts))
@@ -83,6 +85,18 @@ class OwnCaptionScorer(CaptionScorer):
             options["reference_pixel_values"] = self._pixels(reference_images)
         templates = self.default_templates if templates is None else templates
         return compile_labels(self.model, self.processor.tokenizer, list(labels), templates, **options)
+
+    @torch.no_grad()
+    def tokens_of_texts(self, image: Any, texts: Sequence[str]) -> list[TextTokens]:
+        """As `CaptionScorer.tokens_of_texts`, without an image for log P(token)."""
+        compiled = self.model.compile_texts(**self._encode(texts), with_fingerprint=False)
+        caption = self.model.edge_log_likelihoods(compiled, self._pixels(image))[0].cpu()
+        return text_tokens(compiled.trie, caption, self.model.edge_log_likelihoods(compiled).cpu())
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Makes tokens of texts, and texts of tokens."""
+        return self.processor.tokenizer
 
     @torch.no_grad()
     def token_gains(

@@ -18,8 +18,10 @@ logger = logging.get_logger(__name__)
 
 TASK = "zero-shot-image-classification"
 # Arguments of `CaptionScorer.from_pretrained`; all others are for the pipeline.
-LOADING = ("prompt", "dtype", "reading_mode", "trust_remote_code", "revision", "device_map", "quantization_config")
-LOADING += ("token", "cache_dir", "local_files_only", "attn_implementation")
+LOADING = (
+    *("prompt", "dtype", "reading_mode", "trust_remote_code", "device_map", "quantization_config"),
+    *("attn_implementation", "revision", "token", "cache_dir", "local_files_only"),
+)
 
 
 def zero_shot_pipeline(

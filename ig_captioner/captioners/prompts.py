@@ -22,8 +22,14 @@ from ..compiled_labels import digest_of_tokens
 
 ANSWER = "ANSWER"  # stands for a text when a template is rendered
 # Fields that hold one entry per token of the prompt.
-TOKEN_FIELDS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
-TOKEN_FIELDS += ("image_embeds_position_mask",)
+TOKEN_FIELDS = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "cross_attention_mask",
+    "image_embeds_position_mask",
+)
 NOT_FOR_FORWARD = ("labels", "width", "height", "num_crops", "rows", "cols")
 
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint import MAX_CAPTION_TOKENS, folder_or_repository, is_own
 from ..compiled_labels import CompiledLabels, CompiledTexts, checksum, is_compiled
@@ -59,6 +59,14 @@ class TokenGain:
     caption_log_likelihood: float
     prior_log_likelihood: float
     information_gain: float
+
+
+class TextTokens(NamedTuple):
+    """Tokens of a text, [L]: ids, log P(token | image, before), log P(token | before)."""
+
+    ids: list[int]
+    conditional: list[float]
+    unconditional: list[float]
 
 
 class CaptionScorer:
@@ -174,15 +182,15 @@ class CaptionScorer:
         """
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-        num_templates = 1
-        if is_compiled(texts):
+        num_templates, labels = 1, as_compiled(texts)
+        if labels is not None:
             given = {"prior_source": prior_source, "reference_images": reference_images}
             if named := [name for name, value in given.items() if value is not None]:
                 raise ValueError(f"compiled labels have their prior already, but {named[0]} came with them")
-            trie, dropped = self._checked(texts)
-            prior_log_likelihood, num_templates = texts.texts.prior_log_likelihood.cpu(), len(texts.templates)
+            trie, dropped = self._checked(labels)
+            prior_log_likelihood, num_templates = labels.texts.prior_log_likelihood.cpu(), len(labels.templates)
         else:
-            trie, dropped = self._trie_of(list(texts))
+            trie, dropped = self._trie_of(list(texts))  # type: ignore[arg-type]
             prior_log_likelihood = self._prior(trie, dropped, prior_source, reference_images, reference_mean)
         caption = trie.to("cpu").sum_over_texts(self._edges(trie, as_images(images), dropped))
         if reduction == "mean":
@@ -272,6 +280,14 @@ class CaptionScorer:
 
     def _trie(self, encoded: EncodedTexts) -> TextTrie:
         return build_trie(encoded.input_ids, encoded.attention_mask, start_token_id=0).to(self.device)
+
+    @torch.no_grad()
+    def tokens_of_texts(self, image: Any, texts: Sequence[str]) -> list[TextTokens]:
+        """Both log-probabilities of every token of texts under one image, read together; see `TextTokens`."""
+        trie, dropped = self._trie_of(list(texts))
+        caption = self._edges(trie, as_images(image), dropped)[0]
+        without = self._prior_edges(trie, dropped, None, None)
+        return text_tokens(trie, caption, without)
 
     @torch.no_grad()
     def token_gains(self, image: Any, text: str, **prior: Any) -> list[TokenGain]:
@@ -392,6 +408,11 @@ class CaptionScorer:
         """Where the model takes its inputs."""
         return self.model.device
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Makes tokens of texts, and texts of tokens."""
+        return self.processors.tokenizer
+
     @cached_property
     def name(self) -> str:
         """The name of the repository; of a folder, which may be moved, its model type."""
@@ -423,6 +444,21 @@ class CaptionScorer:
             "reading mode": "chosen at first use" if self.verification is None else str(self.verification),
             "prior": self.default_prior_source,
         }
+
+
+def text_tokens(trie: TextTrie, caption: Tensor, without: Tensor) -> list[TextTokens]:
+    """The tokens of each text of a trie, from log P of its edges [E], and under R references [R, E]."""
+    tokens, found = trie.edge_tokens.cpu(), []
+    for edges, length in zip(trie.text_edges.cpu(), trie.lengths.tolist(), strict=True):
+        own = edges[:length]
+        prior = token_means_over_references(without[:, own])
+        found.append(TextTokens(tokens[own].tolist(), caption[own].tolist(), prior.tolist()))
+    return found
+
+
+def as_compiled(texts: Any) -> CompiledLabels | None:
+    """Compiled labels as they are; None for anything else."""
+    return texts if is_compiled(texts) else None
 
 
 def as_images(images: Any) -> Iterator[Image.Image]:

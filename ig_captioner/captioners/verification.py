@@ -123,8 +123,8 @@ def verify(family: Family, prompts: Sequence[dict[str, Tensor]], texts: TextTrie
             reasons["rows"] = reasons["tree"] = f"{type(error).__name__}: {error}"
         truth = texts.sum_over_texts(read_generated(family, inputs, texts))
         for mode, edges in read.items():
-            error = float((texts.sum_over_texts(edges) - truth).abs().max())
-            errors[mode] = max(errors.get(mode, 0.0), error)
+            difference = float((texts.sum_over_texts(edges) - truth).abs().max())
+            errors[mode] = max(errors.get(mode, 0.0), difference)
     mode = _choose(errors, reasons, longest, dtype)
     verification = Verification(mode, errors, reasons, len(texts.text_edges), dtype)
     if mode == "generate":

@@ -1,4 +1,4 @@
-"""What commands share: their parser, the arguments of several of them, and reading what those name."""
+"""Parts that commands share: their parser, arguments of several commands, and reading what these name."""
 
 import argparse
 import glob
@@ -78,7 +78,7 @@ def add_command(
 
 
 def add_photos(parser: Parser, list_option: str | None = None, batch_size: int = 8) -> None:
-    """`list_option`: how usage shows an option that takes several values, and so would take photos behind it."""
+    """`list_option`: an option that takes several values, and so would take photos after it; as usage shows it."""
     if list_option is not None:
         parser.hint = f"; photos come before the options: PHOTO... {list_option}"
     where = "image files, URLs, folders (with all folders in them), or quoted patterns such as 'photos/**/*.jpg'"
@@ -107,7 +107,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prior_weight(parser: argparse.ArgumentParser) -> None:
-    help = "0: likelihood alone (default: the checkpoint's, as a rule 1)"
+    help = "0: likelihood only (default: the checkpoint's, as a rule 1)"
     parser.add_argument("--prior-weight", type=prior_weight, metavar="W", help=help)
 
 
@@ -156,7 +156,7 @@ positive_integer = integer_up_to(10**9)
 
 
 def number(meaning: str, is_valid: Callable[[float], bool]) -> Callable[[str], float]:
-    """What reads a number that `is_valid`, which nan is never; else the error says that it "must be" `meaning`."""
+    """Makes a reader of numbers that are valid, which nan never is; the error for others says "must be `meaning`"."""
 
     def read(text: str) -> float:
         try:
@@ -237,6 +237,8 @@ def read_texts_file(file: str) -> list[str]:
     """Texts of a file, a line each."""
     from ..data.texts import read_lines
 
+    if not os.path.exists(file):
+        raise FileNotFoundError(f"no such file: {file!r}")
     return read_lines(file)
 
 

@@ -38,7 +38,7 @@ examples:
 """
 COMPOSITIONAL_EXAMPLES = """\
 examples:
-  ig-captioner evaluate compositional --format sugarcrepe --pairs sugarcrepe/ --output out       # text alone
+  ig-captioner evaluate compositional --format sugarcrepe --pairs sugarcrepe/ --output out       # text only
   ig-captioner evaluate compositional --format sugarcrepe --pairs sugarcrepe/ --data coco/val2017 --output out
   ig-captioner evaluate compositional --format winoground --pairs examples.jsonl --data images/ --output out
 """
@@ -208,7 +208,7 @@ def _add_labels(parser: argparse.ArgumentParser, needs_labels: bool = True) -> N
 
 
 def _add_held_out(parser: argparse.ArgumentParser) -> None:
-    held_out = "share of the samples, by hash of the key, for tuning alone; no figure is about them"
+    held_out = "share of the samples, by hash of the key, used only for tuning; excluded from all metrics"
     parser.add_argument(
         "--held-out-fraction", type=fraction, default=0.2, metavar="F", help=f"{held_out} (default: %(default)s)"
     )

@@ -1,4 +1,4 @@
-"""What commands print: results as tables, CSV or JSON lines, errors of one line, progress.
+"""Output of commands: results as tables, CSV or JSON lines, errors of one line, progress.
 
 In a table figures come first and text last, so that a long name puts nothing out of line.
 """
@@ -30,7 +30,7 @@ SLOW = 3.0  # seconds
 QUIET_LOGGERS = ("ig_captioner.data", "torchao", "torch.utils._pytree")
 LONGEST_MESSAGE = 1000  # characters
 
-Row = dict[str, Any]
+Fields = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -52,7 +52,7 @@ class Results:
         self.form, self.about, self.rows, self.note = form, about, rows, note
         self.is_first = True
 
-    def add(self, name: str, rows: list[Row]) -> None:
+    def add(self, name: str, rows: list[Fields]) -> None:
         """Prints one ranking.
 
         Args:
@@ -72,7 +72,7 @@ class Results:
             self._add_table(name, rows)
         self.is_first = False
 
-    def _add_table(self, name: str, rows: list[Row]) -> None:
+    def _add_table(self, name: str, rows: list[Fields]) -> None:
         if self.is_first:
             print(f"{self.note}\n")
         header, *lines = _cells(rows)
@@ -86,25 +86,25 @@ class Results:
         print(table([[*lines[0][:-1], f"{name}: {lines[0][-1]}"]], width), flush=True)
 
 
-def check_finite(row: Row) -> None:
+def check_finite(row: Fields) -> None:
     """Raises ValueError naming a figure that is infinite or no number."""
     for name, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is {value} in {row}: the weights or the prior weight are out of bounds")
 
 
-def print_json(content: Row) -> None:
+def print_json(content: Fields) -> None:
     print(json.dumps(content, allow_nan=False), flush=True)
 
 
 class _Lines:
-    """What a CSV writer writes to. Told to end lines with a line feed alone, it would not quote carriage returns."""
+    """A file for a CSV writer, which would not quote carriage returns if told to end lines with only a line feed."""
 
     def write(self, line: str) -> None:
         sys.stdout.write(line.removesuffix("\r\n") + "\n")
 
 
-def print_csv(rows: list[Row], header: bool = True) -> None:
+def print_csv(rows: list[Fields], header: bool = True) -> None:
     """Rows with the same names; the names come first."""
     writer = csv.writer(_Lines())
     if header and rows:
@@ -113,14 +113,14 @@ def print_csv(rows: list[Row], header: bool = True) -> None:
     sys.stdout.flush()
 
 
-def _cells(rows: list[Row]) -> list[list[str]]:
+def _cells(rows: list[Fields]) -> list[list[str]]:
     """Header and rows: figures with two decimals, `score` with three, and then the text.
 
     The text None is "none of these", the pipeline's answer where nothing fits; it lacks some figures.
     """
     text, *figures = rows[0]
 
-    def cells(row: Row) -> list[str]:
+    def cells(row: Fields) -> list[str]:
         shown = ("" if row[name] is None else f"{row[name]:.{3 if name == 'score' else 2}f}" for name in figures)
         return [*shown, NONE_OF_THESE if row[text] is None else row[text]]
 
@@ -146,7 +146,7 @@ def columns(text: str) -> int:
 
 
 def terminal_columns() -> int:
-    """How wide the terminal is; 80 where there is none."""
+    """Width of the terminal; 80 where there is none."""
     return shutil.get_terminal_size().columns
 
 

@@ -33,7 +33,7 @@ from .arguments import (
     read_texts_file,
     threshold,
 )
-from .output import Results, Row, check_finite, note_if_slow, table, terminal_columns
+from .output import Fields, Results, check_finite, note_if_slow, table, terminal_columns
 
 
 MOST_BEAMS = 64
@@ -50,12 +50,12 @@ examples:
   ig-captioner classify holiday/ --labels-file places.txt --top-k 5
   ig-captioner classify 'holiday/**/*.jpg' --labels beach city --format csv > holiday.csv
   ig-captioner classify cat.jpg --labels cat dog --template "a photo of a {}." "a drawing of a {}."
-  ig-captioner classify cat.jpg --labels cat dog --prior-weight 0    # by likelihood alone
+  ig-captioner classify cat.jpg --labels cat dog --prior-weight 0    # by likelihood only
   ig-captioner classify *.jpg --labels cat dog --abstain-below 0     # "none of these" where no text gains
   ig-captioner classify photos/ --labels-file my-labels/             # from ig-captioner compile-labels
   ig-captioner classify *.jpg --labels cat dog --format jsonl | jq -r '.predictions[0].label'
 
-Photos come first: everything behind --labels, up to the next option, is a label.
+Photos come first: everything after --labels, up to the next option, is a label.
 """
 CAPTION_EXAMPLES = """\
 examples:
@@ -101,8 +101,8 @@ def add_classify(commands) -> None:
     before = "how likely each label is before the photo is seen: weights above 0, or log-probabilities, in their order"
     parser.add_argument("--label-prior", type=float, nargs="+", metavar="W", help=before)
     parser.add_argument("--top-k", type=positive_integer, metavar="K", help="show the best K labels (default: all)")
-    alone = "score each label on its own, by the sigmoid of its information gain: several may fit"
-    parser.add_argument("--multi-label", action="store_true", help=alone)
+    several = "score each label on its own, by the sigmoid of its information gain: several may fit"
+    parser.add_argument("--multi-label", action="store_true", help=several)
     below = '"none of these" comes first where no label gains this much (default: the checkpoint\'s; =-inf: never)'
     parser.add_argument("--abstain-below", type=threshold, metavar="NATS", help=below)
     add_format(parser)
@@ -328,13 +328,13 @@ def _prior_weight(arguments: argparse.Namespace, scorer) -> float:
 
 
 def _formula(prior_weight: float) -> str:
-    """What tables call IG."""
+    """The formula of IG, for the head of a table."""
     weight = "" if prior_weight == 1 else f"{prior_weight:g} * "
     return f"IG = log P(T|I) - {weight}log P(T), in nats"
 
 
 def _score_note(arguments: argparse.Namespace, config) -> str:
-    """What the table of `classify` calls score."""
+    """Explains the column "score" of the table of `classify`."""
     temperature = getattr(config, "score_temperature", 1)  # a captioner of the Hub has none
     gain = "IG" if temperature == 1 else f"IG / {temperature:g}"
     note = (
@@ -376,7 +376,7 @@ def _figures(arguments: argparse.Namespace, scorer, photos: Photos, texts: list[
         yield from torch.stack(fields, dim=-1)
 
 
-def _rows(kind: str, names: Sequence[str], figures: Sequence[Any], top_k: int | None = None) -> list[Row]:
+def _rows(kind: str, names: Sequence[str], figures: Sequence[Any], top_k: int | None = None) -> list[Fields]:
     """A row for each of N names, or for the best by information gain, of which equals stay in order.
 
     Args:

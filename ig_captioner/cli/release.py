@@ -59,7 +59,7 @@ def add_info(commands) -> None:
 
 
 def add_compile_labels(commands) -> None:
-    summary = "Do the part of classifying that needs no photo once, for many labels, and keep it in a folder."
+    summary = "Precompute a label set, and keep it in a folder."
     usage = "DIR --labels-file FILE_OR_NAME"
     parser = add_command(commands, compile_labels, usage, summary, COMPILE_LABELS_EXAMPLES, MODEL_HELP, check_labels)
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder to write, missing or empty")
@@ -184,7 +184,7 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
 
 
 def _describe_captioner(model: str) -> dict[str, Any]:
-    """What a captioner of the Hub is, and how it would be asked; from its configuration alone."""
+    """Describes a captioner of the Hub and how it would be asked, from its configuration only."""
     from ..captioners.info import describe_captioner
 
     return {
@@ -213,7 +213,7 @@ def _describe_encoder(config: Any) -> dict[str, Any]:
 
 
 def _describe_weights(model: str) -> dict[str, Any]:
-    """What the headers of the safetensors files say."""
+    """Reads sizes and dtypes from the headers of the safetensors files."""
     from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
 
     from ..card import DTYPES
@@ -243,7 +243,7 @@ def _shown(value: Any) -> str:
 
 
 def _check_labels_folder(directory: Path, overwrite: bool) -> None:
-    """Raises OSError if `directory` must not be replaced; never lets anything but compiled labels go."""
+    """Refuses to replace anything but compiled labels: raises OSError."""
     from ..compiled_labels import JSON_FILE, TENSOR_FILE
 
     if directory.is_file():

@@ -14,6 +14,7 @@ class Remarks:
 
     def __init__(self) -> None:
         self.names: defaultdict[str, list[str]] = defaultdict(list)
+        self.passed: set[tuple[str, str, int]] = set()  # other libraries' warnings, which Python shows once, too
 
     @contextmanager
     def about(self, name: str) -> Iterator[None]:
@@ -25,7 +26,8 @@ class Remarks:
         for warning in caught:
             if issubclass(warning.category, IGCaptionerWarning):
                 self.names[str(warning.message)].append(name)
-            else:
+            elif (key := (str(warning.message), warning.filename, warning.lineno)) not in self.passed:
+                self.passed.add(key)
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
     def tell(self) -> None:

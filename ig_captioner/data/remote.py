@@ -143,7 +143,7 @@ class RemoteFile(io.RawIOBase):
         headers = {"User-Agent": "ig-captioner", "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
-            validator = self.version.get("ETag") or self.version.get("Last-Modified")  # type: ignore[union-attr]
+            validator = self.version.get("ETag") or self.version.get("Last-Modified")
             if not validator.startswith("W/"):  # a weak one is of no use there, and is compared below
                 headers["If-Range"] = validator
         stream = urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT)

@@ -99,7 +99,7 @@ def shows_errors(handler: Callable) -> Callable:
 
 
 class Handlers:
-    """What happens on the page's events: from values of its components to values of its components."""
+    """Handlers of the page's events: from values of its components to values of its components."""
 
     def __init__(self, captioner: Captioner) -> None:
         self.captioner, self.lanes, self.examples = captioner, Lanes(), example_photos()
@@ -114,7 +114,7 @@ class Handlers:
 
     @shows_errors
     async def fetch(self, url: str) -> tuple[PIL.Image.Image, Tensor, PIL.Image.Image]:
-        """The photo behind a URL, its `pixel_values` and its preview."""
+        """Fetches the photo at a URL, and makes its `pixel_values` and its preview."""
         return await asyncio.to_thread(self._decode, await fetch(url))
 
     def read_example(self, index: int) -> tuple[PIL.Image.Image, Tensor, PIL.Image.Image]:
@@ -129,7 +129,7 @@ class Handlers:
             return photo, self.captioner.read(photo), _preview(photo)
 
     def restore(self, preview: PIL.Image.Image | None) -> PIL.Image.Image | None:
-        """What is shown in place of a photo that was refused: the one before it, whose results are still there."""
+        """Preview in place of a photo that was refused: the one before it, whose results are still there."""
         return preview
 
     def forget(self) -> tuple:
@@ -143,7 +143,7 @@ class Handlers:
 
     @shows_errors
     def classify(
-        self, pixel_values: Tensor | None, text: str, sentences: str, prior_weight: float, picked: str | None
+        self, pixel_values: Tensor | None, text: str, sentences: str, prior_weight: float, picked: str | None = None
     ) -> tuple:
         """Scores to be kept; bars, code, choice of labels and tokens to be shown."""
         labels, templates = parse_labels(text), parse_templates(sentences)
@@ -168,7 +168,7 @@ class Handlers:
             caption = self.captioner.caption(_chosen(pixel_values))
         return caption_view(caption, self.captioner.pieces(caption.tokens))
 
-    def rank(self, scores: Scores | None, prior_weight: float, picked: str | None) -> tuple[str, str, Any, str]:
+    def rank(self, scores: Scores | None, prior_weight: float, picked: str | None = None) -> tuple[str, str, Any, str]:
         """Bars, code, choice of labels and tokens at a prior weight, from scores that are there.
 
         The tokens are those of the label that the visitor `picked`, or else of the best one.
@@ -188,7 +188,7 @@ class Handlers:
         return _bars(scores, prior_weight)
 
     def changed(self, scores: Scores | None, large_scores: Scores | None, text: str, sentences: str) -> tuple[str, str]:
-        """What says that labels and large set were scored with other inputs than those on the page."""
+        """Notes that labels, and the large set, were scored with other inputs than those on the page."""
         changed = []
         if scores is not None and _differs(scores.labels, parse_labels, text):
             changed.append("labels")
@@ -212,7 +212,7 @@ class Handlers:
 
     def explain(self, scores: Scores | None, label: str | None) -> str:
         """The tokens of a label's text."""
-        if scores is None or label not in scores.labels:
+        if scores is None or not scores.tokens or label not in scores.labels:
             return ""
         view = token_view(self.captioner.pieces(scores.tokens[scores.labels.index(label)]))
         if len(scores.templates) > 1:

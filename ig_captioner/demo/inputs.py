@@ -1,4 +1,4 @@
-"""What the web demo lets in: photos and labels within limits, and files behind URLs on the public internet. No Gradio.
+"""Checks of what the web demo lets in: photos and labels within limits, and URLs on the public internet. No Gradio.
 
 Everything that is refused is an `InputError` whose message is meant for the person at the browser.
 """
@@ -33,7 +33,7 @@ MAX_PLACES = 3  # of a label in a sentence
 MAX_ALL_CHARACTERS = 100_000  # of all labels in all sentences
 MAX_URL_CHARACTERS = 2_000
 MAX_REDIRECTS = 3
-FETCH_SECONDS = 15.0  # for all of a photo behind a URL, redirects included
+FETCH_SECONDS = 15.0  # for all of a photo at a URL, redirects included
 # Those of `input_rules.FORMATS` that browsers show, too.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
@@ -158,7 +158,7 @@ def open_photo(content: bytes) -> PIL.Image.Image:
 
 
 async def fetch(url: str) -> bytes:
-    """The bytes behind an http or https URL, from an address on the public internet.
+    """Fetches the bytes at an http or https URL, from an address on the public internet.
 
     A name is looked up once for each redirect, and the connection goes to the address that was checked: a name that
     leads elsewhere the next time does not help. Proxies of the environment are not used.

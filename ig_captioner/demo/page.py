@@ -1,4 +1,4 @@
-"""How the web demo shows its figures: HTML of bars and of tokens, and their style. No Gradio, no JavaScript.
+"""Figures of the web demo as HTML of bars and of tokens, and their style. No Gradio, no JavaScript.
 
 Everything that comes from a visitor or a model is escaped, characters without a shape are made visible, and text of
 either direction stays inside its own box.
@@ -78,7 +78,7 @@ CSS = (
 #examples .gallery-item .container { width: 4rem; height: 3.2rem; }
 #examples .gallery-item img { width: 100%; height: 100%; object-fit: cover; }
 #stale:not(:has(.ig-stale)), #large-stale:not(:has(.ig-stale)) { display: none; }
-#photo .wrap:has(> .error), #results .wrap:has(> .error) { display: none; } /* the message says more than Gradio's "Error" */
+#photo .wrap:has(> .error), #results .wrap:has(> .error) { display: none; } /* the message says more */
 """
 )
 
@@ -133,7 +133,7 @@ def stale_note(changed: str, button: str) -> str:
 
 
 def placeholder(content: str) -> str:
-    """What stands where a result will be, in HTML."""
+    """HTML for the place of a result that is not there yet."""
     return f'<div class="ig-empty">{content}</div>'
 
 
@@ -174,13 +174,13 @@ def label_bars(rows: Sequence[RankedLabel], num_labels: int, prior_weight: float
 
 
 def threshold_note(best: RankedLabel, abstain_threshold: float | None) -> str:
-    """What the pipeline would say of a photo whose best label is `best`, if the checkpoint may abstain."""
+    """Says what the pipeline would answer for a photo whose best label is `best`, if the checkpoint may abstain."""
     if abstain_threshold is None:
         return ""
     verb = "reaches" if best.information_gain >= abstain_threshold else "does not reach"
     return note(
         f"The pipeline answers &ldquo;none of these&rdquo; where no label reaches this checkpoint's threshold, IG "
-        f"{number(abstain_threshold)}; here the best {verb} it. The scores are those of the labels alone."
+        f"{number(abstain_threshold)}; here the best {verb} it. The scores are those of the labels only."
     )
 
 

@@ -1,4 +1,4 @@
-"""What the web demo computes: scores of labels and their tokens, captions, and code that gives the same. No Gradio.
+"""Computations of the web demo: scores of labels and their tokens, captions, and code that gives the same. No Gradio.
 
 The model runs once per photo and set of labels. `Scores` then holds log P(T|I) and log P(T), from which every prior
 weight follows.
@@ -71,7 +71,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a photo gave for C labels in one template or more.
+    """Scores of a photo for C labels in one template or more.
 
     Args:
         caption_log_likelihood, prior_log_likelihood: means over templates, [C].

@@ -1,1 +1,1 @@
-"""What `ig-captioner evaluate` measures, from images and texts to tables of results."""
+"""The tasks of `ig-captioner evaluate`, from images and texts to tables of results."""

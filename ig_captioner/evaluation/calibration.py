@@ -1,4 +1,4 @@
-"""How far scores can be trusted: a temperature that makes them agree with how often they are right, and abstaining.
+"""Calibration of scores: a temperature that makes them agree with how often they are right, and abstaining.
 
 Scores are the softmax of s / temperature over classes, where s is the information gain at some prior weight. The
 temperature is fitted by the negative log-likelihood of the right classes on samples that are in no figure, and moves no
@@ -25,7 +25,7 @@ from .scores import ScoreMatrix
 
 
 TEMPERATURES = (0.01, 100.0)
-"""Where temperatures are looked for."""
+"""Range of temperatures that are tried."""
 BINS = 15
 FEWEST_HELD_OUT = 100
 """Minimum held-out images for saving a fit."""
@@ -260,7 +260,7 @@ def reliability_table(pictures: dict[str, Bins]) -> list[dict[str, Any]]:
 
 
 def threshold_table(held_out: Answers, test: Answers) -> list[dict[str, Any]]:
-    """What thresholds that keep a share of the held-out images do to the test images."""
+    """Applies thresholds that keep a share of the held-out images to the test images."""
     lines = []
     for share in SHARES:
         threshold = abstain_threshold(held_out.certainty, share)

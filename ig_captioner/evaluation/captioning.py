@@ -96,7 +96,7 @@ def generate_captions(
 
 
 def count_ngrams(text: str) -> Ngrams:
-    """How often each n-gram of 1 to 4 words occurs."""
+    """Counts the n-grams of 1 to 4 words."""
     listed = words(text)
     spans = ((start, start + n) for n in range(1, LONGEST + 1) for start in range(len(listed) - n + 1))
     return Counter(tuple(listed[start:end]) for start, end in spans)

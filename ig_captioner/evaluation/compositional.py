@@ -1,4 +1,4 @@
-"""Compositional sets: does the right caption of an image score higher than one that differs in a word, or in order?
+"""Compositional sets: whether the right caption of an image scores above one that differs in a word or in order.
 
 Their public files:
 
@@ -8,7 +8,7 @@ Their public files:
   captions at run time; there are no files of them.) Figures are over items; ARO's paper averages over relations.
 - Winoground: `examples.jsonl` with `image_0`, `image_1`, `caption_0`, `caption_1`; caption i belongs to image i.
 
-An item's images are found by file name without extension, which a key may also end in behind an underscore:
+An item's images are found by file name without extension; a key may also end in it after an underscore:
 `coco_000000000285` is `000000000285.jpg`.
 
 Legend: M items, I images and K texts of an item. Log-likelihoods are in nats.
@@ -53,7 +53,7 @@ class Item(NamedTuple):
     """File names without extension."""
     texts: tuple[str, ...]
     box: tuple[int, int, int, int] | None = None
-    """What to cut out of the image: left, top, right, bottom in pixels."""
+    """Part to cut out of the image: left, top, right, bottom in pixels."""
 
 
 class ItemScores(NamedTuple):
@@ -80,7 +80,7 @@ class ItemScores(NamedTuple):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Shares of items whose right caption wins: by category, and text alone on all of them."""
+    """Shares of items whose right caption wins: by category, and from text only on all of them."""
     items = read_items(arguments.format, arguments.pairs)
     if arguments.limit is not None:
         chosen = first_by_hash(map(str, range(len(items))), arguments.limit)
@@ -195,7 +195,7 @@ READERS: dict[str, tuple[str, Callable[[str, str], Iterable[Item]]]] = {
 
 
 def find_name(key: str, names: set[str]) -> str | None:
-    """Which of the image names a sample's key stands for."""
+    """Finds the image name that a sample's key stands for."""
     base = key.rpartition("/")[2]
     return next((name for name in (base, base.rpartition("_")[2]) if name in names), None)
 
@@ -286,7 +286,7 @@ def stack_scores(scores: Sequence[Tensor], priors: Sequence[Tensor]) -> ItemScor
 
 
 def item_ranks(scores: Tensor) -> Tensor:
-    """How many wrong texts the images of an item do not rank below their own, int [M], from [M, I, K].
+    """Counts the wrong texts that the images of an item do not rank below their own, int [M], from [M, I, K].
 
     Ties count against, as in `ranking.ranks`.
     """

@@ -139,7 +139,7 @@ def measure_classification(
 
 
 class Recipe(NamedTuple):
-    """How a text tower is trained. Its features are the mean over patches, or all image tokens one after another."""
+    """Settings for training a text tower. Its features are the mean over patches, or all image tokens in a row."""
 
     steps: int = 2000
     batch_size: int = 256
@@ -228,7 +228,7 @@ class DualEncoder(nn.Module):
 
 
 def pooled_features(model: Any, processor: Any, images: Iterable[Image.Image], pooling: str = "mean") -> Tensor:
-    """What a tower reads of images, [B, F], float32 on the CPU; F is E, or with "tokens" P * E."""
+    """Features of images that a tower reads, [B, F], float32 on the CPU; F is E, or with "tokens" P * E."""
     if pooling == "mean":
         return mean_pooled_features(model, processor, images, IMAGES_PER_PASS)
 
@@ -298,7 +298,7 @@ def save_tower(model: DualEncoder, folder: str | Path) -> None:
 
 
 def load_tower(folder: str | Path, tokenizer: Any, device: torch.device | str = "cpu") -> DualEncoder:
-    """What `save_tower` wrote. Raises RuntimeError if it does not fit the tokenizer."""
+    """Reads what `save_tower` wrote. Raises RuntimeError if it does not fit the tokenizer."""
     with safe_open(_weights(folder), "pt") as file:
         recipe = Recipe(**json.loads(file.metadata()["recipe"]))
         width = file.get_slice("mean").get_shape()[0]
@@ -364,6 +364,6 @@ def choose_tower(
 
 
 def rank_captions(model: DualEncoder, pairs: Pairs) -> Tensor:
-    """How many wrong captions come before the best true one of each image, int [B]."""
+    """Counts the wrong captions before the best true one of each image, int [B]."""
     texts = [caption for own in pairs.captions for caption in own]
     return ranks(model.score(pairs.features, texts), true_pairs(pairs.captions, texts))

@@ -17,7 +17,7 @@ PRIOR_WEIGHTS = tuple(round(0.05 * step, 2) for step in range(31))  # w = 0 ... 
 
 
 def true_pairs(captions: Sequence[Sequence[str]], texts: Sequence[str]) -> Tensor:
-    """Which of N texts are captions of which of Q images, bool [Q, N]; equal texts are the same answer."""
+    """Tells which of N texts are captions of which of Q images, bool [Q, N]; equal texts are the same answer."""
     columns: dict[str, list[int]] = {}
     for column, text in enumerate(texts):
         columns.setdefault(text, []).append(column)
@@ -28,12 +28,12 @@ def true_pairs(captions: Sequence[Sequence[str]], texts: Sequence[str]) -> Tenso
 
 
 def true_classes(labels: Tensor, class_names: Sequence[str]) -> Tensor:
-    """Which of N classes are right for images of class `labels` [Q], bool [Q, N]; equal names are the same answer."""
+    """Tells which of N classes are right, bool [Q, N], for images of class `labels` [Q]; equal names are one answer."""
     return true_pairs([[name] for name in class_names], class_names)[labels]
 
 
 def ranks(scores: Tensor, is_true: Tensor) -> Tensor:
-    """How many wrong answers are ranked before the best true one, int [Q] (0: found first).
+    """Counts the wrong answers ranked before the best true one, int [Q] (0: found first).
 
     Args:
         scores: [Q, N].

@@ -7,6 +7,7 @@ Results are `{"task", "title", "notes", "data", "tables": {title: rows}, "run"}`
 import hashlib
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from .processes import place
 
 
 class Metric(NamedTuple):
-    """How a metric is shown."""
+    """The form in which a metric is shown."""
 
     heading: str
     type: str
@@ -64,7 +65,7 @@ HUB_TASKS = {
 
 
 def metric_of(name: str) -> Metric:
-    """How a metric is shown; what is not known is a share of right answers, under its own name."""
+    """The form of a metric; an unknown one is a share of right answers, under its own name."""
     return METRICS.get(name, Metric(f"{name} %", "accuracy"))
 
 
@@ -185,10 +186,23 @@ def format_metric(name: str, estimate: dict[str, float]) -> str:
 # Metadata
 
 
-def evaluations(results: dict[str, Any]) -> list[EvalResult]:
-    """The results of the model, not of those it is compared with, as entries of a card's metadata."""
+def dataset_name(data: str) -> str:
+    """The name of a data set by that of its files: "cifar10-test" of "data/cifar10-test-*.tar.gz"."""
+    name = Path(data).name
+    stem = re.sub(r"(\.tar)?(\.(gz|zst|xz|bz2))?$", "", name)
+    return re.sub(r"[-_.][*?\d{}\[\].,]+$", "", stem) or name
+
+
+def evaluations(results: dict[str, Any], headlines: bool = False) -> list[EvalResult]:
+    """The results of the model, not of those it is compared with, as entries of a card's metadata.
+
+    Args:
+        headlines: of the first table only, over all its items if there is such a metric, else its first metric; the
+            others are in the card's text.
+    """
     task, task_name = HUB_TASKS[results["task"]]
-    data = Path(results["data"].get("data") or results["data"]["labelled"]).name
+    data = dataset_name(results["data"].get("data") or results["data"]["labelled"])
+    shown = 1 if headlines else None
     return [
         EvalResult(
             task_type=task,
@@ -202,10 +216,11 @@ def evaluations(results: dict[str, Any]) -> list[EvalResult]:
             metric_value=round(metric_of(name).scale * estimate["value"], 3),
             metric_args={"prior_weight": row["prior_weight"]} if row["prior_weight"] is not None else None,
         )
-        for title, rows in results["tables"].items()
+        for title, rows in list(results["tables"].items())[:shown]
         for row in rows
         if not row["baseline"]
         for name, estimate in row["metrics"].items()
+        if not headlines or name == ("all" if "all" in row["metrics"] else next(iter(row["metrics"])))
     ]
 
 

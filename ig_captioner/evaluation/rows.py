@@ -2,11 +2,11 @@
 
 Every evaluation has these rows:
 
-- likelihood: log P(T|I) alone, prior weight 0
+- likelihood: log P(T|I) only, prior weight 0
 - information gain: log P(T|I) - log P(T), prior weight 1
 - tuned: the prior weight that was best on held-out samples, which are in no row
-- blind: log P(T) alone, the likelier text wins; no image is seen, so it shows how far language alone gets. (Ranking by
-  -log P(T) alone would just pick the rarest text.)
+- blind: log P(T) only, the likelier text wins; no image is seen, so it shows how far language alone gets. (Ranking by
+  -log P(T) would just pick the rarest text.)
 - another model, such as CLIP, on the same samples
 """
 
@@ -102,7 +102,7 @@ class Contender(NamedTuple):
 
 
 class Scores(Protocol):
-    """What `ScoreMatrix` and `ItemScores` have in common."""
+    """The methods that `ScoreMatrix` and `ItemScores` have in common."""
 
     def information_gain(self, prior_weight: float) -> Tensor: ...
 

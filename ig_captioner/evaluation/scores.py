@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..captioners.scorer import CaptionScorer, as_images
+from ..captioners.scorer import CaptionScorer, as_compiled, as_images
 from ..compiled_labels import CompiledLabels, encode_for, is_compiled
 from ..data.samples import separate
 from ..information_gain import information_gain, mean_over_templates
@@ -95,11 +95,12 @@ def text_scorer(
 def _scorer_of_captioner(
     scorer: CaptionScorer, texts: Sequence[str] | CompiledLabels, **prior: Any
 ) -> Callable[[list[Image.Image]], ScoreMatrix]:
-    if is_compiled(texts):  # every text for itself: a scorer gives means over templates
-        each = tuple(format_labels(texts.labels, texts.templates))
-        labels = CompiledLabels(each, ("{}",), texts.texts, texts.tokens_sha256)
-    else:
-        labels = scorer.compile_labels(list(texts), "{}", **prior)
+    given = as_compiled(texts)
+    if given is None:
+        labels = scorer.compile_labels(list(texts), "{}", **prior)  # type: ignore[arg-type]
+    else:  # every text for itself: a scorer gives means over templates
+        each = tuple(format_labels(given.labels, given.templates))
+        labels = CompiledLabels(each, ("{}",), given.texts, given.tokens_sha256)
     lengths = labels.texts.trie.lengths.float().cpu()
 
     def score(images: list[Image.Image]) -> ScoreMatrix:

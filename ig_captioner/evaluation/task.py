@@ -1,4 +1,4 @@
-"""What all tasks of `ig-captioner evaluate` share: what their arguments name, and how their results are told.
+"""Parts that all tasks of `ig-captioner evaluate` share: reading what arguments name, and reporting results.
 
 A task is a file with a function `run`, from the command's arguments to tables on disk and on the screen.
 """
@@ -50,11 +50,11 @@ def labelled_samples(arguments: argparse.Namespace, data: str, class_names: list
     return Samples(data, labelled_decoder(label_from_field(class_names, arguments.label_field)), limit)
 
 
-# How results are told
+# Results
 
 
 def describe_samples(arguments: argparse.Namespace, samples, split=None, tuned: str = "prior weight") -> dict[str, Any]:
-    """How many samples there are, of which kind."""
+    """Counts the samples by kind."""
     described = {"data": arguments.data, "skipped": describe_skipped(samples.skipped) or "none"}
     if arguments.limit is not None:
         described["limit"] = arguments.limit

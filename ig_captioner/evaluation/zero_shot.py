@@ -32,9 +32,9 @@ NOTES = [
     "Ties count against; classes of one name are one class. Blind: the class with the likeliest text, log P(T), "
     "whatever the image.",
     "Calibration is about the score of the best class, the softmax of information gain / temperature. ECE: expected "
-    f"calibration error, {BINS} bins of equal width; its intervals are moved by what resampling alone adds to it. "
+    f"calibration error, {BINS} bins of equal width; its intervals are moved by what resampling itself adds to it. "
     "Intervals of fitted temperatures are over held-out samples, by one Newton step per resample.",
-    "Abstaining: answers of the surest images alone. Right class there: how often an image is surer with all "
+    "Abstaining: answers of the surest images only. Right class there: how often an image is surer with all "
     "classes than one without its own class.",
 ]
 
@@ -101,7 +101,7 @@ def class_row(contender: Contender, labels: Tensor, class_names: list[str]) -> R
 
 
 def confusion(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many images of each class (rows) are taken for each class (columns): counts int [C, C]."""
+    """Counts how many images of each class (rows) are taken for each class (columns), int [C, C]."""
     classes = scores.shape[1]
     pairs = labels * classes + scores.argmax(dim=1)
     return pairs.bincount(minlength=classes**2).unflatten(0, (classes, classes))
@@ -137,9 +137,9 @@ def check_checkpoint_folder(model: str) -> None:
     """Raises ValueError if `model` is no folder whose configuration may be changed."""
     path = Path(model)
     if not (path / "config.json").is_file():
-        raise ValueError(f"a calibration can be saved into the folder of a checkpoint alone, got {model!r}")
+        raise ValueError(f"a calibration can be saved only into the folder of a checkpoint, got {model!r}")
     if not is_own(model):
-        raise ValueError(f"a calibration can be saved into a checkpoint of this package alone, got {model!r}")
+        raise ValueError(f"a calibration can be saved only into a checkpoint of this package, got {model!r}")
     if path.resolve() == Path(DEFAULT_CHECKPOINT).resolve():
         raise ValueError("the checkpoint in the package is not changed: `ig-captioner release DIR` makes a copy of it")
 
