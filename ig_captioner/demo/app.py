@@ -14,7 +14,7 @@ import html
 import inspect
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import PIL.Image
 from torch import Tensor
 
 from ..input_rules import IGCaptionerWarning
+from .examples import example_photos
 from .inputs import (
     FORMATS,
     MAX_BYTES,
@@ -37,7 +38,18 @@ from .inputs import (
     read_upload,
 )
 from .lanes import Lanes
-from .page import CSS, MAX_SHOWN, caption_view, header, label_bars, note, placeholder, threshold_note, token_view
+from .page import (
+    CSS,
+    MAX_SHOWN,
+    caption_view,
+    header,
+    label_bars,
+    note,
+    placeholder,
+    stale_note,
+    threshold_note,
+    token_view,
+)
 from .scores import Captioner, Scores, as_code, large_set
 
 
@@ -53,17 +65,21 @@ MAX_PRIOR_WEIGHT = 1.5
 MAX_WAITING = 40  # requests that wait for the model, each in a thread; Gradio queues the rest
 KEPT_SECONDS = 3600  # uploads, and what a session has computed
 LABELS = ["cat", "dog", "horse", "woman", "cup of coffee", "rocket", "motorcycle"]
+PREVIEW_PIXELS = 800  # of the longer side
 CHOICE = "Which words does the image support?"
-NO_RESULT = placeholder("Choose a photo: scores of your labels appear here.")
+RANK = "Rank them"
+NO_RESULT = placeholder("Choose a photo, or one of the examples: scores of your labels appear here.")
 NO_CAPTION = placeholder("The caption of your photo appears here.")
 NO_LARGE_RESULT = placeholder("Not computed for this photo yet.")
+# On a phone the results are below the inputs, out of sight.
+SHOW_RESULTS = "() => { if (innerWidth <= 640) document.getElementById('results').scrollIntoView() }"
 
 
 def shows_errors(handler: Callable) -> Callable:
     """Turns `InputError` of a handler, or of what it awaits, into a message on the page."""
 
     def shown(error: InputError) -> gr.Error:
-        return gr.Error(html.escape(str(error)), print_exception=False)
+        return gr.Error(html.escape(str(error)), duration=None, print_exception=False)
 
     @functools.wraps(handler)
     def wrapped(*args: Any) -> Any:
@@ -86,42 +102,56 @@ class Handlers:
     """Handlers of the page's events: from values of its components to values of its components."""
 
     def __init__(self, captioner: Captioner) -> None:
-        self.captioner, self.lanes = captioner, Lanes()
+        self.captioner, self.lanes, self.examples = captioner, Lanes(), example_photos()
 
     @shows_errors
-    def read(self, upload: dict[str, Any] | None) -> Tensor:
-        """`pixel_values` of an uploaded file, as Gradio describes it."""
+    def read(self, upload: dict[str, Any] | None) -> tuple[Tensor, PIL.Image.Image]:
+        """`pixel_values` of an uploaded file, as Gradio describes it, and its preview."""
         if upload is None:
             raise InputError("Choose a photo first.")
         content = read_upload(upload.get("path"), gradio.utils.get_upload_folder())
-        return self._decode(content)[1]
+        return self._decode(content)[1:]
 
     @shows_errors
-    async def fetch(self, url: str) -> tuple[PIL.Image.Image, Tensor]:
-        """Fetches the photo at a URL, and makes its `pixel_values`."""
+    async def fetch(self, url: str) -> tuple[PIL.Image.Image, Tensor, PIL.Image.Image]:
+        """Fetches the photo at a URL, and makes its `pixel_values` and its preview."""
         return await asyncio.to_thread(self._decode, await fetch(url))
 
-    def _decode(self, content: bytes) -> tuple[PIL.Image.Image, Tensor]:
+    def read_example(self, index: int) -> tuple[PIL.Image.Image, Tensor, PIL.Image.Image]:
+        """An example photo, its `pixel_values` and its preview."""
+        photo = self.examples[index]
+        with self.lanes.enter():
+            return photo, self.captioner.read(photo), _preview(photo)
+
+    def _decode(self, content: bytes) -> tuple[PIL.Image.Image, Tensor, PIL.Image.Image]:
         with self.lanes.enter():  # one photo at a time is decoded
             photo = open_photo(content)
-            return photo, self.captioner.read(photo)
+            return photo, self.captioner.read(photo), _preview(photo)
+
+    def restore(self, preview: PIL.Image.Image | None) -> PIL.Image.Image | None:
+        """Preview in place of a photo that was refused: the one before it, whose results are still there."""
+        return preview
 
     def forget(self) -> tuple:
-        """Nothing to be kept, and nothing to be shown: what a new photo begins with."""
+        """No results to be kept, and none to be shown: what a new photo begins with."""
         choice = gr.Dropdown(choices=[], value=None, visible=False)
-        return None, None, None, NO_RESULT, "", choice, "", NO_CAPTION, NO_LARGE_RESULT
+        return None, None, None, NO_RESULT, "", choice, "", NO_CAPTION, NO_LARGE_RESULT, "", ""
+
+    def forget_photo(self) -> tuple:
+        """No photo, and no results."""
+        return None, None, *self.forget()
 
     @shows_errors
-    def classify(self, pixel_values: Tensor | None, text: str, sentences: str, prior_weight: float) -> tuple:
-        """Scores to be kept; bars, choice of labels, tokens and code to be shown."""
+    def classify(
+        self, pixel_values: Tensor | None, text: str, sentences: str, prior_weight: float, picked: str | None = None
+    ) -> tuple:
+        """Scores to be kept; bars, code, choice of labels and tokens to be shown."""
         labels, templates = parse_labels(text), parse_templates(sentences)
         check_number(labels, templates)
         check_characters(labels, templates)
         with self.lanes.enter(len(labels) * len(templates)):
             scores = self.captioner.classify(_chosen(pixel_values), labels, templates)
-        best = scores.ranked(prior_weight)[0].label
-        choice = gr.Dropdown(choices=list(scores.labels), value=best, visible=True)
-        return scores, *self.rank(scores, prior_weight), choice, self.explain(scores, best)
+        return scores, *self.rank(scores, prior_weight, picked)
 
     @shows_errors
     def classify_large_set(self, pixel_values: Tensor | None, sentences: str, prior_weight: float) -> tuple:
@@ -138,23 +168,51 @@ class Handlers:
             caption = self.captioner.caption(_chosen(pixel_values))
         return caption_view(caption, self.captioner.pieces(caption.tokens))
 
-    def rank(self, scores: Scores | None, prior_weight: float) -> tuple[str, str]:
-        """Bars and code at a prior weight, from scores that are there."""
+    def rank(self, scores: Scores | None, prior_weight: float, picked: str | None = None) -> tuple[str, str, Any, str]:
+        """Bars, code, choice of labels and tokens at a prior weight, from scores that are there.
+
+        The tokens are those of the label that the visitor `picked`, or else of the best one.
+        """
         if scores is None:
-            return NO_RESULT, ""
+            return NO_RESULT, "", gr.Dropdown(visible=False), ""
         bars = _bars(scores, prior_weight)
         if scores.num_cut:
             bars += note(f"{scores.num_cut} texts were cut: the model reads {self.captioner.max_tokens} tokens.")
-        return bars, as_code(self.captioner.name, scores, prior_weight)
+        label = picked if picked in scores.labels else scores.ranked(prior_weight, 1)[0].label
+        choice = gr.Dropdown(choices=list(scores.labels), value=label, visible=True)
+        return bars, as_code(self.captioner.name, scores, prior_weight), choice, self.explain(scores, label)
 
     def rank_large_set(self, scores: Scores | None, prior_weight: float) -> str:
         if scores is None:
             return NO_LARGE_RESULT
         return _bars(scores, prior_weight)
 
+    def changed(self, scores: Scores | None, large_scores: Scores | None, text: str, sentences: str) -> tuple[str, str]:
+        """Notes that labels, and the large set, were scored with other inputs than those on the page."""
+        changed = []
+        if scores is not None and _differs(scores.labels, parse_labels, text):
+            changed.append("labels")
+        if scores is not None and _differs(scores.templates, parse_templates, sentences):
+            changed.append("sentence")
+        is_stale = large_scores is not None and _differs(large_scores.templates, parse_templates, sentences)
+        both = " and ".join(changed).capitalize()
+        return stale_note(both, "Classify"), stale_note("Sentence" if is_stale else "", RANK)
+
+    def pick(self, scores: Scores | None, label: str | None) -> tuple[str, str | None]:
+        """The tokens of the label that a visitor picked, and the label, to be kept."""
+        return self.explain(scores, label), label
+
+    def remember(self, text: str) -> str:
+        """Labels that were classified, for this browser's next visit."""
+        return text
+
+    def remembered(self, text: str | None) -> Any:
+        """Labels of this browser's last visit, if there are any."""
+        return text if text and isinstance(text, str) else gr.skip()
+
     def explain(self, scores: Scores | None, label: str | None) -> str:
         """The tokens of a label's text."""
-        if scores is None or label not in scores.labels:
+        if scores is None or not scores.tokens or label not in scores.labels:
             return ""
         view = token_view(self.captioner.pieces(scores.tokens[scores.labels.index(label)]))
         if len(scores.templates) > 1:
@@ -168,6 +226,19 @@ def _bars(scores: Scores, prior_weight: float) -> str:
     return bars + threshold_note(rows[0], scores.abstain_threshold)
 
 
+def _differs(used: Sequence[str], parse: Callable[[str], list[str]], text: str) -> bool:
+    try:
+        return list(used) != parse(text)
+    except InputError:
+        return True
+
+
+def _preview(photo: PIL.Image.Image) -> PIL.Image.Image:
+    preview = photo.copy()
+    preview.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
+    return preview
+
+
 def _chosen(pixel_values: Tensor | None) -> Tensor:
     if pixel_values is None:
         raise InputError("Choose a photo first.")
@@ -178,48 +249,66 @@ def build_app(model: str, device: str = "auto") -> gr.Blocks:
     """The page and its events, for a checkpoint (folder or Hub name). `launch` adds limits that the server keeps."""
     captioner = Captioner(model, device)
     with gr.Blocks(title="ig_captioner", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as app:
+        handlers = Handlers(captioner)
         gr.HTML(header(captioner.name, captioner.in_short))
         with gr.Row():
-            with gr.Column(scale=2, min_width=320):
-                inputs = _add_inputs(captioner.templates)
-            with gr.Column(scale=3, min_width=320):
+            with gr.Column(scale=2, min_width=320, elem_id="inputs"):
+                inputs = _add_inputs(captioner.templates, handlers.examples)
+            with gr.Column(scale=3, min_width=320, elem_id="results"):
                 outputs = _add_outputs(captioner)
-        _connect(Handlers(captioner), {**inputs, **outputs})
+        parts = {**inputs, **outputs}
+        _connect_photo(handlers, parts)
+        _connect_results(handlers, parts)
+        app.load(handlers.remembered, parts["kept_labels"], parts["labels"], **AT_ONCE)
     return app
 
 
-def _add_inputs(templates: list[str]) -> dict[str, Any]:
+def _add_inputs(templates: list[str], examples: list[PIL.Image.Image]) -> dict[str, Any]:
     limits = f"{', '.join(FORMATS)}: up to {MAX_BYTES // 2**20} MiB and {MAX_PIXELS // 10**6} megapixels"
     lines = f"One per line, {MAX_LABELS:,} at most. A single line is split at its commas."
+    photo = gr.Image(
+        label="Photo",
+        placeholder=f"# Drop, paste or choose a photo\n{limits}",
+        sources=["upload", "clipboard"],
+        format="png",
+        height=270,
+        buttons=[],
+        alt_text="The photo to be classified",
+        elem_id="photo",
+    )
+    thumbnails = gr.Dataset(
+        label="Examples",
+        components=[gr.Image(type="pil", format="jpeg", render=False)],
+        samples=[[_preview(example)] for example in examples],
+        type="index",
+        visible=bool(examples),
+        elem_id="examples",
+    )
+    url = gr.Textbox(label="Photo from a URL", placeholder="https://...", submit_btn="Load", max_lines=1, elem_id="url")
+    labels = gr.Textbox("\n".join(LABELS), label="Labels", info=lines, lines=7, max_lines=12, elem_id="labels")
+    template = gr.Textbox(
+        "\n".join(templates),
+        label="Sentence",
+        info="{} is where the label goes. Several, one per line, are averaged.",
+        lines=len(templates),
+        max_lines=4,
+        elem_id="template",
+    )
     return {
-        "photo": gr.Image(
-            label="Photo",
-            placeholder=f"# Drop, paste or choose a photo\n{limits}",
-            sources=["upload", "clipboard"],
-            format="png",
-            height=270,
-            buttons=[],
-            alt_text="The photo to be classified",
-            elem_id="photo",
-        ),
-        "url": gr.Textbox(
-            label="Photo from a URL", placeholder="https://...", submit_btn="Load", max_lines=1, elem_id="url"
-        ),
-        "labels": gr.Textbox("\n".join(LABELS), label="Labels", info=lines, lines=7, max_lines=12, elem_id="labels"),
-        "template": gr.Textbox(
-            "\n".join(templates),
-            label="Sentence",
-            info="{} is where the label goes. Several, one per line, are averaged.",
-            lines=len(templates),
-            max_lines=4,
-            elem_id="template",
-        ),
+        "photo": photo,
+        "examples": thumbnails,
+        "url": url,
+        "labels": labels,
+        "template": template,
         "run": gr.Button("Classify", variant="primary", elem_id="run"),
+        # in the browser's own storage; the secret hides nothing, it lets a restarted server read it
+        "kept_labels": gr.BrowserState(storage_key="ig_captioner_labels", secret="ig_captioner"),
     }
 
 
 def _add_outputs(captioner: Captioner) -> dict[str, Any]:
-    states = {name: gr.State(time_to_live=KEPT_SECONDS) for name in ("pixel_values", "scores", "large_scores")}
+    names = ("pixel_values", "preview", "scores", "large_scores", "picked")
+    states = {name: gr.State(time_to_live=KEPT_SECONDS) for name in names}
     weight = gr.Slider(
         0,
         MAX_PRIOR_WEIGHT,
@@ -230,59 +319,93 @@ def _add_outputs(captioner: Captioner) -> dict[str, Any]:
         elem_id="weight",
     )
     with gr.Tab("Labels"):
+        stale = gr.HTML(elem_id="stale")
         bars = gr.HTML(NO_RESULT, elem_id="bars")
         choice = gr.Dropdown([], label=CHOICE, interactive=True, visible=False, elem_id="choice")
         tokens = gr.HTML(elem_id="tokens")
     with gr.Tab("Caption"):
         caption = gr.HTML(NO_CAPTION, elem_id="caption")
-    with gr.Tab("ImageNet"):
-        run_large_set = gr.Button(f"Rank the {len(large_set())} class names of ImageNet", elem_id="run-large")
+    with gr.Tab(f"{len(large_set())} names"):
+        gr.HTML(
+            note(f"{len(large_set())} everyday things, animals and foods: the names that the package's model knows.")
+        )
+        run_large_set = gr.Button(RANK, variant="primary", elem_id="run-large")
+        large_stale = gr.HTML(elem_id="large-stale")
         large_bars = gr.HTML(NO_LARGE_RESULT, elem_id="large-bars")
     with gr.Tab("As code"):
         code = gr.Code(language="python", label="The same scores", wrap_lines=True, interactive=False, elem_id="code")
     shown = {"weight": weight, "bars": bars, "choice": choice, "tokens": tokens, "caption": caption, "code": code}
-    return {**states, **shown, "run_large_set": run_large_set, "large_bars": large_bars}
+    large = {"run_large_set": run_large_set, "large_bars": large_bars}
+    return {**states, **shown, **large, "stale": stale, "large_stale": large_stale}
 
 
-def _connect(handlers: Handlers, parts: dict[str, Any]) -> None:
-    """The page's events. Those that run the model wait for one another in `Lanes`."""
+# Events. Those that run the model wait for one another in `Lanes`.
 
-    def pick(names: str) -> list[Any]:
-        return [parts[name] for name in names.split()]
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+MODEL = {**PRIVATE, "concurrency_id": "model", "concurrency_limit": MAX_WAITING}
+AT_ONCE = {**PRIVATE, "show_progress": "hidden"}
 
-    private: dict[str, Any] = {"api_visibility": "private"}
-    model = {**private, "concurrency_id": "model", "concurrency_limit": MAX_WAITING}
-    at_once = {**private, "show_progress": "hidden"}
-    classify = {
-        "fn": handlers.classify,
-        "inputs": pick("pixel_values labels template weight"),
-        "outputs": pick("scores bars code choice tokens"),
-        **model,
-    }
-    caption = {"fn": handlers.caption, "inputs": pick("pixel_values"), "outputs": pick("caption"), **model}
-    no_results = {
-        "fn": handlers.forget,
-        "outputs": pick("pixel_values scores large_scores bars code choice tokens caption large_bars"),
-        **at_once,
-    }
+
+def _pick(parts: dict[str, Any], names: str) -> list[Any]:
+    return [parts[name] for name in names.split()]
+
+
+def _event(handler: Callable, parts: dict[str, Any], inputs: str, outputs: str, **options: Any) -> dict[str, Any]:
+    """What Gradio's listeners take, with components by their names in `parts`."""
+    return {"fn": handler, "inputs": _pick(parts, inputs), "outputs": _pick(parts, outputs), **options}
+
+
+def _classify(handlers: Handlers, parts: dict[str, Any]) -> dict[str, Any]:
+    inputs = "pixel_values labels template weight picked"
+    return _event(handlers.classify, parts, inputs, "scores bars code choice tokens", **MODEL)
+
+
+def _changed(handlers: Handlers, parts: dict[str, Any]) -> dict[str, Any]:
+    inputs = "scores large_scores labels template"
+    return _event(handlers.changed, parts, inputs, "stale large_stale", **AT_ONCE, trigger_mode="always_last")
+
+
+def _connect_photo(handlers: Handlers, parts: dict[str, Any]) -> None:
+    """A new photo is read, then classified and captioned. One that is refused leaves the page as it was."""
+    results = "scores large_scores picked bars code choice tokens caption large_bars stale large_stale"
+    no_results = _event(handlers.forget, parts, "", results, **AT_ONCE)
+    no_photo = _event(handlers.forget_photo, parts, "", f"pixel_values preview {results}", **AT_ONCE)
     # the file itself, neither checked nor decoded by Gradio: `read_upload` does the one, and its size comes first
-    read = {"fn": handlers.read, "inputs": pick("photo"), "outputs": pick("pixel_values"), "preprocess": False, **model}
-    load = {"fn": handlers.fetch, "inputs": pick("url"), "outputs": pick("photo pixel_values"), **private}
+    read = _event(handlers.read, parts, "photo", "pixel_values preview", preprocess=False, **MODEL)
+    load = _event(handlers.fetch, parts, "url", "photo pixel_values preview", **PRIVATE)
+    example = _event(handlers.read_example, parts, "examples", "photo pixel_values preview", **MODEL)
+    restore = _event(handlers.restore, parts, "preview", "photo", **AT_ONCE)
+    caption = _event(handlers.caption, parts, "pixel_values", "caption", **MODEL)
 
-    parts["photo"].clear(**no_results)
-    parts["photo"].upload(**no_results).then(**read).success(**classify).then(**caption)
-    parts["url"].submit(**no_results).then(**load).success(**classify).then(**caption)
-    gr.on([parts["run"].click, parts["labels"].submit, parts["template"].submit], **classify)
-    parts["run_large_set"].click(
-        handlers.classify_large_set,
-        pick("pixel_values template weight"),
-        pick("large_scores large_bars"),
-        **model,
-    )
-    always = {**at_once, "trigger_mode": "always_last"}
-    parts["weight"].change(handlers.rank, pick("scores weight"), pick("bars code"), **always)
-    parts["weight"].change(handlers.rank_large_set, pick("large_scores weight"), pick("large_bars"), **always)
-    parts["choice"].input(handlers.explain, pick("scores choice"), pick("tokens"), **always)
+    parts["photo"].clear(**no_photo)
+    uploaded = parts["photo"].upload(**read)
+    uploaded.failure(**restore)
+    for photo in (uploaded, parts["url"].submit(**load), parts["examples"].click(**example)):
+        classified = photo.success(**no_results).success(**_classify(handlers, parts))
+        classified.success(None, js=SHOW_RESULTS)
+        classified.then(**caption)
+
+
+def _connect_results(handlers: Handlers, parts: dict[str, Any]) -> None:
+    """Labels, sentence, slider and word picker."""
+    texts = (parts["labels"], parts["template"])
+    classify, changed = _classify(handlers, parts), _changed(handlers, parts)
+    classified = gr.on([parts["run"].click, *(text.submit for text in texts)], **classify)
+    classified.success(**changed)
+    classified.success(**_event(handlers.remember, parts, "labels", "kept_labels", **AT_ONCE))
+    classified.success(None, js=SHOW_RESULTS)
+    gr.on([text.change for text in texts], **changed)
+
+    inputs, outputs = "pixel_values template weight", "large_scores large_bars"
+    large = _event(handlers.classify_large_set, parts, inputs, outputs, **MODEL)
+    parts["run_large_set"].click(**large).success(**changed)
+
+    always = {**AT_ONCE, "trigger_mode": "always_last"}
+    rank = _event(handlers.rank, parts, "scores weight picked", "bars code choice tokens", **always)
+    rank_large_set = _event(handlers.rank_large_set, parts, "large_scores weight", "large_bars", **always)
+    parts["weight"].change(**rank)
+    parts["weight"].change(**rank_large_set)
+    parts["choice"].input(**_event(handlers.pick, parts, "scores choice", "tokens picked", **always))
 
 
 def _theme() -> gr.themes.Base:

@@ -7,6 +7,8 @@ either direction stays inside its own box.
 import html
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
 
 from ..installed import DEFAULT_CHECKPOINT
 from .scores import Caption, Piece, RankedLabel
@@ -15,30 +17,37 @@ from .scores import Caption, Piece, RankedLabel
 MAX_SHOWN = 20  # labels
 NATS_OF_FULL_COLOUR = 2.0
 CONTROL_PICTURES = 0x2400  # U+2400 shows U+0000, and so on up to the space
+# One rule for all pictures, docs/draw_trie.py included: the image makes a text likelier, or less likely.
+LIKELIER, LESS_LIKELY = "#3182ce", "#ed8936"
+FLOOR = 1.05  # of the lowest log-likelihood: its bar is short, not missing
+PAPER = "https://arxiv.org/abs/2311.17072"
+HUB = "https://huggingface.co/"
 
-CSS = """
+CSS = (
+    f".gradio-container {{ --ig-likelier: {LIKELIER}; --ig-less-likely: {LESS_LIKELY}; }}"
+    + """
 .gradio-container { --ig-quiet: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
 .ig-head h1 { margin: 0 0 .2em; font-size: 1.6rem; }
 .ig-head p { margin: 0; max-width: 62rem; }
 .ig-formula { font-family: var(--font-mono); white-space: nowrap; }
 .ig-note { color: var(--ig-quiet); font-size: .85rem; margin: .6rem 0 0; }
 .ig-empty { color: var(--ig-quiet); padding: 2rem 0; text-align: center; }
-.ig-row { display: grid; grid-template-columns: minmax(6rem, 1.1fr) 1fr 1fr 1fr 3.2rem; column-gap: .9rem;
+.ig-row { display: grid; grid-template-columns: minmax(6rem, 1.1fr) 1.3fr 1fr 1fr 1fr; column-gap: .9rem;
   align-items: center; padding: .3rem 0; border-bottom: 1px solid var(--border-color-primary); }
 .ig-titles { font-size: .8rem; color: var(--ig-quiet); }
 .ig-label { overflow-wrap: anywhere; font-weight: 600; }
-.ig-score { text-align: right; font-variant-numeric: tabular-nums; }
 .ig-cell { display: flex; align-items: center; gap: .45rem; min-width: 0; }
-.ig-number { flex: 0 0 3.4rem; text-align: right; font-size: .85rem; font-variant-numeric: tabular-nums; }
+.ig-number { flex: 0 0 3.2rem; text-align: right; font-size: .85rem; font-variant-numeric: tabular-nums; }
 .ig-track { position: relative; flex: 1 1 0; min-width: 2rem; height: 1rem; }
 .ig-bar { position: absolute; top: 0; bottom: 0; border-radius: 2px; }
 .ig-zero { position: absolute; top: -.15rem; bottom: -.15rem; width: 1px; background: var(--body-text-color-subdued); }
-.ig-caption .ig-bar { background: #8fa3b8; }
-.ig-prior .ig-bar { background: #c9b27e; }
-.ig-prior .ig-whole { background: #c9b27e55; }
-.ig-gain .ig-bar { background: #5b8c85; }
-.ig-best.ig-cell .ig-bar { background: #d1495b; }
+.ig-bar { background: var(--body-text-color-subdued); opacity: .4; }
+.ig-score .ig-bar, .ig-gain .ig-bar { background: var(--ig-likelier); }
+.ig-gain .ig-bar.ig-below { background: var(--ig-less-likely); }
+.ig-best .ig-bar { opacity: 1; }
+.ig-score .ig-number { order: -1; flex-basis: 2.6rem; font-size: 1rem; }
 .ig-best .ig-number { font-weight: 700; }
+.ig-stale { margin: 0; padding: .4rem .7rem; border-left: 3px solid var(--ig-less-likely); font-weight: 600; }
 .ig-name { display: none; }
 .ig-tokens { display: flex; flex-wrap: wrap; gap: .35rem .3rem; align-items: flex-start; padding: .4rem 0; }
 .ig-token { display: inline-flex; flex-direction: column; align-items: center; max-width: 100%; }
@@ -53,14 +62,27 @@ CSS = """
 .gradio-container .ig-table th:first-child { text-align: left; font-weight: 600; overflow-wrap: anywhere; }
 @media (max-width: 640px) {
   .ig-titles { display: none; }
-  .ig-row { grid-template-columns: 1fr auto; row-gap: .15rem; padding: .6rem 0; }
+  .ig-row { grid-template-columns: 1fr 1fr; column-gap: .6rem; row-gap: .15rem; padding: .5rem 0; }
   .ig-cell { grid-column: 1 / -1; }
-  .ig-score { grid-row: 1; grid-column: 2; }
-  .ig-name { display: inline; flex: 0 0 5.2rem; font-size: .8rem; color: var(--ig-quiet); }
+  .ig-cell.ig-score { grid-row: 1; grid-column: 2; }
+  .ig-name { display: inline; flex: 0 0 4.4rem; font-size: .8rem; color: var(--ig-quiet); }
+  .ig-score .ig-name { display: none; }
+  .ig-head p:first-of-type { display: none; }
+  #photo { height: 170px !important; }
+  #labels textarea { height: 5.2rem !important; }
+  #inputs { gap: .5rem; }
+  #labels [data-testid="block-info"] ~ div, #template [data-testid="block-info"] ~ div { display: none; }
+  #examples .gallery { flex-wrap: nowrap; }
 }
+#url input { border: 1px solid var(--border-color-primary); border-radius: var(--input-radius); }
+#examples .gallery-item .container { width: 4rem; height: 3.2rem; }
+#examples .gallery-item img { width: 100%; height: 100%; object-fit: cover; }
+#stale:not(:has(.ig-stale)), #large-stale:not(:has(.ig-stale)) { display: none; }
+#photo .wrap:has(> .error), #results .wrap:has(> .error) { display: none; } /* the message says more */
 """
+)
 
-TITLES = {"ig-caption": "log P(T|I)", "ig-prior": "&minus;log P(T)", "ig-gain": "IG"}
+TITLES = {"ig-score": "score", "ig-gain": "IG", "ig-caption": "log P(T|I)", "ig-prior": "log P(T)"}
 
 
 def visible(text: str) -> str:
@@ -82,18 +104,32 @@ def number(value: float, sign: str = "") -> str:
 
 def header(model: str, in_short: str | None) -> str:
     """The head of the page, in HTML: what the demo does, and which checkpoint it asks."""
-    name = "the checkpoint that comes with the package" if model == DEFAULT_CHECKPOINT else visible(model)
+    name = visible(Path(model).name if Path(model).is_dir() else model)
+    if model == DEFAULT_CHECKPOINT:
+        name += ", which comes with the package"
     about = f" {visible(in_short)}" if in_short else ""
+    links = [_link(PAPER, "Paper")]
+    if not Path(model).is_dir():
+        links.append(_link(HUB + quote(model), "Model card"))
     return f"""\
 <div class="ig-head"><h1>ig_captioner</h1><p>An image captioner as a zero-shot classifier. It ranks your labels by
 information gain, <span class="ig-formula">IG = log P(T|I) &minus; &alpha; &middot; log P(T)</span>: how
 much likelier the photo makes the text. &alpha; is the prior weight; 0 is the plain captioner.</p>
-<p class="ig-note">Model: {name}.{about}</p></div>"""
+<p class="ig-note"><b>Model: {name}.</b>{about} {" &middot; ".join(links)}</p></div>"""
+
+
+def _link(url: str, text: str) -> str:
+    return f'<a href="{html.escape(url)}" target="_blank" rel="noopener noreferrer">{text}</a>'
 
 
 def note(content: str) -> str:
     """A remark, in HTML."""
     return f'<p class="ig-note">{content}</p>'
+
+
+def stale_note(changed: str, button: str) -> str:
+    """Says that results are those of other inputs than the page shows, in HTML; nothing if nothing has `changed`."""
+    return f'<p class="ig-stale" role="status">{changed} changed: press {button}.</p>' if changed else ""
 
 
 def placeholder(content: str) -> str:
@@ -105,32 +141,34 @@ def placeholder(content: str) -> str:
 
 
 def label_bars(rows: Sequence[RankedLabel], num_labels: int, prior_weight: float, temperature: float = 1.0) -> str:
-    """Three bars per label, best label first; `rows` are those to be shown of `num_labels`.
+    """Four bars per label, best label first; `rows` are those to be shown of `num_labels`.
 
-    log P(T|I) and -log P(T) share a scale. Of -log P(T) the part that the prior weight counts is filled.
+    In every column a longer bar, or one further right, is a higher value. log P(T|I) and log P(T) share a scale, which
+    ends at 0 and begins below the lowest of them.
     """
-    longest = max(max(-row.caption_log_likelihood, -row.prior_log_likelihood * max(1, prior_weight)) for row in rows)
+    floor = FLOOR * min(min(row.caption_log_likelihood, row.prior_log_likelihood) for row in rows)
     gains = [row.information_gain for row in rows]
     low, high = min(0.0, *gains), max(0.0, *gains)
-    captions = [row.caption_log_likelihood for row in rows]
+    best_gain, best_caption = max(gains), max(row.caption_log_likelihood for row in rows)
     lines = [_titles()]
     for row in rows:
-        caption, prior, gain = row.caption_log_likelihood, -row.prior_log_likelihood, row.information_gain
-        whole, counted = _bar(0, prior, 0, longest, "ig-whole"), _bar(0, prior_weight * prior, 0, longest)
+        caption, prior, gain = row.caption_log_likelihood, row.prior_log_likelihood, row.information_gain
+        sign, is_best = "ig-below" if gain < 0 else "", gain == best_gain
         cells = [
-            _cell("ig-caption", caption, _bar(caption, 0, -longest, 0), caption == max(captions)),
-            _cell("ig-prior", prior, whole + counted),
-            _cell("ig-gain", gain, _bar(min(0, gain), max(0, gain), low, high, zero=True), gain == max(gains)),
+            _cell("ig-score", f"{row.score:.0%}", _bar(0, row.score, 0, 1), is_best),
+            _cell("ig-gain", number(gain), _bar(min(0, gain), max(0, gain), low, high, sign, zero=True), is_best),
+            _cell("ig-caption", number(caption), _bar(floor, caption, floor, 0), caption == best_caption),
+            _cell("ig-prior", number(prior), _bar(floor, prior, floor, 0)),
         ]
         label = f'<div class="ig-label" role="rowheader"><bdi>{visible(row.label)}</bdi></div>'
-        score = f'<div class="ig-score" role="cell">{row.score:.0%}</div>'
-        lines.append(f'<div class="ig-row" role="row">{label}{"".join(cells)}{score}</div>')
+        lines.append(f'<div class="ig-row" role="row">{label}{"".join(cells)}</div>')
     table = f'<div role="table" aria-label="Labels by information gain">{"".join(lines)}</div>'
     hidden = f" The best {len(rows)} of {num_labels:,} labels." if len(rows) < num_labels else ""
     divided = "IG" if temperature == 1 else f"IG / {temperature:g}, the checkpoint's temperature,"
     return table + note(
-        f"Nats. IG = log P(T|I) &minus; {prior_weight:g} &middot; log P(T): the filled part of the &minus;log P(T) bar "
-        "less the log P(T|I) bar. Red: what log P(T|I) and IG would choose. "
+        f"Longer is higher, but for orange, which goes down from 0. IG = log P(T|I) &minus; {prior_weight:g} &middot; "
+        "log P(T), in nats; blue: the photo makes the text likelier; orange: less likely. "
+        "Bold: the highest IG and log P(T|I). "
         f"Score: softmax of {divided} over all labels." + hidden
     )
 
@@ -148,15 +186,14 @@ def threshold_note(best: RankedLabel, abstain_threshold: float | None) -> str:
 
 def _titles() -> str:
     cells = "".join(f'<div role="columnheader">{title}</div>' for title in TITLES.values())
-    first, last = '<div role="columnheader">label</div>', '<div class="ig-score" role="columnheader">score</div>'
-    return f'<div class="ig-row ig-titles" role="row">{first}{cells}{last}</div>'
+    return f'<div class="ig-row ig-titles" role="row"><div role="columnheader">label</div>{cells}</div>'
 
 
-def _cell(name: str, value: float, bars: str, is_best: bool = False) -> str:
+def _cell(name: str, value: str, bar: str, is_best: bool = False) -> str:
     best = " ig-best" if is_best else ""
     return (
         f'<div class="ig-cell {name}{best}" role="cell"><span class="ig-name">{TITLES[name]}</span>'
-        f'<span class="ig-track">{bars}</span><span class="ig-number">{number(value)}</span></div>'
+        f'<span class="ig-track">{bar}</span><span class="ig-number">{value}</span></div>'
     )
 
 
@@ -188,11 +225,13 @@ def token_view(pieces: Sequence[Piece]) -> str:
 def _token(piece: Piece, is_joined: bool) -> str:
     """One piece; `is_joined` says that it goes on with the word before it."""
     difference = piece.conditional - piece.unconditional
-    strength = 0.75 * min(1.0, abs(difference) / NATS_OF_FULL_COLOUR)
-    colour = "49, 130, 206" if difference >= 0 else "237, 137, 54"
+    strength = 75 * min(1.0, abs(difference) / NATS_OF_FULL_COLOUR)
+    colour = (
+        f"color-mix(in srgb, var(--ig-{'likelier' if difference >= 0 else 'less-likely'}) {strength:.0f}%, transparent)"
+    )
     names = "ig-token" + (" ig-end" if not piece.text else "") + (" ig-joined" if is_joined else "")
     return (
-        f'<span class="{names}"><bdi style="background:rgba({colour}, {strength:.2f})">{_piece_name(piece)}</bdi>'
+        f'<span class="{names}"><bdi style="background:{colour}">{_piece_name(piece)}</bdi>'
         f"<small>{number(difference, '+')}</small></span>"
     )
 

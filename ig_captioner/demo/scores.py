@@ -26,7 +26,7 @@ from ..processing_ig_captioner import format_labels
 from ..release import read_in_short
 
 
-LARGE_SET = "imagenet"
+LARGE_SET = "everyday"  # what the shipped checkpoint knows
 MAX_KEPT_TEMPLATES = 4
 UNFINISHED = "\ufffd"  # what tokenizers decode the bytes of half a character to
 MAX_TOKENS_PER_CHARACTER = 5  # four bytes, and a space before them
@@ -152,7 +152,7 @@ class Captioner:
         )
 
     def classify_large_set(self, image: Any, templates: Sequence[str]) -> Scores:
-        """Scores of ImageNet's class names, whose texts are compiled once per set of templates."""
+        """Scores of the large set of names, whose texts are compiled once per set of templates."""
         compiled = self.compile_large_set(tuple(templates))
         scores = self.scorer.score(image, compiled)
         caption, prior = scores.caption_log_likelihood[0].tolist(), scores.prior_log_likelihood.tolist()
@@ -193,8 +193,8 @@ def _means_over_templates(values: Sequence[float], num_labels: int) -> list[floa
 
 @lru_cache
 def large_set() -> tuple[str, ...]:
-    """ImageNet's class names, those that occur twice once."""
-    return tuple(dict.fromkeys(load_prompts(LARGE_SET).class_names))
+    """Names of everyday things, all different."""
+    return tuple(load_prompts(LARGE_SET).class_names)
 
 
 def as_code(model: str, scores: Scores, prior_weight: float) -> str:

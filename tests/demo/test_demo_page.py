@@ -4,6 +4,7 @@ import ast
 import asyncio
 import math
 import re
+import sys
 import threading
 
 import numpy as np
@@ -13,10 +14,22 @@ from demo_room import FUZZ, LABELS, ODD_LABELS, ODD_TEXTS, TAGS, WEIGHTS, Elemen
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ig_captioner.demo import examples
 from ig_captioner.demo import page as demo_page
 from ig_captioner.demo.inputs import MAX_LABELS, parse_labels
-from ig_captioner.demo.page import caption_view, label_bars, number, token_view, visible
-from ig_captioner.demo.scores import Piece, RankedLabel, Scores, TextTokens, as_code
+from ig_captioner.demo.page import (
+    CSS,
+    LESS_LIKELY,
+    LIKELIER,
+    PAPER,
+    caption_view,
+    header,
+    label_bars,
+    number,
+    token_view,
+    visible,
+)
+from ig_captioner.demo.scores import Piece, RankedLabel, Scores, TextTokens, as_code, large_set
 
 
 # Drawing
@@ -27,16 +40,41 @@ def rows_of(*pairs: tuple[float, float], weight: float = 1.0) -> list[RankedLabe
     return Scores(names, "{}", [pair[0] for pair in pairs], [pair[1] for pair in pairs]).ranked(weight)
 
 
+def test_longer_bars_are_higher_values():
+    rows = rows_of((-10.0, -12.0), (-5.0, -4.0), (-12.0, -13.0))
+    page = Elements(label_bars(rows, 3, 1.0))
+    bars = [page.styles("ig-bar")[i::4] for i in range(4)]
+    assert all(bar["left"] == 0 for column in (bars[0], *bars[2:]) for bar in column)
+    for column, values in (
+        (bars[0], [row.score for row in rows]),
+        (bars[2], [row.caption_log_likelihood for row in rows]),
+        (bars[3], [row.prior_log_likelihood for row in rows]),
+    ):
+        widths = [bar["width"] for bar in column]
+        assert sorted(widths) == [width for _, width in sorted(zip(values, widths, strict=True))]
+        assert all(0 < width <= 100 for width in widths)
+
+
 def test_bars_are_as_long_as_what_they_show():
     page = Elements(label_bars(rows_of((-10.0, -20.0), (-5.0, -4.0), weight=0.5), 2, 0.5))
     bars = page.styles("ig-bar")
     assert len(bars) == 8
-    caption, whole, counted, gain = zip(bars[:4], bars[4:], strict=True)
-    assert caption == ({"left": 50, "width": 50}, {"left": 75, "width": 25})  # of 20 nats, up to the right end
-    assert whole == ({"left": 0, "width": 100}, {"left": 0, "width": 20})
-    assert counted == ({"left": 0, "width": 50}, {"left": 0, "width": 10})
-    assert gain == ({"left": 100, "width": 0}, {"left": 0, "width": 100})  # 0 and -3 nats
+    score, gain, caption, prior = zip(bars[:4], bars[4:], strict=True)
+    assert [bar["width"] for bar in score] == pytest.approx([95.26, 4.74], abs=0.01)  # softmax of 0 and -3 nats
+    assert gain == ({"left": 100, "width": 0}, {"left": 0, "width": 100})
+    # on one scale, from -21 nats to 0
+    assert [bar["width"] for bar in caption] == pytest.approx([100 * 11 / 21, 100 * 16 / 21], abs=0.01)
+    assert [bar["width"] for bar in prior] == pytest.approx([100 * 1 / 21, 100 * 17 / 21], abs=0.01)
     assert "0.5 · log P(T)" in page.text
+
+
+def test_blue_is_likelier_and_orange_less_likely():
+    page = Elements(label_bars(rows_of((-1.0, -3.0), (-5.0, -4.0)), 2, 1.0))
+    assert [len(page.styles(name)) for name in ("ig-bar", "ig-below")] == [8, 1]
+    style = "background:color-mix(in srgb, var(--ig-{}) "
+    up, down = token_view([Piece("a", -1.0, -2.0)]), token_view([Piece("a", -2.0, -1.0)])
+    assert style.format("likelier") in up and style.format("less-likely") in down
+    assert f"--ig-likelier: {LIKELIER}" in CSS and f"--ig-less-likely: {LESS_LIKELY}" in CSS
 
 
 def test_bars_fit_their_tracks():
@@ -50,7 +88,7 @@ def test_bars_fit_their_tracks():
 def test_the_choice_of_each_column_is_marked():
     page = Elements(label_bars(rows_of((-10.0, -20.0), (-5.0, -4.0)), 2, 1.0))
     marked = [a["class"] for _, a in page.found if "ig-best" in (a.get("class") or "")]
-    assert marked == ["ig-cell ig-gain ig-best", "ig-cell ig-caption ig-best"]
+    assert marked == [f"ig-cell {name} ig-best" for name in ("ig-score", "ig-gain", "ig-caption")]
     assert "The best 2 of 998 labels" in Elements(label_bars(rows_of((-1.0, -1.0), (-2.0, -1.0)), 998, 1.0)).text
 
 
@@ -67,6 +105,14 @@ def test_what_visitors_type_stays_text(captioner, label):
         assert shown in page.text
 
 
+def test_the_header_names_the_model_and_links_to_what_explains_it(checkpoint):
+    folder, name = header(checkpoint, "it knows <little>"), header("me/my model", None)
+    links = [a["href"] for tag, a in Elements(folder).found if tag == "a"]
+    assert links == [PAPER] and "Model: tiny. it knows <little>" in Elements(folder).text
+    links = [a["href"] for tag, a in Elements(name).found if tag == "a"]
+    assert links == [PAPER, "https://huggingface.co/me/my%20model"] and "Model: me/my model." in Elements(name).text
+
+
 def test_numbers():
     assert [number(value) for value in (-1.234, 0.0, -0.001, 12.0)] == ["&minus;1.23", "0.00", "0.00", "12.00"]
     assert [number(value, "+") for value in (-1.0, 0.001, 2.0)] == ["&minus;1.00", "0.00", "+2.00"]
@@ -80,7 +126,9 @@ def test_read(handlers, photo, pixel_values, tmp_path, raises_on_the_page, monke
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     (tmp_path / "photo").write_bytes(encoded(photo))
     (tmp_path / "text.png").write_text("no <b>image</b>")
-    assert torch.equal(handlers.read({"path": str(tmp_path / "photo"), "url": "http://127.0.0.1/other"}), pixel_values)
+    values, preview = handlers.read({"path": str(tmp_path / "photo"), "url": "http://127.0.0.1/other"})
+    assert torch.equal(values, pixel_values) and np.array_equal(preview, photo)
+    assert handlers.restore(preview) is preview and handlers.restore(None) is None
     with raises_on_the_page("no photo that can be read"):
         handlers.read({"path": str(tmp_path / "text.png")})
     with raises_on_the_page("Choose a photo"):
@@ -91,7 +139,8 @@ def test_read(handlers, photo, pixel_values, tmp_path, raises_on_the_page, monke
 
 
 def test_fetch(handlers, site, photo, pixel_values, raises_on_the_page):
-    shown, values = asyncio.run(handlers.fetch(f"http://{site}/photo"))
+    shown, values, preview = asyncio.run(handlers.fetch(f"http://{site}/photo"))
+    assert preview.size == photo.size
     assert np.array_equal(shown, photo) and torch.equal(values, pixel_values)
     with raises_on_the_page("not on the public internet"):
         asyncio.run(handlers.fetch("http://10.0.0.1/"))
@@ -126,11 +175,11 @@ def test_classify(handlers, captioner, checkpoint, pixel_values, raises_on_the_p
 def test_the_slider_ranks_again(handlers, captioner, pixel_values, monkeypatch):
     scores = handlers.classify(pixel_values, "\n".join(LABELS), "{}", 1.0)[0]
     large = handlers.classify_large_set(pixel_values, "{}", 1.0)[0]
-    monkeypatch.setattr(captioner, "scorer", None)
+    monkeypatch.setattr(captioner.scorer, "model", None)  # only its tokenizer is needed
     for weight in WEIGHTS:
-        bars, code = handlers.rank(scores, weight)
+        bars, code, *_ = handlers.rank(scores, weight)
         assert bars == label_bars(scores.ranked(weight), 4, weight) and f"prior_weight={weight!r}" in code
-        assert handlers.rank_large_set(large, weight) == label_bars(large.ranked(weight, 20), 998, weight)
+        assert handlers.rank_large_set(large, weight) == label_bars(large.ranked(weight, 20), len(large_set()), weight)
     assert handlers.rank(None, 1.0)[1] == "" and "Choose a photo" in handlers.rank(None, 1.0)[0]
     assert "Not computed" in handlers.rank_large_set(None, 1.0)
 
@@ -156,14 +205,57 @@ def test_many_and_long_labels(handlers, pixel_values):
 
 def test_large_set_caption_explain_forget(handlers, captioner, pixel_values, raises_on_the_page):
     scores, bars = handlers.classify_large_set(pixel_values, "a {}", 1.0)
-    assert len(scores.labels) == 998 and bars == label_bars(scores.ranked(1.0, 20), 998, 1.0)
+    assert scores.labels == large_set() and bars == label_bars(scores.ranked(1.0, 20), len(large_set()), 1.0)
     caption = captioner.caption(pixel_values)
     assert handlers.caption(pixel_values) == caption_view(caption, captioner.pieces(caption.tokens))
     for handler in (lambda: handlers.classify_large_set(None, "{}", 1.0), lambda: handlers.caption(None)):
         with raises_on_the_page("Choose a photo"):
             handler()
     assert handlers.explain(None, "cat") == handlers.explain(scores, "no such label") == ""
-    assert handlers.forget()[:3] == (None, None, None)
+    assert handlers.forget()[:3] == handlers.forget_photo()[2:5] == (None, None, None)
+    assert len(handlers.forget_photo()) == len(handlers.forget()) + 2
+
+
+def test_example_photos_are_read_like_others(handlers, captioner):
+    pytest.importorskip("skimage", reason="the example photos are those of scikit-image")
+    assert [photo.mode for photo in handlers.examples] == ["RGB"] * 5
+    photo, values, preview = handlers.read_example(1)
+    assert photo is handlers.examples[1] and torch.equal(values, captioner.read(photo))
+    assert max(preview.size) <= 800
+
+
+def test_without_scikit_image_there_are_no_examples(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    assert examples.example_photos() == []
+
+
+def test_the_word_picker_follows_the_best_label_unless_one_was_picked(handlers):
+    tokens = tuple(TextTokens([5, 2], [-1.0, -0.1], [-2.0, -0.1]) for _ in "abc")
+    scores = Scores(("a", "b", "c"), ("{}",), [-1.0, -3.0, -9.0], [-1.0, -9.0, -8.0], tokens)
+    assert [handlers.rank(scores, weight)[2].value for weight in (0.0, 1.0)] == ["a", "b"]
+    shown, picked = handlers.pick(scores, "c")
+    assert shown == handlers.explain(scores, "c")
+    assert [handlers.rank(scores, weight, picked)[2].value for weight in (0.0, 1.0)] == ["c", "c"]
+    assert handlers.rank(scores, 0.0, "no longer a label")[2].value == "a"
+
+
+def test_what_was_changed_since_the_scores_is_marked(handlers):
+    scores, large = (Scores(labels, ("a {}",), [-1.0] * 2, [-1.0] * 2) for labels in (("a", "b"), ("c", "d")))
+
+    def changed(*inputs):
+        return [Elements(shown).text for shown in handlers.changed(*inputs)]
+
+    assert changed(None, None, "x", "y {}") == changed(scores, large, " a ,b\n", "a {}") == ["", ""]
+    assert changed(scores, large, "a", "a {}") == ["Labels changed: press Classify.", ""]
+    both, press = "Labels and sentence changed: press Classify.", "Sentence changed: press Rank them."
+    assert changed(scores, large, "", "no place") == [both, press]
+    assert changed(scores, None, "a, b", "the {}") == ["Sentence changed: press Classify.", ""]
+
+
+def test_labels_of_the_last_visit(handlers):
+    gradio = pytest.importorskip("gradio")
+    assert handlers.remembered(handlers.remember("cat\ndog")) == "cat\ndog"
+    assert all(handlers.remembered(nothing) == gradio.skip() for nothing in (None, "", ["cat"]))
 
 
 def check_page(content: str) -> None:
