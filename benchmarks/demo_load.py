@@ -58,7 +58,7 @@ class Visitor:
         return self.call("read", {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}})
 
     def classify(self, labels: list[str], templates: list[str]) -> float:
-        return self.call("classify", None, "\n".join(labels), "\n".join(templates), 1.0)
+        return self.call("classify", None, "\n".join(labels), "\n".join(templates), 1.0, None)
 
 
 def jpeg(width: int, height: int) -> bytes:

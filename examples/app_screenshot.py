@@ -36,7 +36,7 @@ def main() -> None:
         page = browser.new_page(viewport={"width": options.width, "height": 800})
         page.goto(demo.serve(app))
         page.fill("#labels textarea", "\n".join(LABELS))
-        page.fill("#template input", TEMPLATE)
+        page.fill("#template textarea, #template input", TEMPLATE)
         page.set_input_files("#photo input[type=file]", photo)
         page.wait_for_selector("#tokens .ig-token")
         page.evaluate("document.fonts.ready")
