@@ -71,7 +71,7 @@ CSS = (
   #photo { height: 170px !important; }
   #labels textarea { height: 5.2rem !important; }
   #inputs { gap: .5rem; }
-  #labels [data-testid="block-info"] ~ div, #template [data-testid="block-info"] ~ div { display: none; }
+  #labels [data-testid="block-info"] + div, #template [data-testid="block-info"] + div { display: none; }
   #examples .gallery { flex-wrap: nowrap; }
 }
 #url input { border: 1px solid var(--border-color-primary); border-radius: var(--input-radius); }
