@@ -17,16 +17,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from skimage import data
 from torch import Tensor
 from transformers import AutoProcessor
 
 from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForZeroShotImageClassification, compile_labels
+from ig_captioner.demo.page import LESS_LIKELY, LIKELIER
 
 
 LABELS, TEMPLATE = ["cat", "dog", "dog in the snow", "woman"], "a {}"
-COLOURS = plt.get_cmap("coolwarm")
+COLOURS = LinearSegmentedColormap.from_list("gain", [LESS_LIKELY, "#dddddd", LIKELIER])
 
 
 def draw(axes: Axes, paths: list[list[int]], tokens: list[str], with_image: Tensor, without: Tensor) -> None:
