@@ -184,7 +184,9 @@ def linear_loss(
         RuntimeError: in the backward pass, if it is to be differentiated again.
     """
     if not torch.is_grad_enabled():  # else the gradient would be computed all the same
-        hidden_states, weight, bias = hidden_states.detach(), weight.detach(), None if bias is None else bias.detach()
+        hidden_states = hidden_states.detach()
+        weight = weight.detach()
+        bias = None if bias is None else bias.detach()
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return _LinearLoss.apply(hidden_states, weight, bias, labels, token_weights, smoothing, dtype)
@@ -193,23 +195,27 @@ def linear_loss(
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, labels, token_weights, smoothing, dtype):
-        states, tokens = hidden_states.flatten(0, 1), labels.flatten()
+        states = hidden_states.flatten(0, 1)
+        tokens = labels.flatten()
         needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         sums = torch.promote_types(weight.dtype, torch.float32)
         states_grad = torch.zeros_like(states) if needs_states else None
         weight_grad = torch.zeros_like(weight, dtype=sums) if needs_weight else None
         bias_grad = torch.zeros_like(bias, dtype=sums) if needs_bias else None
-        log_likelihoods, uniform = token_weights.new_zeros(len(tokens)), token_weights.new_zeros(len(tokens))
+        log_likelihoods = token_weights.new_zeros(len(tokens))
+        uniform = token_weights.new_zeros(len(tokens))
         shares = None if smoothing is None else smoothing.flatten()
         # gradients are computed for weights of at most 1: times 1 / tokens, they would vanish in float16
         labelled = labels != IGNORE_INDEX  # where nothing is, weights are nan, but no token has a gradient
         scale = token_weights.where(labelled, 0.0).max().clamp(min=torch.finfo(token_weights.dtype).tiny)
         relative = token_weights.flatten() / scale
 
-        low_weight, low_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        low_weight = weight.to(dtype)
+        low_bias = None if bias is None else bias.to(dtype)
         chunk_size = LOGITS_PER_CHUNK.get(labels.device.type, LOGITS_PER_CHUNK["other"]) // len(weight)
         for rows in labelled.flatten().nonzero()[:, 0].split(max(1, chunk_size)):
-            chunk, token = states[rows].to(dtype), tokens[rows, None]
+            chunk = states[rows].to(dtype)
+            token = tokens[rows, None]
             log_p = F.linear(chunk, low_weight, low_bias).log_softmax(dim=-1, dtype=torch.float32)
             log_likelihoods[rows] = log_p.gather(1, token)[:, 0]
             if shares is not None:
@@ -233,7 +239,8 @@ class _LinearLoss(torch.autograd.Function):
                 weight_grad += grad.T @ chunk
 
         ctx.save_for_backward(scale, states_grad, weight_grad, bias_grad)
-        ctx.shape, ctx.dtypes = hidden_states.shape, (weight.dtype, None if bias is None else bias.dtype)
+        ctx.shape = hidden_states.shape
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         log_likelihoods = log_likelihoods.view(labels.shape)
         ctx.mark_non_differentiable(log_likelihoods)
         learned = log_likelihoods

@@ -97,7 +97,8 @@ def build_trie(
         raise ValueError(f"text {int(lengths.argmin())} has no tokens")
     texts = input_ids.masked_fill(attention_mask == 0, -1).cpu().numpy()
     order = np.lexsort(texts.T[::-1])
-    texts, lengths = texts[order], lengths[order]
+    texts = texts[order]
+    lengths = lengths[order]
     depth = np.arange(texts.shape[1])
 
     # In sorted order a text adds to the trie what follows the beginning that it shares with the text before it.
@@ -107,13 +108,15 @@ def build_trie(
     is_text = depth < lengths[:, None]
     is_new_edge = is_text & (depth >= shared[:, None])
     is_new_node = is_text & (depth > known_nodes[:, None])
-    node_of, edge_of = _number(is_new_node), _number(is_new_edge)
+    node_of = _number(is_new_node)
+    edge_of = _number(is_new_edge)
 
     node_row, node_depth = np.nonzero(is_new_node)
     before = texts[node_row, node_depth - 1]
     node_token = np.where(node_depth == 0, start_token_id, before)
     parent = np.where(node_depth == 0, -1, node_of[node_row, node_depth - 1])
-    edge_node, edge_token = node_of[is_new_edge], texts[is_new_edge]
+    edge_node = node_of[is_new_edge]
+    edge_token = texts[is_new_edge]
     by_node = edge_node.argsort(kind="stable")
     rank = np.append(by_node.argsort(), len(by_node))  # the last entry means "after the end"
     text_edges = np.empty_like(edge_of)
@@ -153,7 +156,9 @@ def _pack(parent: np.ndarray, depth: np.ndarray, block_size: int) -> tuple[np.nd
             starts.append(end)
         return starts
 
-    blocks, smallest, size = len(first_nodes(block_size)), int(depth.max()) + 1, block_size
+    blocks = len(first_nodes(block_size))
+    smallest = int(depth.max()) + 1
+    size = block_size
     while smallest < size:  # bisection: the number of blocks falls as their size grows
         middle = (smallest + size) // 2
         smallest, size = (smallest, middle) if len(first_nodes(middle)) <= blocks else (middle + 1, size)

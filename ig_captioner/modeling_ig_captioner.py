@@ -389,7 +389,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         **kwargs,
     ) -> IGCaptionerCausalLMOutput:
         """a * CE(T|I) + b * CE(T), both paths over one pass of the text-only layers where they read the same text."""
-        config, decoder = self.config, self.model.decoder
+        config = self.config
+        decoder = self.model.decoder
         given = labels
         input_ids, attention_mask, labels = labelled_texts(labels, input_ids, attention_mask, config.text_config)
         inputs = shift_right(input_ids, config.decoder_start_token_id, attention_mask)
@@ -441,7 +442,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             shares = torch.cat([torch.full_like(weights, smoothing * (name == "conditional")) for name in states])
         weights = torch.cat([factors[name] * weights for name in states])
         labels = labels.repeat(len(states), 1)
-        head, logits = self.lm_head, None
+        head = self.lm_head
+        logits = None
         if skip_logits and is_plain_linear(head):
             # both paths at once: they share the sum of the weight's gradient
             all_states = torch.cat([*states.values()])
@@ -510,7 +512,9 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         prompt = kwargs.pop("input_ids", inputs)
         if prompt is not None and prompt.is_floating_point():
             raise ValueError(f"prompts are token ids, got {prompt.dtype}, shape {tuple(prompt.shape)}")
-        labels, mask, text = kwargs.pop("labels", None), kwargs.get("attention_mask"), self.config.text_config
+        labels = kwargs.pop("labels", None)
+        mask = kwargs.get("attention_mask")
+        text = self.config.text_config
         if prompt is not None and labels is not None:
             prompt, kwargs["attention_mask"] = prompt_before_labels(labels, prompt, mask, text)
         elif prompt is not None and prompt.numel():

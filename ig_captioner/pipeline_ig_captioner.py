@@ -274,8 +274,10 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
 
     def _compile(self, settings: dict[str, Any]) -> "_Candidates":
         """Compiles the texts of the candidate labels, once for all images of a call."""
-        given, tokenizer_kwargs = settings["candidate_labels"], settings.get("tokenizer_kwargs") or {}
-        prior_source, references = settings.get("prior_source"), settings.get("reference_images")
+        given = settings["candidate_labels"]
+        tokenizer_kwargs = settings.get("tokenizer_kwargs") or {}
+        prior_source = settings.get("prior_source")
+        references = settings.get("reference_images")
         labels, templates, texts = _texts_of(settings, self.model.config)
         label_prior = settings.get("label_prior")
         added = None if label_prior is None else label_log_prior(label_prior, len(labels))
@@ -349,7 +351,8 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         return_log_likelihoods: bool = False,
     ):
         """Entries of one image, best first, from its rows [1, C]."""
-        config, labels = self.model.config, list(candidate_labels)
+        config = self.model.config
+        labels = list(candidate_labels)
         fields = {name: values[0].tolist() for name, values in model_outputs.items()}
         gains = fields["information_gain"]
         _check_gains(gains, labels)
@@ -392,7 +395,8 @@ def _check_gains(gains: list[float], labels: list[str]) -> None:
 
 def _scores(gains: list[float], temperature: float, multi_label: bool) -> list[float]:
     """Scores of all candidates, in float64."""
-    values, temperature = torch.tensor(gains, dtype=torch.float64), float(temperature)
+    values = torch.tensor(gains, dtype=torch.float64)
+    temperature = float(temperature)
     if multi_label:
         return (values / temperature).sigmoid().tolist()
     # The maximum goes first, as it would in the softmax: quotients by a tiny temperature may be infinite.

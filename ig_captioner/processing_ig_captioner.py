@@ -203,7 +203,8 @@ class IGCaptionerImageProcessor(_Backend):
 
 def _check_span(pixels: np.ndarray | torch.Tensor) -> None:
     """Raises ValueError for arrays that `do_rescale` would take out of [0, 1], such as those of 16 bits."""
-    low, high = float(pixels.min()), float(pixels.max())
+    low = float(pixels.min())
+    high = float(pixels.max())
     if not (low >= 0 and high <= 255):
         raise ValueError(f"pixels of an array must be from 0 to 255, got {low:g} to {high:g} ({pixels.dtype})")
 
@@ -240,7 +241,8 @@ def format_labels(
             raise ValueError(
                 f"{template_name} must be a string with {{}} in it, where the label goes, got {shorten(template)}"
             )
-    words, sentences = clean_texts(labels, "candidate_labels"), clean_texts(listed, template_name)
+    words = clean_texts(labels, "candidate_labels")
+    sentences = clean_texts(listed, template_name)
     return [sentence.replace("{}", word) for sentence in sentences for word in words]
 
 
@@ -290,7 +292,8 @@ def cut_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: i
 
 def gives_scored_form(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer adds EOS behind a text and nothing else, as the model scores it."""
-    eos, bare = tokenizer.eos_token_id, tokenizer("a", add_special_tokens=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     return eos is not None and tokenizer("a")["input_ids"] == [*bare, eos]
 
 

@@ -110,9 +110,11 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             texts = self._compile(given, attention_mask, references, reference_mean, positions)
         else:
             texts = self._compiled_before(given, prior_source, reference_pixel_values).to(image_tokens.device)
-        caption, prior = self._log_likelihoods(texts, image_tokens, positions), texts.prior_log_likelihood.clone()
+        caption = self._log_likelihoods(texts, image_tokens, positions)
+        prior = texts.prior_log_likelihood.clone()
         if reduction == "mean":
-            caption, prior = caption / texts.trie.lengths, prior / texts.trie.lengths
+            caption = caption / texts.trie.lengths
+            prior = prior / texts.trie.lengths
         if is_compiled(given):
             caption, prior = (mean_over_templates(values, len(given.templates)) for values in (caption, prior))
         gain = information_gain(caption, prior, self.config.prior_weight if prior_weight is None else prior_weight)
