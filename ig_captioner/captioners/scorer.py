@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint import MAX_CAPTION_TOKENS, folder_or_repository, is_own
-from ..compiled_labels import CompiledLabels, CompiledTexts, checksum, is_compiled
+from ..compiled_labels import CompiledLabels, CompiledTexts, checksum, is_compiled, refuse_prior
 from ..information_gain import (
     information_gain,
     label_log_prior,
@@ -187,9 +187,7 @@ class CaptionScorer:
         num_templates = 1
         labels = as_compiled(texts)
         if labels is not None:
-            given = {"prior_source": prior_source, "reference_images": reference_images}
-            if named := [name for name, value in given.items() if value is not None]:
-                raise ValueError(f"compiled labels have their prior already, but {named[0]} came with them")
+            refuse_prior(prior_source=prior_source, reference_images=reference_images)
             trie, dropped = self._checked(labels)
             prior_log_likelihood = labels.texts.prior_log_likelihood.cpu()
             num_templates = len(labels.templates)
