@@ -268,4 +268,3 @@ def test_two_processes_make_the_step_of_one(tmp_path):
         after = make_model("caption", reduction)
         after.load_state_dict(torch.load(tmp_path / f"{reduction}.pt", weights_only=True))
         check_step(model, after, gradient)
-
