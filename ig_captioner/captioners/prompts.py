@@ -9,7 +9,9 @@ template is rendered with and without an answer, and prompt and text are tokenis
 Legend: N texts, L tokens of a text.
 """
 
+import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -77,6 +79,10 @@ class EncodedTexts:
         return digest_of_tokens(self.input_ids, self.attention_mask)
 
 
+class PreparedImage(dict[str, Tensor]):
+    """An image as its captioner reads it: the tensors of one prompt, [1, ...], which need no weights."""
+
+
 class Prompt:
     """An image and an instruction in the chat template; behind a placeholder where there is no template.
 
@@ -98,18 +104,29 @@ class Prompt:
 
     # What the model is given
 
-    def inputs(self, image: Image.Image | None = None, dropped: int = 0) -> dict[str, Tensor]:
+    def inputs(self, image: Image.Image | PreparedImage | None = None, dropped: int = 0) -> dict[str, Tensor]:
         """The tensors of one prompt, [1, ...], with an image or without.
 
         Args:
             dropped: last tokens of the prompt that are left out, see `EncodedTexts`.
         """
+        inputs = dict(image if isinstance(image, PreparedImage) else self.prepare(image))
+        if dropped:
+            inputs |= {name: inputs[name][:, :-dropped] for name in self.token_fields if name in inputs}
+        return inputs
+
+    def prepare(self, image: Image.Image | None) -> PreparedImage:
+        """The tensors of the whole prompt."""
         made = self._inputs(image)
         kept = {name: value for name, value in made.items() if isinstance(value, Tensor)}
-        kept = {name: value for name, value in kept.items() if name not in NOT_FOR_FORWARD}
-        if dropped:
-            kept |= {name: kept[name][:, :-dropped] for name in self.token_fields if name in kept}
-        return kept
+        return PreparedImage({name: value for name, value in kept.items() if name not in NOT_FOR_FORWARD})
+
+    def without_weights(self) -> "Prompt":
+        """This prompt with what it asks of its model, but not the model: to be sent to other processes."""
+        light = copy.copy(self)
+        known = ("config", "generation_config", "name_or_path")
+        light.model = SimpleNamespace(**{name: getattr(self.model, name) for name in known})  # type: ignore[assignment]
+        return light
 
     def _inputs(self, image: Image.Image | None) -> dict[str, Any]:
         processor = self.processors.both

@@ -15,7 +15,7 @@ Log-likelihoods are in nats.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, islice
@@ -41,7 +41,7 @@ from ..processing_ig_captioner import default_templates, format_labels, load_rgb
 from ..scoring_ig_captioner import IGCaptionerScoreOutput
 from .families import family_of
 from .loading import hub_options, load_captioner
-from .prompts import EncodedTexts, Processors
+from .prompts import EncodedTexts, PreparedImage, Processors
 from .readers import read_generated
 from .verification import READING_MODES, Verification, check_length, reader_for, texts_to_compare, verify
 
@@ -326,9 +326,16 @@ class CaptionScorer:
         """What to keep of an RGB image until it is scored, in place of the image."""
         return image
 
+    def preparer(self) -> Callable[[Image.Image], PreparedImage]:
+        """What decodes no files and needs no weights, but does all else to an RGB image: to be sent to other processes.
+
+        `score` takes its results in place of images.
+        """
+        return self.prompt.without_weights().prepare
+
     # From images to edges
 
-    def _edges(self, trie: TextTrie, images: Iterable[Image.Image], dropped: int) -> Tensor:
+    def _edges(self, trie: TextTrie, images: Iterable[Any], dropped: int) -> Tensor:
         """log P of every edge of a trie, [B, E], on the CPU."""
         singles = (self._to_device(self.prompt.inputs(image, dropped)) for image in images)
         parts = [self._read(inputs, trie) for inputs in _batches(singles, self.batch_size)]
@@ -461,10 +468,14 @@ def as_compiled(texts: Any) -> CompiledLabels | None:
     return texts if is_compiled(texts) else None
 
 
-def as_images(images: Any) -> Iterator[Image.Image]:
-    """RGB images, one after the other, from one or many; a tensor or array of four dimensions holds many."""
+def as_images(images: Any) -> Iterator[Any]:
+    """RGB images, one after the other, from one or many; a tensor or array of four dimensions holds many.
+
+    Prepared images stay as they are.
+    """
     is_many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4 or isinstance(images, Iterator)
-    return map(load_rgb_image, images if is_many else [images])
+    given = images if is_many else [images]
+    return (image if isinstance(image, PreparedImage) else load_rgb_image(image) for image in given)
 
 
 def plain_images() -> list[Image.Image]:

@@ -209,6 +209,40 @@ def check_labels(arguments: argparse.Namespace) -> None:
         check_texts(arguments.template, arguments.templates_file, "--template")
 
 
+def check_candidates(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for labels or templates beside compiled ones, and as `check_labels`."""
+    source = _option_of_compiled_labels(arguments)
+    if source is None:
+        check_labels(arguments)
+        return
+    for name in ("labels", "labels_file", "template", "templates_file"):
+        if name != source and getattr(arguments, name):
+            raise UsageError(f"{_option(source)} brings its labels and templates, but {_option(name)} is given, too")
+
+
+def _option_of_compiled_labels(arguments: argparse.Namespace) -> str | None:
+    """The argument that names a folder of compiled labels; None if there are none."""
+    if getattr(arguments, "compiled_labels", None) is not None:
+        return "compiled_labels"
+    if arguments.labels_file is not None and Path(arguments.labels_file).is_dir():
+        return "labels_file"
+    return None
+
+
+def read_candidates(arguments: argparse.Namespace):
+    """Labels, which may be compiled, and templates, or None for those of the checkpoint or the compiled labels."""
+    source = _option_of_compiled_labels(arguments)
+    if source is None:
+        return read_labels(arguments)
+    from ..compiled_labels import CompiledLabels
+
+    return CompiledLabels.load(getattr(arguments, source)), None
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def check_texts(texts: list[str], file: str | None, option: str) -> None:
     """Raises UsageError for a photo among the texts, or if there are neither texts nor a file."""
     if not texts and file is None:

@@ -13,7 +13,6 @@ from typing import Any
 from .arguments import (
     MODEL_HELP,
     Photos,
-    UsageError,
     add_captioner,
     add_command,
     add_device,
@@ -24,11 +23,11 @@ from .arguments import (
     add_prior_weight,
     add_strict,
     add_texts,
-    check_labels,
+    check_candidates,
     check_texts,
     integer_up_to,
     positive_integer,
-    read_labels,
+    read_candidates,
     read_texts,
     read_texts_file,
     threshold,
@@ -90,7 +89,7 @@ def add_classify(commands) -> None:
     summary = "Rank labels for photos by information gain, log P(T|I) - prior weight * log P(T)."
     labels = "--labels LABEL..."
     parser = add_command(
-        commands, classify, f"PHOTO... {labels}", summary, CLASSIFY_EXAMPLES, MODEL_HELP, _check_candidates
+        commands, classify, f"PHOTO... {labels}", summary, CLASSIFY_EXAMPLES, MODEL_HELP, check_candidates
     )
     add_photos(parser, labels)
     add_labels(parser)
@@ -176,7 +175,7 @@ def classify(arguments: argparse.Namespace) -> int:
     from ..captioners.arguments import load_scorer, read_prior
     from ..captioners.pipelines import zero_shot_pipeline
 
-    labels, templates = _read_candidates(arguments)
+    labels, templates = read_candidates(arguments)
     photos = Photos(arguments.photos, streams=True)
     scorer = load_scorer(arguments)
     classifier = zero_shot_pipeline(scorer)
@@ -287,40 +286,6 @@ def _check_score(arguments: argparse.Namespace) -> None:
 
 def _check_retrieve(arguments: argparse.Namespace) -> None:
     check_texts(arguments.query or [], arguments.texts_file, "--query")
-
-
-def _check_candidates(arguments: argparse.Namespace) -> None:
-    """Raises UsageError for labels or templates beside compiled ones, and as `check_labels`."""
-    source = _option_of_compiled_labels(arguments)
-    if source is None:
-        check_labels(arguments)
-        return
-    for name in ("labels", "labels_file", "template", "templates_file"):
-        if name != source and getattr(arguments, name):
-            raise UsageError(f"{_option(source)} brings its labels and templates, but {_option(name)} is given, too")
-
-
-def _option_of_compiled_labels(arguments: argparse.Namespace) -> str | None:
-    """The argument that names a folder of compiled labels; None if there are none."""
-    if arguments.compiled_labels is not None:
-        return "compiled_labels"
-    if arguments.labels_file is not None and Path(arguments.labels_file).is_dir():
-        return "labels_file"
-    return None
-
-
-def _read_candidates(arguments: argparse.Namespace):
-    """Labels, which may be compiled, and templates, or None for those of the checkpoint or the compiled labels."""
-    source = _option_of_compiled_labels(arguments)
-    if source is None:
-        return read_labels(arguments)
-    from ..compiled_labels import CompiledLabels
-
-    return CompiledLabels.load(getattr(arguments, source)), None
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _prior_weight(arguments: argparse.Namespace, scorer) -> float:

@@ -129,11 +129,21 @@ def find_shards(patterns: Iterable[str], root: str = "") -> list[str]:
     return paths
 
 
-def read_shard(path: str, fingerprints: list[Fingerprint] | None = None) -> Iterator[RawSample | Skipped]:
+def open_shard(path: str) -> io.BufferedReader:
+    """Opens a local file or a URL."""
+    return open_url(path) if is_url(path) else open(path, "rb")
+
+
+def read_shard(
+    path: str,
+    fingerprints: list[Fingerprint] | None = None,
+    open_file: Callable[[str], io.BufferedReader] = open_shard,
+) -> Iterator[RawSample | Skipped]:
     """Yields (key, {extension: content}) for each sample of a shard, or Skipped where the archive breaks off.
 
     Args:
         fingerprints: gets that of the shard when it has been read.
+        open_file: opens `path`.
     """
     last, name = "", os.path.basename(path)
     hashing = None
@@ -145,7 +155,7 @@ def read_shard(path: str, fingerprints: list[Fingerprint] | None = None) -> Iter
             yield member
 
     try:
-        with open_url(path) if is_url(path) else open(path, "rb") as file:
+        with open_file(path) as file:
             if fingerprints is not None:
                 hashing = HashingFile(file)
                 file = io.BufferedReader(hashing, 2**20)
