@@ -43,9 +43,7 @@ def add_batch(commands) -> None:
     summary = "Classify very many photos on a Ray cluster, into Parquet files."
     usage = "--input PLACE (--labels LABEL... | --labels-file FILE_OR_NAME) --output PLACE"
     parser = add_command(commands, batch, usage, summary, EXAMPLES, MODEL_HELP, check_candidates)
-    source = (
-        "folder of images, shards or Parquet files, here or at a URL such as s3://...; or a quoted pattern of shards"
-    )
+    source = "folder of images, shards or Parquet files, here or at a URL (s3://...); or a quoted pattern of shards"
     parser.add_argument("--input", required=True, metavar="PLACE", help=source)
     target = "folder for Parquet files, here or at a URL; all nodes must reach it"
     parser.add_argument("--output", required=True, metavar="PLACE", help=target)
@@ -63,6 +61,8 @@ def add_batch(commands) -> None:
     parser.add_argument("--key-column", default="key", metavar="NAME", help=keys)
     images = "column of photos in Parquet files: bytes, or URLs (default: %(default)s)"
     parser.add_argument("--image-column", default="image", metavar="NAME", help=images)
+    before = "how likely each label is before the photo is seen: weights above 0, or log-probabilities, in their order"
+    parser.add_argument("--label-prior", type=float, nargs="+", metavar="W", help=before)
     _add_cluster(parser)
     add_captioner(parser)
 
@@ -89,7 +89,7 @@ def batch(arguments: argparse.Namespace) -> int:
     labels, templates = read_candidates(arguments)
     options = {"prompt": arguments.prompt, "trust_remote_code": arguments.trust_remote_code}
     names = ("resume", "key_column", "image_column", "concurrency", "num_gpus", "num_cpus")
-    names += ("batch_size", "prior_weight", "top_k", "multi_label")
+    names += ("batch_size", "prior_weight", "label_prior", "top_k", "multi_label")
     with _ray(arguments.address) as ray_data, _bar() as on_progress:
         summary = ray_data.classify_photos(
             arguments.input,

@@ -92,10 +92,7 @@ def classify_photos(
         prepared=prepared,
     )
     summary = Summary(before=finished.photos, reasons=Counter(finished.reasons))
-    names: set[str] = set(folder.names())
-    for name in _follow(written, summary, on_progress):
-        names.add(name)
-    _check_output(folder, names)
+    folder.end(set(_follow(written, summary, on_progress)))
     return summary
 
 
@@ -121,20 +118,3 @@ def _follow(written: ray.data.Dataset, summary: Summary, on_progress: Callable[[
             summary.reasons.update(row["reasons"])
             yield row["file"]
         on_progress(summary)
-
-
-def _check_output(folder: ParquetFolder, names: set[str]) -> None:
-    """Compares the folder with the files that should be there.
-
-    A file that nobody has reported is from a batch that was done twice, in another division, after a node was lost.
-
-    Raises:
-        OSError: for files that are missing.
-    """
-    there = set(folder.names())
-    if missing := names - there:
-        raise OSError(
-            f"{len(missing)} of {len(names)} files of results are not in {folder.place.path}: workers on other nodes "
-            "have written them elsewhere; --output must be a folder that all nodes share, or a URL"
-        )
-    folder.remove(there - names)

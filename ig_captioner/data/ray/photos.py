@@ -46,9 +46,8 @@ from ..shards import (
 from .places import Place, read_location
 
 
-PHOTOS = pa.schema(
-    [("key", pa.string()), ("source", pa.string()), ("image", pa.large_binary()), ("error", pa.string())]
-)
+WORDS = pa.string()
+PHOTOS = pa.schema([("key", WORDS), ("source", WORDS), ("image", pa.large_binary()), ("error", WORDS)])
 PHOTOS_PER_TASK = 64  # of a folder
 PHOTOS_PER_TABLE = 16  # as many are held at once before they are decoded
 DOWNLOADS = 16  # at once, in one task
@@ -82,9 +81,9 @@ def read_photos(
             with braces or globs (braces alone for URLs). A path, or a URL of pyarrow or fsspec.
         filesystem: of pyarrow or fsspec, on which `location` is a path.
         key_column: of Parquet files; rows are numbered where there is no such column.
-        image_column: of Parquet files: bytes, URLs or paths, or structs of `bytes` and `path` as `datasets` writes them.
+        image_column: of Parquet files: bytes, URLs or paths, or structs of `bytes` and `path`, as `datasets` writes.
         num_cpus: that a reading task reserves; None for Ray's default of 1.
-        done: a reference to the digests of keys that are left out, see `digests`.
+        done: digests of keys that are left out, see `digests`; or a reference to them in the object store.
 
     Raises:
         FileNotFoundError: if there is nothing at `location`.
@@ -175,7 +174,7 @@ def list_photos(root: Place) -> list[str]:
 
 def read_items(batch: pa.Table, read: Read, done: Any) -> Iterator[pa.Table]:
     """The photos of one item, without those whose keys are done, a few at a time."""
-    finished = digests([]) if done is None else ray.get(done)
+    finished = digests([]) if done is None else value_of(done)
     rows: list[Photo] = []
     size = 0
     for paths in batch.column("paths").to_pylist():
@@ -186,6 +185,11 @@ def read_items(batch: pa.Table, read: Read, done: Any) -> Iterator[pa.Table]:
                 yield as_table(rows)
                 rows, size = [], 0
     yield as_table(rows)  # also of none, so that the schema is known
+
+
+def value_of(given: Any) -> Any:
+    """What a reference to an object in the object store stands for; anything else as it is."""
+    return ray.get(given) if isinstance(given, ray.ObjectRef) else given
 
 
 def as_table(rows: Sequence[Photo]) -> pa.Table:
@@ -227,7 +231,7 @@ def _photo_of_sample(shard: str, item: RawSample | Skipped) -> Photo:
         return Photo(f"{shard}:{key_of(key)}", shard, image, NO_IMAGE if image is None else None)
     if item.reason in SHARD_REASONS:
         last = item.key.partition(":")[2]
-        return Photo(shard, shard, None, f"{item.reason}: behind {last!r}" if last else item.reason)
+        return Photo(shard, shard, None, f"{item.reason}: at {last!r}" if last else item.reason)
     return Photo(f"{shard}:{key_of(item.key)}", shard, None, item.reason)
 
 
@@ -270,7 +274,7 @@ def _keys_and_values(
     for batch in file.iter_batches(PHOTOS_PER_TABLE, columns=names):
         columns = batch.to_pydict()
         numbered = (f"{source}:{number + place}" for place in range(len(batch)))
-        keys = columns[key_column] if key_column in columns else numbered
+        keys = columns.get(key_column, numbered)
         values = columns.get(image_column, [None] * len(batch))
         yield [(str(key), value) for key, value in zip(keys, values, strict=True)]
         number += len(batch)

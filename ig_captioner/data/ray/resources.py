@@ -10,9 +10,10 @@ from typing import NamedTuple
 Resources = Mapping[str, float]
 """What a node of the cluster has, such as {"CPU": 16.0, "GPU": 1.0}."""
 
-# Shares of an actor and of a task that reads, the first that fit are taken.
-SHARES = ((1.0, 1.0), (0.75, 0.5), (0.5, 0.5), (0.5, 0.25))
-READERS = (1.0, 0.5, 0.25)  # beside actors whose share was chosen
+# Shares of an actor and of a task that reads, the first that fit are taken. They are never equal: Ray makes one step of
+# steps that ask for the same, and would decode in the actors.
+SHARES = ((1.0, 0.75), (0.75, 0.5), (0.5, 0.25))
+READERS = (0.75, 0.5, 0.25)  # beside actors whose share was chosen
 TOLERANCE = 1e-6
 
 
@@ -39,7 +40,7 @@ def share_cpus(
     """
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
-    candidates = SHARES if num_cpus is None else [(num_cpus, reader) for reader in READERS]
+    candidates = SHARES if num_cpus is None else [(num_cpus, reader) for reader in READERS if reader != num_cpus]
     for actor, reader in candidates:
         if fits(nodes, concurrency, actor, num_gpus, reader):
             return Shares(actor, reader)

@@ -30,7 +30,7 @@ from ...compiled_labels import CompiledLabels, is_compiled
 from ...input_rules import IMAGE_EXTENSIONS
 from ..shards import BrokenSampleError, image_of
 from .output import ParquetFolder
-from .photos import NO_IMAGE, WORDS, describe
+from .photos import NO_IMAGE, WORDS, describe, value_of
 from .resources import Shares, share_cpus
 
 
@@ -49,6 +49,7 @@ PREDICTIONS = pa.schema(
 )
 WRITTEN = pa.schema([("file", WORDS), ("photos", pa.int64()), ("reasons", pa.list_(WORDS))])
 UNSCORABLE = "unscorable image"
+LARGEST_BLOCK = 2**27  # bytes
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,14 @@ class Captioner:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the model's first loading gave: references to objects in the object store, and what the labels are."""
+    """What the model's first loading gave: references to objects in the object store, and facts about them."""
 
     labels: Any
     preparer: Any
     fingerprint: str
     tokens_sha256: str
+    photo_bytes: int
+    """Of a prepared photo."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,9 @@ def _score(
     shares = shares_of_cluster(concurrency, num_cpus, num_gpus)
     captioner = Captioner.named(model, model_options, num_gpus)
     prepared = prepared or prepare(captioner, labels, templates, prior or {}, shares, num_gpus)
+    # Actors share out blocks, so that these should be no more than a batch.
+    batch_bytes = batch_size * prepared.photo_bytes
+    dataset.context.target_max_block_size = min(batch_bytes, dataset.context.target_max_block_size or LARGEST_BLOCK)
     decoded = dataset.map_batches(
         decode,
         batch_size=None,
@@ -274,11 +280,13 @@ def _compile(
     templates: str | Sequence[str] | None,
     prior: dict[str, Any],
     threads: int,
-) -> tuple[CompiledLabels, Any, tuple[str, str]]:
+) -> tuple[CompiledLabels, Any, tuple[str, str, int]]:
     scorer = captioner.load(threads)
     compiled = labels if is_compiled(labels) else scorer.compile_labels(list(labels), templates, **prior)
     scorer.score(plain_images()[:1], compiled)  # refuses labels of another model here, not in every actor
-    return compiled, scorer.preparer(), (compiled.texts.fingerprint, compiled.tokens_sha256)
+    preparer = scorer.preparer()
+    photo_bytes = len(_as_bytes(preparer(plain_images()[0])))
+    return compiled, preparer, (compiled.texts.fingerprint, compiled.tokens_sha256, photo_bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,7 +296,7 @@ def _compile(
 def decode(batch: pa.Table, preparer: Any) -> pa.Table:
     """Image files as the model takes them, in safetensors, or why they are none."""
     torch.set_num_threads(1)
-    read = ray.get(preparer)
+    read = value_of(preparer)
     keys = batch.column("key").to_pylist()
     nothing = [None] * len(keys)
     columns = [batch.column(name).to_pylist() if name in batch.column_names else nothing for name in ("image", "error")]
@@ -310,9 +318,13 @@ def _decode_one(content: bytes | None, read: Any) -> tuple[bytes | None, str | N
     except BrokenSampleError as error:
         return None, str(error)
     try:
-        return save({name: value.contiguous() for name, value in read(image).items()}), None
+        return _as_bytes(read(image)), None
     except ValueError as error:  # image processors refuse some shapes
         return None, describe(UNSCORABLE, error)
+
+
+def _as_bytes(photo: PreparedImage) -> bytes:
+    return save({name: value.contiguous() for name, value in photo.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,7 +335,7 @@ class BatchScorer:
     """An actor: loads the model once, and scores batches of prepared photos.
 
     Args:
-        labels: a reference to compiled labels.
+        labels: compiled, or a reference to them in the object store.
         threads: of torch.
         form: what becomes of scores.
         weights: `prior_weight` and `label_prior` of `score`.
@@ -339,7 +351,7 @@ class BatchScorer:
         weights: dict[str, Any],
         output: ParquetFolder | None,
     ) -> None:
-        self.scorer, self.labels = captioner.load(threads), ray.get(labels)
+        self.scorer, self.labels = captioner.load(threads), value_of(labels)
         self.form, self.weights, self.output = form, weights, output
 
     def __call__(self, batch: pa.Table) -> pa.Table:
