@@ -1,9 +1,9 @@
 """Special tokens in token ids: what may be scored, labelled or given as a prompt, and what cannot be meant.
 
 A text in *scored form* is what the processor makes: its tokens and the end-of-sequence token, without a start token,
-which the model puts in front itself. `generate` returns the start token as well, collators pad, and tokenizers of other
-models add what they like. What can be meant in one way only is brought into that form. What cannot be meant is refused
-where all texts of a call show it, and otherwise told.
+which the model puts in front itself. `generate` returns the start token as well, collators pad, and tokenizers of
+other models add tokens of their own. What can be meant in one way only is brought into scored form. What cannot be
+meant is an error where all texts of a call show it, and otherwise a warning.
 
 Legend: N or C texts, L tokens of a text.
 """
@@ -57,35 +57,37 @@ def text_mask(input_ids: Tensor, tokens: SpecialTokens) -> Tensor:
     ids that a text begins with is its start token, and real.
     """
     position = torch.arange(input_ids.shape[1], device=input_ids.device)
-    begins = input_ids == tokens.start
-    first = torch.zeros_like(position[:1])  # of the text without start token
-    is_start = torch.zeros_like(begins)
-    if tokens.start == tokens.padding and bool(begins[:, 0].all()):
-        first = begins.cumprod(dim=-1).sum(dim=-1, keepdim=True)
-        first = first.where(first < input_ids.shape[1], 1)  # nothing but start tokens: the second is the end
-        is_start = position == first - 1
-    is_behind = position >= first
+    is_start_id = input_ids == tokens.start
+    is_start = torch.zeros_like(is_start_id)
+    words_begin = torch.zeros_like(position[:1])  # place of the first token after the start token, [1] or [N, 1]
+    if tokens.start == tokens.padding and bool(is_start_id[:, 0].all()):
+        words_begin = is_start_id.cumprod(dim=-1).sum(dim=-1, keepdim=True)
+        words_begin = words_begin.where(words_begin < input_ids.shape[1], 1)  # only start ids: the second is the end
+        is_start = position == words_begin - 1
+    is_after_start = position >= words_begin
     if tokens.padding in tokens.ends:
-        is_end = tokens.is_end(input_ids) & is_behind
-        is_text = is_end.cumsum(dim=-1) - is_end.long() == 0
+        is_end = tokens.is_end(input_ids) & is_after_start
+        ends_before = is_end.cumsum(dim=-1) - is_end.long()
+        is_text = ends_before == 0
     else:
         is_text = ~tokens.is_padding(input_ids)
-    return (is_start | (is_behind & is_text)).long()
+    return (is_start | (is_after_start & is_text)).long()
 
 
 def outer_padding(input_ids: Tensor, tokens: SpecialTokens) -> Tensor:
-    """Marks padding ids before and behind each text, bool [N, L]; in a row of nothing but padding ids, none.
+    """Marks padding ids before and after each text, bool [N, L]; in a row of nothing but padding ids, none.
 
-    Where padding and end-of-sequence share an id, the first one behind a text is its end, and a row of nothing else is
+    Where padding and end-of-sequence share an id, the first one after a text is its end, and a row of nothing else is
     an empty text with its end.
     """
     is_padding = tokens.is_padding(input_ids)
     before = is_padding.cumprod(dim=-1).bool()
-    behind = is_padding.flip(-1).cumprod(dim=-1).flip(-1).bool()
+    after = is_padding.flip(-1).cumprod(dim=-1).flip(-1).bool()
     has_text = ~is_padding.all(dim=-1, keepdim=True)
     if tokens.padding in tokens.ends:
-        return (before & has_text) | (behind & F.pad(behind[:, :-1], (1, 0)))
-    return (before | behind) & has_text
+        is_end = after & ~F.pad(after[:, :-1], (1, 0))
+        return (before & has_text) | (after & ~is_end)
+    return (before | after) & has_text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +127,9 @@ def scored_form(
 
 
 def _padding_last(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    order = mask.argsort(dim=-1, descending=True, stable=True)[:, : max(1, int(mask.sum(dim=-1).max()))]
+    """Texts and their mask [C, longest text], with the padding moved to the right."""
+    longest = max(1, int(mask.sum(dim=-1).max()))
+    order = mask.argsort(dim=-1, descending=True, stable=True)[:, :longest]
     return input_ids.gather(-1, order), mask.gather(-1, order)
 
 
@@ -161,11 +165,17 @@ def _tell_of_special_tokens(input_ids: Tensor, mask: Tensor, tokens: SpecialToke
         (~has_end, f"do not end with an end-of-sequence token ({list(tokens.ends)}): they are scored as beginnings"),
         (has_special, "have start, end-of-sequence or padding tokens inside, which are scored like words"),
     ):
-        if bool(rows.any()):
-            row = int(rows.long().argmax())
-            text = input_ids[row][mask[row].bool()].tolist()
-            message = f"{int(rows.sum())} of {len(rows)} texts {what}; text {row} has the tokens {text}"
-            warnings.warn(message, IGCaptionerWarning, stacklevel=2)
+        _tell_of_rows("text", rows, what, input_ids, mask)
+
+
+def _tell_of_rows(name: str, rows: Tensor, what: str, input_ids: Tensor, mask: Tensor) -> None:
+    """Warns of the marked `rows`, bool [N], with their number and the tokens of the first; silent if there are none."""
+    if not bool(rows.any()):
+        return
+    row = int(rows.long().argmax())
+    tokens = input_ids[row][mask[row].bool()].tolist()
+    message = f"{int(rows.sum())} of {len(rows)} {name}s {what}; {name} {row} has the tokens {tokens}"
+    warnings.warn(message, IGCaptionerWarning, stacklevel=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,20 +294,16 @@ def as_prompt(input_ids: Tensor, attention_mask: Tensor | None, config: IGCaptio
         return shift_right(moved, tokens.start, moved_mask), moved_mask
     for rows, what in (
         (~has_start, f"do not begin with the start token {tokens.start}, as all texts of the training do"),
-        (has_end, "end with an end-of-sequence token, behind which no text went on in the training; others do not"),
+        (has_end, "end with an end-of-sequence token, after which no text went on in the training; others do not"),
     ):
-        if bool(rows.any()):
-            row = int(rows[:, 0].long().argmax())
-            text = input_ids[row][mask[row].bool()].tolist()
-            message = f"{int(rows.sum())} of {len(rows)} prompts {what}; prompt {row} has the tokens {text}"
-            warnings.warn(message, IGCaptionerWarning, stacklevel=3)
+        _tell_of_rows("prompt", rows[:, 0], what, input_ids, mask)
     return input_ids, mask
 
 
 def prompt_before_labels(
     labels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, config: IGCaptionerTextConfig
 ) -> tuple[Tensor, Tensor]:
-    """Makes prompts of a training batch: the start token and what stands before the labels, which are to be generated.
+    """Makes prompts of a training batch: the start token and what is before the labels, which are to be generated.
 
     Args: as for [`labelled_texts`].
 
