@@ -123,13 +123,15 @@ class CompiledLabels:
             described = json.loads((directory / JSON_FILE).read_text(encoding="utf-8"))
             if described.get("format") != FORMAT:
                 raise ValueError(f"format {described.get('format')!r}, this version reads {FORMAT}: compile them again")
-            content, expected = (directory / TENSOR_FILE).read_bytes(), described.pop("sha256")
+            content = (directory / TENSOR_FILE).read_bytes()
+            expected = described.pop("sha256")
             if _digest_of_content(described, content) != expected:
                 raise ValueError(f"{JSON_FILE} or {TENSOR_FILE} is damaged, or not from the same compilation")
             tensors = load(content)
             trie = TextTrie(**{item.name: tensors.pop(item.name) for item in dataclasses.fields(TextTrie)})
             texts = CompiledTexts(trie, **tensors, fingerprint=described["fingerprint"])
-            labels, templates = tuple(described["labels"]), tuple(described["templates"])
+            labels = tuple(described["labels"])
+            templates = tuple(described["templates"])
             if len(trie.text_edges) != len(labels) * len(templates):
                 raise ValueError(f"{len(trie.text_edges)} texts for {len(labels)} labels in {len(templates)} templates")
             if texts.prior_log_likelihood.shape != trie.text_edges.shape[:1]:

@@ -192,7 +192,8 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
     def __init__(self, config: IGCaptionerTextConfig):
         super().__init__(config)
         size = config.hidden_size
-        width, factorised = config.embedding_width, config.embedding_size is not None
+        width = config.embedding_width
+        factorised = config.embedding_size is not None
         self.embed_tokens = nn.Embedding(config.num_embeddings, width)
         self.embedding_projection = nn.Linear(width, size, bias=False) if factorised else nn.Identity()
         learned = config.position_embedding == "learned"
@@ -263,7 +264,8 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         Args:
             hidden_states: [G, Q, D], what an earlier call returned for the same blocks; saves the text-only layers.
         """
-        mask, rotary = tree_mask(ends), self._rotary(depths)
+        mask = tree_mask(ends)
+        rotary = self._rotary(depths)
         if hidden_states is not None:
             return TextStates(hidden_states, mask, rotary, is_causal=False)
         embedded = self._with_positions(self.embed_tokens(tokens), depths)

@@ -112,7 +112,8 @@ class IGCaptionerAttention(nn.Module):
         layer_idx: int | None = None,
     ):
         super().__init__()
-        size, bias = config.hidden_size, config.attention_bias
+        size = config.hidden_size
+        bias = config.attention_bias
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = size // config.num_attention_heads
@@ -172,7 +173,9 @@ class IGCaptionerMLP(nn.Module):
 
     def __init__(self, config: IGCaptionerVisionConfig | IGCaptionerTextConfig):
         super().__init__()
-        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        size = config.hidden_size
+        inner = config.intermediate_size
+        bias = config.mlp_bias
         self.act = ACT2FN[config.hidden_act]
         self.gate_proj = nn.Linear(size, inner, bias=bias) if config.gated_mlp else None
         self.up_proj = nn.Linear(size, inner, bias=bias)
@@ -294,7 +297,8 @@ def sincos_of(rows: Tensor, columns: Tensor, size: int) -> Tensor:
     """
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     omega = 10000.0 ** -(torch.arange(size // 4, device=rows.device).float() / max(size // 4 - 1, 1))
-    y, x = y.flatten()[:, None] * omega, x.flatten()[:, None] * omega
+    y = y.flatten()[:, None] * omega
+    x = x.flatten()[:, None] * omega
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1)
 
 

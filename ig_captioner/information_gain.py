@@ -188,7 +188,8 @@ def linear_loss(
     """
     if not torch.is_grad_enabled():
         # An autograd function is not told so: it would compute the gradient of the parameters all the same.
-        hidden_states, weight = hidden_states.detach(), weight.detach()
+        hidden_states = hidden_states.detach()
+        weight = weight.detach()
         bias = None if bias is None else bias.detach()
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -204,7 +205,8 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, labels, token_weights, smoothing, dtype):
-        states, tokens = hidden_states.flatten(0, 1), labels.flatten()
+        states = hidden_states.flatten(0, 1)
+        tokens = labels.flatten()
         shares = None if smoothing is None else smoothing.flatten()
         log_likelihoods = token_weights.new_zeros(len(tokens))
         uniform = token_weights.new_zeros(len(tokens))  # means of log P over the vocabulary, for smoothing
@@ -220,10 +222,12 @@ class _LinearLoss(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
         bias_grad = torch.zeros_like(bias, dtype=sum_dtype) if needs_bias else None
 
-        cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        cast_weight = weight.to(dtype)
+        cast_bias = None if bias is None else bias.to(dtype)
         chunk_size = LOGITS_PER_CHUNK.get(labels.device.type, LOGITS_PER_CHUNK["other"]) // len(weight)
         for rows in is_labelled.flatten().nonzero()[:, 0].split(max(1, chunk_size)):
-            chunk, token = states[rows].to(dtype), tokens[rows, None]
+            chunk = states[rows].to(dtype)
+            token = tokens[rows, None]
             log_p = F.linear(chunk, cast_weight, cast_bias).log_softmax(dim=-1, dtype=torch.float32)
             log_likelihoods[rows] = log_p.gather(1, token)[:, 0]
             if shares is not None:
@@ -243,7 +247,8 @@ class _LinearLoss(torch.autograd.Function):
                 weight_grad += grad.T @ chunk
 
         ctx.save_for_backward(scale, states_grad, weight_grad, bias_grad)
-        ctx.shape, ctx.dtypes = hidden_states.shape, (weight.dtype, None if bias is None else bias.dtype)
+        ctx.shape = hidden_states.shape
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         log_likelihoods = log_likelihoods.view(labels.shape)
         ctx.mark_non_differentiable(log_likelihoods)
         learned = log_likelihoods

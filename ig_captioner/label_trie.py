@@ -106,9 +106,11 @@ def build_trie(
         raise ValueError(f"text {int(lengths.argmin())} has no tokens")
     texts = input_ids.masked_fill(attention_mask == 0, -1).cpu().numpy()
     order = np.lexsort(texts.T[::-1])  # the last key of lexsort is the first to be compared
-    texts, lengths = texts[order], lengths[order]
+    texts = texts[order]
+    lengths = lengths[order]
     is_new_node, is_new_edge = _additions(texts, lengths)
-    node_of, edge_of = _number(is_new_node), _number(is_new_edge)
+    node_of = _number(is_new_node)
+    edge_of = _number(is_new_edge)
 
     row, depth = np.nonzero(is_new_node)  # of each node, in the order of their numbers
     is_root = depth == 0
@@ -116,7 +118,8 @@ def build_trie(
     parent = np.where(is_root, -1, node_of[row, depth - 1])
 
     # Edges were numbered text by text, but are kept node by node.
-    edge_node, edge_token = node_of[is_new_edge], texts[is_new_edge]
+    edge_node = node_of[is_new_edge]
+    edge_token = texts[is_new_edge]
     by_node = edge_node.argsort(kind="stable")
     after_end = len(by_node)
     new_number = np.append(by_node.argsort(), after_end)
@@ -149,7 +152,8 @@ def _additions(texts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.n
         lengths: [C].
     """
     is_shared = (texts[1:] == texts[:-1]) & (texts[1:] >= 0)
-    shared_edges, shared_nodes = np.zeros_like(lengths), np.zeros_like(lengths)
+    shared_edges = np.zeros_like(lengths)
+    shared_nodes = np.zeros_like(lengths)
     shared_edges[1:] = is_shared.cumprod(axis=1).sum(axis=1)
     # k edges join k + 1 nodes; but where the text before has no more edges, its last one leads to no node.
     shared_nodes[1:] = np.minimum(shared_edges[1:] + 1, lengths[:-1])

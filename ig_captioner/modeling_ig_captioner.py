@@ -410,7 +410,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
 
         Both paths share one pass of the text-only layers where they read the same text.
         """
-        config, decoder = self.config, self.model.decoder
+        config = self.config
+        decoder = self.model.decoder
         given_labels = labels
         input_ids, attention_mask, labels = labelled_texts(labels, input_ids, attention_mask, config.text_config)
         inputs = shift_right(input_ids, config.decoder_start_token_id, attention_mask)
@@ -546,7 +547,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         """
         kwargs = rename_cache(kwargs, CACHE_NAME)
         text_config = self.config.text_config
-        prompt, labels = kwargs.pop("input_ids", inputs), kwargs.pop("labels", None)
+        prompt = kwargs.pop("input_ids", inputs)
+        labels = kwargs.pop("labels", None)
         if prompt is not None and prompt.is_floating_point():
             raise ValueError(f"prompts are token ids, got {prompt.dtype}, shape {tuple(prompt.shape)}")
         mask = kwargs.get("attention_mask")
@@ -554,12 +556,14 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
             prompt, kwargs["attention_mask"] = prompt_before_labels(labels, prompt, mask, text_config)
         elif prompt is not None and prompt.numel():
             prompt, kwargs["attention_mask"] = as_prompt(prompt, mask, text_config)
-        pixel_values, image_features = kwargs.pop("pixel_values", None), kwargs.pop("image_features", None)
+        pixel_values = kwargs.pop("pixel_values", None)
+        image_features = kwargs.pop("image_features", None)
         if pixel_values is not None or image_features is not None:
             image_key_values = self.read_image(pixel_values, image_features)
             kwargs["image_key_values"] = image_key_values
             if prompt is None and kwargs.get("inputs_embeds") is None:
-                start, device = text_config.decoder_start_token_id, image_key_values.device
+                start = text_config.decoder_start_token_id
+                device = image_key_values.device
                 prompt = torch.full((len(image_key_values), 1), start, device=device)
                 if kwargs.get(CACHE_NAME) is None:
                     # a mask made from the ids would leave out a start token that has the id of padding

@@ -269,7 +269,8 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         def given(*names: str) -> dict[str, Any]:
             return {name: parameters[name] for name in names if name in parameters}
 
-        preprocess, forward = given("timeout"), given("prior_weight")
+        preprocess = given("timeout")
+        forward = given("prior_weight")
         postprocess = given("temperature", "abstain_threshold", "multi_label", "top_k", "return_log_likelihoods")
         if forward.get("prior_weight") is not None:
             forward["prior_weight"] = float(forward["prior_weight"])  # a Fraction is a number, but not to a tensor
@@ -288,7 +289,8 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
             compiled = self._compile_for_scorer(given, labels, templates, settings)
             return _Candidates(labels, 1, compiled, log_prior)
         tokenizer_kwargs = settings.get("tokenizer_kwargs") or {}
-        prior_source, references = settings.get("prior_source"), settings.get("reference_images")
+        prior_source = settings.get("prior_source")
+        references = settings.get("reference_images")
         if is_compiled(given):
             refuse_prior(prior_source=prior_source, reference_images=references)
             given.check_tokenizer(self.model, self.tokenizer, **tokenizer_kwargs)
@@ -355,7 +357,8 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         return_log_likelihoods: bool = False,
     ):
         """Entries of one image, best first, from its rows [1, C]."""
-        config, labels = self.model.config, list(candidate_labels)
+        config = self.model.config
+        labels = list(candidate_labels)
         fields = {name: values[0].tolist() for name, values in model_outputs.items()}
         gains = fields["information_gain"]
         _check_gains(gains, labels)
@@ -398,7 +401,8 @@ def _check_gains(gains: list[float], labels: list[str]) -> None:
 
 def _scores(gains: list[float], temperature: float, multi_label: bool) -> list[float]:
     """Scores of all candidates, in float64."""
-    values, temperature = torch.tensor(gains, dtype=torch.float64), float(temperature)
+    values = torch.tensor(gains, dtype=torch.float64)
+    temperature = float(temperature)
     if multi_label:
         return (values / temperature).sigmoid().tolist()
     # The maximum goes first, as it would in the softmax: quotients by a tiny temperature may be infinite.

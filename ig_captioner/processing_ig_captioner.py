@@ -58,7 +58,8 @@ def array_to_pil(array: np.ndarray | torch.Tensor) -> PIL.Image.Image:
     if pixels.ndim == 2:
         pixels = pixels[None]
     elif pixels.ndim == 3:
-        first, last = pixels.shape[0] in IMAGE_CHANNELS, pixels.shape[-1] in IMAGE_CHANNELS
+        first = pixels.shape[0] in IMAGE_CHANNELS
+        last = pixels.shape[-1] in IMAGE_CHANNELS
         if last and not (first and isinstance(array, torch.Tensor)):
             pixels = np.moveaxis(pixels, -1, 0)
     if pixels.ndim != 3 or pixels.shape[0] not in IMAGE_CHANNELS:
@@ -203,7 +204,8 @@ class IGCaptionerImageProcessor(_Backend):
 
 def _check_span(pixels: np.ndarray | torch.Tensor) -> None:
     """Raises ValueError for arrays that `do_rescale` would take out of [0, 1], such as those of 16 bits."""
-    low, high = float(pixels.min()), float(pixels.max())
+    low = float(pixels.min())
+    high = float(pixels.max())
     if not (low >= 0 and high <= 255):
         raise ValueError(f"pixels of an array must be from 0 to 255, got {low:g} to {high:g} ({pixels.dtype})")
 
@@ -240,7 +242,8 @@ def format_labels(
             raise ValueError(
                 f"{template_name} must be a string with {{}} in it, where the label goes, got {shorten(template)}"
             )
-    words, sentences = clean_texts(labels, "candidate_labels"), clean_texts(listed, template_name)
+    words = clean_texts(labels, "candidate_labels")
+    sentences = clean_texts(listed, template_name)
     return [sentence.replace("{}", word) for sentence in sentences for word in words]
 
 

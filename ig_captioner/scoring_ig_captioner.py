@@ -113,7 +113,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         caption = self._log_likelihoods(texts, image_tokens, positions)
         prior = texts.prior_log_likelihood.clone()  # the caller's to change, unlike that of compiled texts
         if reduction == "mean":
-            caption, prior = caption / texts.trie.lengths, prior / texts.trie.lengths
+            caption = caption / texts.trie.lengths
+            prior = prior / texts.trie.lengths
         if is_compiled(given):
             caption = mean_over_templates(caption, len(given.templates))
             prior = mean_over_templates(prior, len(given.templates))

@@ -207,10 +207,12 @@ def find_layout(
     """
     if features.ndim == 4:
         return ImageLayout(features.shape[1], features.shape[2], features.shape[3])
-    tokens, width = features.shape[1] - trailing, features.shape[2]
+    tokens = features.shape[1] - trailing
+    width = features.shape[2]
     height, width_in_pixels = image_size
     if patch := patch_size_of(config):
-        rows, columns = height // patch[0], width_in_pixels // patch[1]
+        rows = height // patch[0]
+        columns = width_in_pixels // patch[1]
         if 0 <= tokens - rows * columns <= MAX_LEADING_TOKENS:
             return ImageLayout(width, rows, columns, tokens - rows * columns, trailing)
     for leading in range(MAX_LEADING_TOKENS + 1):
