@@ -1,4 +1,4 @@
-"""What shards were when a run read them, so that a run that goes on notices when they are others."""
+"""Fingerprints of shards as a run read them, so that a resumed run notices when they have changed."""
 
 import hashlib
 import io

@@ -13,7 +13,7 @@ BESIDE_IMAGES = ("txt", "json", "jsonl", "csv", "tsv", "md")  # passed over with
 
 
 def extension_of(name: str) -> str:
-    """Gives what stands behind the last dot of a file's name, in lower case; "" without a dot."""
+    """Gives what follows the last dot of a file's name, in lower case; "" without a dot."""
     return os.path.splitext(name)[1][1:].lower()
 
 
@@ -93,5 +93,5 @@ def class_numbers(folders: Sequence[str]) -> dict[str, int]:
 
 
 def are_places(numbers: dict[str, int]) -> bool:
-    """Whether class numbers depend on which folders there are, as places in an order do."""
+    """Tells whether class numbers depend on which folders there are, as places in an order do."""
     return not all(name.isdecimal() and int(name) == number for name, number in numbers.items())

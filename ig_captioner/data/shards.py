@@ -187,7 +187,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def base_of(stem: str) -> str:
-    """Takes words of letters behind dots off a stem: `key.seg` is of the sample `key`, `22.00` is one of its own."""
+    """Takes words of letters after dots off a stem: `key.seg` is of the sample `key`, `22.00` is one of its own."""
     while match := re.fullmatch(r"(.*[^/])\.[A-Za-z][A-Za-z_-]*", stem, flags=re.DOTALL):
         stem = match[1]
     return stem
@@ -252,7 +252,7 @@ def _samples_of(group: list[File]) -> Iterator[RawSample | Skipped]:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether a key belongs to the held-out part: digits 8 to 16 of its SHA-1, as a fraction of 16**8."""
+    """Tells whether a key belongs to the held-out part: digits 8 to 16 of its SHA-1, as a fraction of 16**8."""
     return int(hash_of(key).hex()[8:16], 16) < fraction * 16**8
 
 
