@@ -1,4 +1,4 @@
-"""Prefixes, which a model has read before a text begins: image and prompt, as a cache that any number of texts continue.
+"""Prefixes, which a model has read before a text begins: image and prompt, as a cache that any texts continue.
 
 Legend: B images, R rows that go on from them, V vocabulary. Log-likelihoods are in nats.
 """
