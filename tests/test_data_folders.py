@@ -123,6 +123,22 @@ def test_folders_from_one_on_are_said_and_others_are_no_classes():
     assert class_numbers([]) == {}
 
 
+@pytest.mark.parametrize("names", [["0_cat", "1_dog", "10_bird"], ["class1", "class2", "class10"]])
+def test_folders_whose_order_depends_on_the_reading_of_numbers_are_no_classes(tmp_path, names):
+    for name in names:
+        write_photo(tmp_path / name / "1.png")
+    with pytest.raises(ValueError, match=r"there is no class_id.*class10 before class2"):
+        labels_of(tmp_path, ["cat", "dog", "bird"], "class_id")
+    assert labels_of(tmp_path, sorted(names), "class_name") == [0, 1, 2]
+
+
+def test_captions_beside_photos_may_have_names_in_capitals(tmp_path):
+    write_photo(tmp_path / "1.PNG")
+    (tmp_path / "1.TXT").write_text("a cat")
+    ((key, files),) = read_source(str(tmp_path))
+    assert key == "1" and read_captions(files) == ["a cat"]
+
+
 def test_places_among_other_folders_than_the_classes_are_refused(tmp_path):
     for name in ("ant", "bee", "cow"):
         write_photo(tmp_path / name / "1.png")
