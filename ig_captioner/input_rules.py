@@ -115,10 +115,11 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """
     if image.format == "EPS":
         raise ValueError("PostScript is a program, not an image: convert it to PNG first")
-    raw_mode, file_format = _raw_mode(image), image.format
+    raw_mode, file_format, is_negative = _raw_mode(image), image.format, _is_negative(image)
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _to_eight_bits(image, raw_mode, file_format)
+        image = PIL.ImageOps.invert(image) if is_negative else image
     elif image.mode == "La":
         image = image.convert("LA")
     elif "transparency" in image.info and image.mode in ("L", "RGB"):
@@ -174,6 +175,12 @@ def _raw_mode(image: PIL.Image.Image) -> str:
     tiles = getattr(image, "tile", None) or [(None, None, None, "")]
     arguments = tiles[0][3]
     return arguments if isinstance(arguments, str) else str(next(iter(arguments or ()), ""))
+
+
+def _is_negative(image: PIL.Image.Image) -> bool:
+    """Whether 0 is white in the file, a TIFF, which Pillow minds in modes of up to 8 bits only."""
+    photometric_interpretation = getattr(image, "tag_v2", {}).get(262)
+    return image.format == "TIFF" and photometric_interpretation == 0
 
 
 def _has_more_frames(image: PIL.Image.Image) -> bool:
