@@ -52,9 +52,9 @@ class SpecialTokens:
 def text_mask(input_ids: Tensor, tokens: SpecialTokens) -> Tensor:
     """Finds the real tokens of texts that came without a mask, int64 [N, L] of 0 and 1.
 
-    Where padding and end-of-sequence share an id, those before a text are padding, and so are those behind its end; others
-    are real, since it is not known which of them are padding. Where padding and the start token share an id and all texts begin with it, the last of the ids that a text begins
-    with is its start token, and real.
+    Where padding and end-of-sequence share an id, those before a text are padding, and so are those behind its end;
+    others are real, since it is not known which of them are padding. Where padding and the start token share an id and
+    all texts begin with it, the last of the ids that a text begins with is its start token, and real.
     """
     position = torch.arange(input_ids.shape[1], device=input_ids.device)
     is_padding = tokens.is_padding(input_ids)

@@ -248,8 +248,8 @@ def label_from_field(class_names: Sequence[str], field: str = "class_name") -> F
             return places[value] if value in places else places[fold_name(value)]
         if field == "class_id" and value is None:
             raise ValueError(
-                "there is no class_id: folders say one by names that are numbers, or by names whose order is not another "
-                "by the numbers in them (class10 before class2)"
+                "there is no class_id: folders say one by names that are numbers, or by their order, unless that is "
+                "another by the numbers in names (class10 before class2)"
             )
         raise ValueError(f"field {field!r} of a sample's JSON is {value!r}: not one of {len(class_names)} classes")
 
