@@ -249,7 +249,7 @@ def test_what_is_evidently_one_list_is_split():
 def test_lines_of_tables_and_json_are_said(tmp_path, line):
     (tmp_path / "names.txt").write_text(f"{line}\nhorse\n", encoding="utf-8")
     with pytest.warns(IGCaptionerWarning, match="look like columns, quotes or JSON are texts as they stand"):
-        read_class_names(tmp_path / "names.txt")
+        read_class_names(str(tmp_path / "names.txt"))
 
 
 def test_prompts_with_an_empty_name_are_refused(tmp_path):

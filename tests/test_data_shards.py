@@ -7,12 +7,14 @@ import itertools
 import logging
 import tarfile
 
+import PIL.Image
 import pytest
 
 from benchmarks import damage_shards
 from ig_captioner.data import archive, shards
 from ig_captioner.data.fingerprints import Fingerprint, compare_shards, list_fingerprints
 from ig_captioner.data.shards import Skipped, base_of, read_shard, split_name
+from ig_captioner.input_rules import IGCaptionerWarning
 
 
 def tar(members, end=True, **options) -> bytes:
@@ -151,6 +153,34 @@ def test_keys_are_as_people_mean_them(tmp_path, caplog, names):
     samples, skipped = read(tmp_path, tar([(name, b"x") for name in names]))
     assert {key: " ".join(files) for key, files in samples} == KEYS[names] and skipped == []
     assert ("README" in caplog.text) == ("README" in names)
+
+
+def test_links_in_place_of_files_cost_their_sample_and_are_counted(tmp_path):
+    """GNU tar writes a second name of one file as a hard link; its captions must not come from elsewhere."""
+    link = tarfile.TarInfo("001.json")
+    link.type, link.linkname = tarfile.LNKTYPE, "000.json"
+    samples, skipped = read(tmp_path, tar([*sample(0), *sample(1), (link, b""), *sample(2)]))
+    assert keys(samples) == ["000", "002"] and skipped == [Skipped("001", archive.NOT_A_FILE)]
+
+
+def test_names_with_words_are_samples_where_they_have_an_image_and_a_text(tmp_path):
+    names = ["a.left.jpg", "a.left.txt", "a.jpg", "a.txt", "a.seg.png"]
+    samples, _ = read(tmp_path, tar([(name, b"x") for name in names]))
+    assert [(key, sorted(files)) for key, files in samples] == [
+        ("a.left", ["jpg", "txt"]),
+        ("a", ["jpg", "seg.png", "txt"]),
+    ]
+
+
+def test_several_images_of_one_sample_are_said():
+    content = io.BytesIO()
+    PIL.Image.new("RGB", (2, 2)).save(content, "PNG")
+    with pytest.warns(IGCaptionerWarning, match="images, which differ in their extensions only.*'jpg', 'png'"):
+        shards.image_of({"png": b"", "jpg": content.getvalue()})
+
+
+def test_an_archive_without_files_is_said(tmp_path, caplog):
+    assert read(tmp_path, tar([])) == ([], []) and "s.tar holds no files" in caplog.text
 
 
 def test_two_files_of_one_name_are_not_mixed(tmp_path):
