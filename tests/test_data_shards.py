@@ -5,14 +5,15 @@ import gzip
 import io
 import itertools
 import logging
+import os
 import tarfile
 
 import PIL.Image
 import pytest
 
 from benchmarks import damage_shards
-from ig_captioner.data import archive, shards
-from ig_captioner.data.fingerprints import Fingerprint, compare_shards, list_fingerprints
+from ig_captioner.data import archive, fingerprints, shards
+from ig_captioner.data.fingerprints import Fingerprint, compare_shards, list_fingerprints, mark_shards
 from ig_captioner.data.shards import Skipped, base_of, read_shard, split_name
 from ig_captioner.input_rules import IGCaptionerWarning
 
@@ -306,6 +307,20 @@ def test_the_fingerprint_is_of_all_bytes_whether_they_are_damaged_or_not(tmp_pat
         Fingerprint("s.tar", len(content)),
         Fingerprint("a.tar"),
     ]
+
+
+def test_a_large_shard_is_known_again_by_its_blocks(tmp_path):
+    path, content = tmp_path / "s.tar", bytearray(fingerprints.BLOCKS * fingerprints.BLOCK_SIZE * 2)
+    marks = []
+    for place in (None, 0, len(content) - 1):
+        if place is not None:
+            content[place] ^= 1
+        path.write_bytes(content)
+        marks += mark_shards([str(path)])
+    assert len(set(marks)) == 3 and {mark.size for mark in marks} == {len(content)}
+    os.utime(path, (1, 1))
+    assert compare_shards(marks[2:], list(mark_shards([str(path)]))) == []
+    assert compare_shards(marks[:1], marks[1:2]) == ["s.tar has other content"]
 
 
 def test_every_change_of_a_list_of_shards_is_said():
