@@ -239,7 +239,7 @@ def test_clean_text_keeps_what_can_be_seen():
 def test_what_is_evidently_one_list_is_split():
     assert split_list([]) == [] and split_list(["cat", "b,c"]) == ["cat", "b,c"]
     assert split_list(["cat,,dog, "]) == split_list(["cat,", "dog"]) == ["cat", "dog"]
-    for separator in (";", " | ", "\t", "\n", "、", "，", "；"):
+    for separator in (";", " | ", "\t", "\n", "\u3001", "\uff0c", "\uff1b"):
         assert split_list([f"hot dog{separator}cat"]) == ["hot dog", "cat"]
     assert split_list(["Paris, France; Rome, Italy"]) == ["Paris, France", "Rome, Italy"]
     assert split_list(["hot dog\n", "cat", "ship"]) == ["hot dog\n", "cat", "ship"]

@@ -87,8 +87,11 @@ def _digest_of_blocks(path: str, size: int) -> str:
     return digest.hexdigest()
 
 
-def _kind_of(mark: str | None) -> str:
-    return (mark or "").partition(":")[0]
+def _has_other_content(before: Fingerprint, now: Fingerprint) -> bool:
+    """Whether hashes, or marks of one kind, are known of both and differ."""
+    kinds = {(shard.mark or "").partition(":")[0] for shard in (before, now)}
+    hashes = (before.sha256, now.sha256)
+    return (None not in hashes and len(set(hashes)) == 2) or (len(kinds) == 1 and before.mark != now.mark)
 
 
 def compare_shards(before: list[Fingerprint], now: list[Fingerprint]) -> list[str]:
@@ -108,7 +111,7 @@ def compare_shards(before: list[Fingerprint], now: list[Fingerprint]) -> list[st
         other = found.get(shard.name, shard)
         if None not in (shard.size, other.size) and shard.size != other.size:
             differences.append(f"{shard.name} had {shard.size:,} bytes and has {other.size:,}")
-        elif (None not in (shard.sha256, other.sha256) and shard.sha256 != other.sha256) or (_kind_of(shard.mark) == _kind_of(other.mark) and shard.mark != other.mark):
+        elif _has_other_content(shard, other):
             differences.append(f"{shard.name} has other content")
         elif shard.sha256 is not None and other.size is None:
             differences.append(f"{shard.name} could not be read")
