@@ -52,26 +52,29 @@ class SpecialTokens:
 def text_mask(input_ids: Tensor, tokens: SpecialTokens) -> Tensor:
     """Finds the real tokens of texts that came without a mask, int64 [N, L] of 0 and 1.
 
-    Where padding and end-of-sequence share an id, a text reaches up to its first end-of-sequence token, and padding can
-    only be on the right. Where padding and the start token share an id and all texts begin with it, the last of the
-    ids that a text begins with is its start token, and real.
+    Where padding and end-of-sequence share an id, those before a text are padding, and so are those after its end;
+    others are real, since it is not known which of them are padding. Where padding and the start token share an id and
+    all texts begin with it, the last of the ids that a text begins with is its start token, and real.
     """
     position = torch.arange(input_ids.shape[1], device=input_ids.device)
-    is_start_id = input_ids == tokens.start
-    is_start = torch.zeros_like(is_start_id)
-    words_begin = torch.zeros_like(position[:1])  # place of the first token after the start token, [1] or [N, 1]
-    if tokens.start == tokens.padding and bool(is_start_id[:, 0].all()):
-        words_begin = is_start_id.cumprod(dim=-1).sum(dim=-1, keepdim=True)
-        words_begin = words_begin.where(words_begin < input_ids.shape[1], 1)  # only start ids: the second is the end
-        is_start = position == words_begin - 1
-    is_after_start = position >= words_begin
+    is_padding = tokens.is_padding(input_ids)
+    first = is_padding.cumprod(dim=-1).sum(dim=-1, keepdim=True)  # token after the padding that a row begins with
+    has_start = tokens.start == tokens.padding and bool((first > 0).all())
+    # nothing but padding ids: an end-of-sequence token, after a start token where there is one
+    first = first.where(first < input_ids.shape[1], int(has_start))
+    is_start = (position == first - 1) & has_start
+    is_after_start = position >= first
     if tokens.padding in tokens.ends:
-        is_end = tokens.is_end(input_ids) & is_after_start
-        ends_before = is_end.cumsum(dim=-1) - is_end.long()
-        is_text = ends_before == 0
+        is_text = ~_after_an_end(is_padding & is_after_start, tokens.is_end(input_ids) & is_after_start)
     else:
-        is_text = ~tokens.is_padding(input_ids)
+        is_text = ~is_padding
     return (is_start | (is_after_start & is_text)).long()
+
+
+def _after_an_end(is_padding: Tensor, is_end: Tensor) -> Tensor:
+    """Marks padding that nothing but padding follows and that is not itself the end of its text, bool [N, L]."""
+    after = is_padding.flip(-1).cumprod(dim=-1).flip(-1).bool()
+    return after & F.pad(is_end[:, :-1], (1, 0))
 
 
 def outer_padding(input_ids: Tensor, tokens: SpecialTokens) -> Tensor:
@@ -82,11 +85,10 @@ def outer_padding(input_ids: Tensor, tokens: SpecialTokens) -> Tensor:
     """
     is_padding = tokens.is_padding(input_ids)
     before = is_padding.cumprod(dim=-1).bool()
-    after = is_padding.flip(-1).cumprod(dim=-1).flip(-1).bool()
     has_text = ~is_padding.all(dim=-1, keepdim=True)
     if tokens.padding in tokens.ends:
-        is_end = after & ~F.pad(after[:, :-1], (1, 0))
-        return (before & has_text) | (after & ~is_end)
+        return (before & has_text) | _after_an_end(is_padding, tokens.is_end(input_ids))
+    after = is_padding.flip(-1).cumprod(dim=-1).flip(-1).bool()
     return (before | after) & has_text
 
 

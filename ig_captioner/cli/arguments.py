@@ -187,17 +187,17 @@ threshold = number("a finite number, or -inf for never", lambda value: value < m
 def read_labels(arguments: argparse.Namespace) -> tuple[list[str], list[str] | None]:
     """Labels and templates, checked; see `read_texts`. No templates are None, for the checkpoint's own.
 
-    Labels that are evidently a list between commas are split, which is said, as it is where some have commas and are
+    Labels that are evidently one list are split, which is said, as it is where some have commas and are
     kept whole.
     """
     from ..data.prompts import read_class_names, read_templates
-    from ..input_rules import split_at_commas, tell
+    from ..input_rules import split_list, tell
     from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 
     given = arguments.labels
-    arguments.labels = split_at_commas(given)
+    arguments.labels = split_list(given)
     if arguments.labels != given:
-        tell("--labels was read as a list between commas; give --labels-file for labels with commas", arguments.labels)
+        tell("--labels was read as one list, between commas or the like; --labels-file keeps them", arguments.labels)
     elif with_commas := [label for label in given if "," in label]:
         tell("labels with commas in them are one label each", with_commas)
     labels = read_texts(arguments.labels, arguments.labels_file, "--labels", read_class_names)

@@ -24,7 +24,8 @@ DECOMPRESSORS: dict[bytes, Callable[[Any], Any]] = {
     b"\xfd7zXZ": lzma.LZMAFile,
 }
 
-SPARSE, TOO_LARGE = "sparse file", "file too large"
+SPARSE, TOO_LARGE, NOT_A_FILE = "sparse file", "file too large", "link or device in place of a file"
+WITHOUT_CONTENT = (tarfile.DIRTYPE, b"D", b"V")  # folders, GNU's lists of them, labels of volumes
 
 
 class Member(NamedTuple):
@@ -87,11 +88,11 @@ class Archive:
         self.file = ForwardFile(file if decompress is None else decompress(file))
 
     def members(self) -> Iterator[Member]:
-        """Yields the regular files in order, up to the end-of-archive."""
+        """Yields the files in order, up to the end-of-archive; links and devices as files that are refused."""
         archive = tarfile.TarFile(fileobj=self.file, tarinfo=CheckedTarInfo)  # type: ignore[arg-type]
         while (header := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # tarfile would keep all headers
-            if header.isfile():
+            if header.type not in WITHOUT_CONTENT:
                 yield Member(header.name, header.size, _refusal(header), partial(self._read, header))
 
     def _read(self, header: tarfile.TarInfo) -> bytes:
@@ -117,4 +118,6 @@ def _refusal(header: tarfile.TarInfo) -> str:
     """Why a file is not read into memory, if it is not."""
     if header.issparse():  # small in the archive, as large as its maker likes in memory
         return SPARSE
+    if not header.isfile():
+        return NOT_A_FILE
     return TOO_LARGE if header.size > MAX_BYTES else ""

@@ -20,7 +20,7 @@ from ..input_rules import (
     ImageError,
     clean_text,
     read_image_file,
-    split_at_commas,
+    split_list,
 )
 
 
@@ -51,13 +51,13 @@ class InputError(ValueError):
 
 
 def parse_labels(text: str) -> list[str]:
-    """Labels from a text box: a line each, or, in a single line, between commas. Repeated ones count once.
+    """Labels from a text box: a line each, or, in a single line, between commas or the like. Repeated ones count once.
 
     Raises:
         InputError: for no label, too many, or one that is too long or no text.
     """
     lines = [line for line in map(clean_text, text.splitlines()) if line]
-    labels = list(dict.fromkeys(split_at_commas(lines)))
+    labels = list(dict.fromkeys(split_list(lines)))
     if not labels:
         raise InputError("There are no labels: write one per line.")
     if len(labels) > MAX_LABELS:
