@@ -1,4 +1,4 @@
-"""This package's own captioners behind the interface of `CaptionScorer`; their `score` is exact by construction."""
+"""This package's own captioners with the interface of `CaptionScorer`; their `score` is exact by construction."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

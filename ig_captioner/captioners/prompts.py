@@ -1,6 +1,6 @@
-"""How a captioner is asked, and which tokens a text is behind that prompt.
+"""Prompts: how a captioner is asked, and which tokens a text has after that.
 
-A text must be scored as the model would have written it: behind the same image tokens and instruction, with the same
+A text must be scored as the model would have written it: after the same image tokens and instruction, with the same
 space before its first word, and with the token that ends a turn. All of that is taken from the processor: the chat
 template is rendered with and without an answer, and prompt and text are tokenised as one string.
 
@@ -37,7 +37,7 @@ NOT_FOR_FORWARD = ("labels", "width", "height", "num_crops", "rows", "cols")
 
 @dataclass(frozen=True)
 class Processors:
-    """What turns images and texts into tensors; `processor`, which does both, is missing in some old checkpoints."""
+    """Processors of images and of texts; `processor`, which does both, is missing in some old checkpoints."""
 
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
@@ -84,7 +84,7 @@ class PreparedImage(dict[str, Tensor]):
 
 
 class Prompt:
-    """An image and an instruction in the chat template; behind a placeholder where there is no template.
+    """An image and an instruction in the chat template; after a placeholder where there is no template.
 
     Args:
         instruction: what the user says to the model; with the image placeholder in it, the whole prompt as it stands.
@@ -100,7 +100,7 @@ class Prompt:
         before, self.lead, self.end_token_id = self._continuation()
         if before.rstrip().endswith("<think>"):
             raise ValueError(
-                "the chat template opens a thinking block before every answer, behind which no text can be scored: "
+                "the chat template opens a thinking block before every answer, after which no text can be scored: "
                 "use a checkpoint that answers directly"
             )
 
@@ -170,7 +170,7 @@ class Prompt:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return messages
 
-    # What a text is behind it
+    # From texts to tokens that continue the prompt
 
     @property
     def context(self) -> str:
@@ -189,7 +189,7 @@ class Prompt:
         return context, lead, self._end_of_turn(after)
 
     def _end_of_turn(self, after: str) -> int:
-        """The first token behind an answer if it is a special one; some templates end answers with nothing."""
+        """The first token after an answer if it is a special one; some templates end answers with nothing."""
         ids = self._tokens([after.lstrip()])[0]
         if ids and ids[0] in self.tokenizer.added_tokens_decoder:
             return ids[0]
@@ -207,7 +207,7 @@ class Prompt:
         return end[0] if isinstance(end, list) else end
 
     def encode(self, texts: list[str]) -> EncodedTexts:
-        """Tokens of texts behind the prompt, the token that ends a turn included."""
+        """Tokens of texts after the prompt, the token that ends a turn included."""
         context = self._tokens([self.context])[0]
         joint = self._tokens([self.context + self.lead + text for text in texts])
         kept = min(common_beginning(context, ids) for ids in joint)

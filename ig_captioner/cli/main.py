@@ -96,7 +96,7 @@ def build_parser() -> Parser:
     add_evaluate(commands)
     for add in (add_info, add_compile_labels, add_release, add_push):
         add(commands)
-    summary = "Print what makes a shell complete commands, options and files with the tab key."
+    summary = "Print a script that lets a shell complete commands, options and files with the tab key."
     shells = add_command(commands, completion, "SHELL", summary, COMPLETION_EXAMPLES)
     shells.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     return parser
