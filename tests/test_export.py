@@ -209,7 +209,9 @@ INT8 = ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"]  # the 
 def quantised(name: str):
     """The shipped checkpoint with weights in int8."""
     quantization = pytest.importorskip("torchao.quantization")
-    return ZeroShot.from_pretrained(DEFAULT_CHECKPOINT, quantization_config=TorchAoConfig(getattr(quantization, name)()))
+    return ZeroShot.from_pretrained(
+        DEFAULT_CHECKPOINT, quantization_config=TorchAoConfig(getattr(quantization, name)())
+    )
 
 
 @cache
