@@ -108,6 +108,19 @@ def test_loss_and_step_are_those_of_the_whole_batch(head, reduction, smoothing, 
     check_step(model, trained, gradient)
 
 
+@pytest.mark.parametrize(("head", "smoothing"), [("caption", 0.0), ("caption", 0.2), ("choice", 0.0)])
+def test_a_short_last_batch_counts_by_its_tokens_or_images(head, smoothing, tmp_path):
+    """Of 7 rows in batches of 2, accumulated, the last batch has one."""
+    rows, collate = list(Rows())[:7], caption_batch if head == "caption" else choice_batch
+    model = make_model(head, smoothing=smoothing)
+    loss, gradient = expected_loss_and_gradient(model, collate(rows))
+    trained = copy.deepcopy(model)
+    options = arguments(tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=2)
+    trainer = Trainer(trained, options, data_collator=collate, train_dataset=rows)
+    assert trainer.train().training_loss == pytest.approx(loss, abs=1e-5)
+    check_step(model, trained, gradient)
+
+
 def test_a_known_example(tmp_path):
     """The labels of the report: transformers counted 5 of 8 tokens, so that the loss was too large by 8 / 5."""
     model = tiny_model()
