@@ -1,4 +1,4 @@
-"""What an image and a text are: one set of rules for the pipeline, the commands, evaluation, training and the demo.
+"""Rules of what an image and a text are: one set for the pipeline, the commands, evaluation, training and the demo.
 
 Images. `FORMATS` says which files are images: by their names in a folder or a shard, by their content when they are
 opened. Pillow knows more formats; some of them start programs (PostScript starts ghostscript) and are never tried.
@@ -33,7 +33,7 @@ import PIL.ImageOps
 
 FORMATS = {  # Pillow's name of each format, and what names of its files end with
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
-    "MPO": ("mpo",),  # JPEG with more pictures behind the first, as many phones write it
+    "MPO": ("mpo",),  # JPEG with more pictures after the first, as many phones write it
     "PNG": ("png",),
     "WEBP": ("webp",),
     "BMP": ("bmp", "dib"),
@@ -180,20 +180,20 @@ def _eight_bit_key(key: Any, raw_mode: str) -> Any:
 
 
 def _raw_mode(image: PIL.Image.Image) -> str:
-    """How pixels lie in the file, such as "L;4"; "" once they are decoded."""
+    """Layout of the pixels in the file, such as "L;4"; "" once they are decoded."""
     tiles = getattr(image, "tile", None) or [(None, None, None, "")]
     arguments = tiles[0][3]
     return arguments if isinstance(arguments, str) else str(next(iter(arguments or ()), ""))
 
 
 def _is_negative(image: PIL.Image.Image) -> bool:
-    """Whether 0 is white in the file, a TIFF, which Pillow minds in modes of up to 8 bits only."""
+    """Tells whether 0 is white in the file, a TIFF, which Pillow minds in modes of up to 8 bits only."""
     photometric_interpretation = getattr(image, "tag_v2", {}).get(262)
     return image.format == "TIFF" and photometric_interpretation == 0
 
 
 def _has_more_frames(image: PIL.Image.Image) -> bool:
-    """Whether other frames follow; those of MPO are the same photo again, or its depth."""
+    """Tells whether other frames follow; those of MPO are the same photo again, or its depth."""
     if image.format in ("JPEG", "MPO"):
         return False
     try:

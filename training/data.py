@@ -146,7 +146,7 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of each batch a process loads."""
+    """The part of each batch that a process loads."""
 
     batch_size: int
     """Samples of this process."""
@@ -404,7 +404,7 @@ def read_features(
 
 
 def is_left_out(metadata: dict[str, Any], source: SourceConfig) -> bool:
-    """Whether a sample's class name is one of those that are never trained on."""
+    """Tells whether a sample's class name is one of those that are never trained on."""
     return "class_name" in metadata and is_held_out(str(metadata["class_name"]), source.holdout_names_fraction)
 
 

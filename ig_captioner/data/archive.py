@@ -51,7 +51,7 @@ class CheckedTarInfo(tarfile.TarInfo):
 
 
 class ForwardFile:
-    """What `tarfile` needs of a file that can be searched, over one that can only be read on."""
+    """Gives `tarfile` what it needs of a seekable file, over one that can only be read from front to back."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -109,7 +109,7 @@ class Archive:
         if len(rest) < BLOCK:
             raise tarfile.ReadError(f"the end-of-archive at byte {end - BLOCK} is cut short")
         if any(rest):
-            raise tarfile.ReadError(f"data behind the end-of-archive at byte {end - BLOCK}")
+            raise tarfile.ReadError(f"data after the end-of-archive at byte {end - BLOCK}")
         if len(rest) > limit - end:
             raise tarfile.ReadError(f"more zeros than an end-of-archive has from byte {end - BLOCK} on")
 

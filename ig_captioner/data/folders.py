@@ -14,7 +14,7 @@ BESIDE_IMAGES = ("txt", "json", "jsonl", "csv", "tsv", "md")  # passed over with
 
 
 def extension_of(name: str) -> str:
-    """Gives what stands behind the last dot of a file's name, in lower case; "" without a dot."""
+    """Gives what follows the last dot of a file's name, in lower case; "" without a dot."""
     return os.path.splitext(name)[1][1:].lower()
 
 
@@ -97,11 +97,11 @@ def class_numbers(folders: Sequence[str]) -> dict[str, int]:
 
 
 def _by_numbers(name: str) -> list[tuple[str, int]]:
-    """What sorts `class2` before `class10`: text and number, in turn."""
+    """Key that sorts `class2` before `class10`: text and number, in turn."""
     parts = re.findall(r"([^0-9]*)([0-9]*)", unicodedata.normalize("NFC", name))
     return [(text, int(number or -1)) for text, number in parts]
 
 
 def are_places(numbers: dict[str, int]) -> bool:
-    """Whether class numbers depend on which folders there are, as places in an order do."""
+    """Tells whether class numbers depend on which folders there are, as places in an order do."""
     return not all(name.isdecimal() and int(name) == number for name, number in numbers.items())

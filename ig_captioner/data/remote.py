@@ -199,7 +199,7 @@ class RemoteFile(io.RawIOBase):
             raise ChangedError(f"changed while it was read: {changed}")
 
     def _has_validator(self) -> bool:
-        """Whether something tells this version from others without reading it again."""
+        """Tells whether this version can be told from others without reading it again."""
         return self.version is not None and any(self.version.get(name) for name in MARKS)
 
     def _skip(self, stream: Any, missing: int) -> None:

@@ -155,7 +155,7 @@ def _read_dataset(folder: Path) -> Iterator[RawSample | Skipped]:
 
 
 class Samples(Iterable[T]):
-    """What `decode(key, files)` makes of the usable samples of a source; may be read several times.
+    """The usable samples of a source, as `decode(key, files)` makes them; may be read several times.
 
     Args:
         data: see `read_source`.

@@ -130,11 +130,21 @@ def find_shards(patterns: Iterable[str], root: str = "") -> list[str]:
     return paths
 
 
-def read_shard(path: str, fingerprints: list[Fingerprint] | None = None) -> Iterator[RawSample | Skipped]:
+def open_shard(path: str) -> io.BufferedReader:
+    """Opens a local file or a URL."""
+    return open_url(path) if is_url(path) else open(path, "rb")
+
+
+def read_shard(
+    path: str,
+    fingerprints: list[Fingerprint] | None = None,
+    open_file: Callable[[str], io.BufferedReader] = open_shard,
+) -> Iterator[RawSample | Skipped]:
     """Yields (key, {extension: content}) for each sample of a shard, or Skipped where the archive breaks off.
 
     Args:
         fingerprints: gets that of the shard when it has been read.
+        open_file: opens `path`.
     """
     last = ""
     name = os.path.basename(path)
@@ -147,7 +157,7 @@ def read_shard(path: str, fingerprints: list[Fingerprint] | None = None) -> Iter
             yield member
 
     try:
-        with open_url(path) if is_url(path) else open(path, "rb") as file:
+        with open_file(path) as file:
             if fingerprints is not None:
                 hashing = HashingFile(file)
                 file = io.BufferedReader(hashing, 2**20)
@@ -189,7 +199,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def base_of(stem: str) -> str:
-    """Takes words of letters behind dots off a stem: `key.seg` is of the sample `key`, `22.00` is one of its own."""
+    """Takes words of letters after dots off a stem: `key.seg` is of the sample `key`, `22.00` is one of its own."""
     while match := re.fullmatch(r"(.*[^/])\.[A-Za-z][A-Za-z_-]*", stem, flags=re.DOTALL):
         stem = match[1]
     return stem
@@ -257,7 +267,7 @@ def _samples_of(group: list[File]) -> Iterator[RawSample | Skipped]:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether a key belongs to the held-out part: digits 8 to 16 of its SHA-1, as a fraction of 16**8."""
+    """Tells whether a key belongs to the held-out part: digits 8 to 16 of its SHA-1, as a fraction of 16**8."""
     return int(hash_of(key).hex()[8:16], 16) < fraction * 16**8
 
 

@@ -354,7 +354,7 @@ def _pick(parts: dict[str, Any], names: str) -> list[Any]:
 
 
 def _event(handler: Callable, parts: dict[str, Any], inputs: str, outputs: str, **options: Any) -> dict[str, Any]:
-    """What Gradio's listeners take, with components by their names in `parts`."""
+    """Arguments of Gradio's listeners, with components by their names in `parts`."""
     return {"fn": handler, "inputs": _pick(parts, inputs), "outputs": _pick(parts, outputs), **options}
 
 

@@ -44,7 +44,7 @@ SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "20
 
 
 class InputError(ValueError):
-    """What was typed or uploaded cannot be used; the message says what and why."""
+    """Something typed or uploaded cannot be used; the message says what and why."""
 
 
 # Texts
@@ -221,7 +221,7 @@ async def _read(response: httpx.Response, target: httpx.URL) -> bytes:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet; IPv6 addresses that stand for IPv4 ones count as those."""
+    """Tells whether an IP address is on the public internet; IPv6 addresses that mean IPv4 ones count as those."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour
