@@ -187,7 +187,7 @@ def _raw_mode(image: PIL.Image.Image) -> str:
 
 
 def _is_negative(image: PIL.Image.Image) -> bool:
-    """Whether 0 is white in the file, a TIFF, which Pillow minds in modes of up to 8 bits only."""
+    """Tells whether 0 is white in the file, a TIFF, which Pillow minds in modes of up to 8 bits only."""
     photometric_interpretation = getattr(image, "tag_v2", {}).get(262)
     return image.format == "TIFF" and photometric_interpretation == 0
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from ig_captioner import cli
+from ig_captioner import DEFAULT_CHECKPOINT, cli
 from ig_captioner.demo.examples import LABEL_OF, NO_CLASS
 
 
@@ -288,9 +288,24 @@ def test_a_folder_per_class_fine_tunes(monkeypatch, tmp_path, capsys):
 # Facts that stand in two places
 
 
+def test_the_metadata_of_the_wheel_name_the_terms_of_all_that_it_holds():
+    """It holds weights and photos, whose terms are not those of the code."""
+    metadata = setup_cfg()["metadata"]
+    card = yaml.safe_load(Path(DEFAULT_CHECKPOINT, "card.yaml").read_text("utf-8"))
+    terms = metadata["license_expression"].split(" AND ")
+    assert {"Apache-2.0", "CC0-1.0", f"LicenseRef-{card['license_name']}"} <= set(terms)
+    files = metadata["license_files"].split()
+    assert len(files) == 3 and all((ROOT / name).is_file() for name in files)
+    assert "## Terms" in (ROOT / files[2]).read_text("utf-8")
+    for line in metadata["project_urls"].strip().splitlines():
+        label, _, url = line.partition(" = ")
+        assert "," not in label and url.startswith("https://")  # a comma would end the label
+
+
 def test_the_citation_names_the_version_and_both_papers():
     citation, metadata = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8")), setup_cfg()["metadata"]
-    assert {name: citation[name] for name in ("version", "license")}.items() <= metadata.items()
+    assert citation["version"] == metadata["version"]
+    assert metadata["license_expression"].split(" AND ")[0] == citation["license"]
     papers = {reference["identifiers"][0]["value"] for reference in citation["references"]}
     assert papers == {"arXiv:2311.17072", "arXiv:2306.07915"}
 

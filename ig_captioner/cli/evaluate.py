@@ -5,6 +5,7 @@ Each task is a file of that name in `evaluation/`, imported when the task runs. 
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -57,6 +58,7 @@ examples:
 """
 DATA_HELP = "shards (pattern or folder), a folder of images, or a folder saved by the datasets library"
 
+finite = number("a finite number", math.isfinite)
 rate = number("a positive number", lambda value: 0 < value < float("inf"))
 fraction = number("between 0 and 1", lambda value: 0 < value < 1)
 
@@ -130,6 +132,8 @@ def _add_captioning(tasks) -> None:
     summary = "Write captions and compare them with those of people."
     task = _add_task(tasks, "captioning", "--data DATA", summary, CAPTIONING_EXAMPLES)
     task.add_argument("--num-beams", type=positive_integer, default=1, metavar="N", help="1: greedy (default)")
+    penalty = "divides a beam's log P by its length to this power: above 0 longer captions win more often (default: 1)"
+    task.add_argument("--length-penalty", type=finite, metavar="P", help=penalty)
     longest = "longest caption (default: as ig-captioner caption)"
     task.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help=longest)
     _add_batch_size(task)

@@ -22,8 +22,8 @@ class Fingerprint(NamedTuple):
     size: int | None = None
     sha256: str | None = None
     mark: str | None = None
-    """What tells versions apart without reading all of them: "blocks: DIGEST" of a local file, or what a server says of
-    a URL, such as "ETag: ..."."""
+    """Mark by which versions differ, without reading all of them: "blocks: DIGEST" of a local file, or what a server
+    says of a URL, such as "ETag: ..."."""
 
 
 class HashingFile(io.RawIOBase):
@@ -88,7 +88,7 @@ def _digest_of_blocks(path: str, size: int) -> str:
 
 
 def _has_other_content(before: Fingerprint, now: Fingerprint) -> bool:
-    """Whether hashes, or marks of one kind, are known of both and differ."""
+    """Tells whether hashes, or marks of one kind, are known of both and differ."""
     kinds = {(shard.mark or "").partition(":")[0] for shard in (before, now)}
     hashes = (before.sha256, now.sha256)
     return (None not in hashes and len(set(hashes)) == 2) or (len(kinds) == 1 and before.mark != now.mark)

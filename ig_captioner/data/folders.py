@@ -97,7 +97,7 @@ def class_numbers(folders: Sequence[str]) -> dict[str, int]:
 
 
 def _by_numbers(name: str) -> list[tuple[str, int]]:
-    """What sorts `class2` before `class10`: text and number, in turn."""
+    """Key that sorts `class2` before `class10`: text and number, in turn."""
     parts = re.findall(r"([^0-9]*)([0-9]*)", unicodedata.normalize("NFC", name))
     return [(text, int(number or -1)) for text, number in parts]
 

@@ -254,6 +254,8 @@ def label_from_field(class_names: Sequence[str], field: str = "class_name") -> F
                 "there is no class_id: folders say one by names that are numbers, or by their order, unless that is "
                 "another by the numbers in names (class10 before class2)"
             )
+        if value is None:
+            raise ValueError(f"there is no {field!r}: photos have one by a folder per class, or by JSON beside them")
         raise ValueError(f"field {field!r} of a sample's JSON is {value!r}: not one of {len(class_names)} classes")
 
     return find_label

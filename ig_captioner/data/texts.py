@@ -58,7 +58,7 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def _is_no_plain_line(line: str) -> bool:
-    """Whether tabs or rarer breaks are inside a line, or quotes or brackets around it: those of CSV, TSV or JSON."""
+    """Tells whether a line has tabs or rarer breaks inside, or quotes or brackets around it: CSV, TSV or JSON."""
     return len(re.split(r"[\t\v\f\x1c-\x1e\x85\u2028\u2029]", line)) > 1 or line[:1] + line[-1:] in ('""', "[]", "{}")
 
 
