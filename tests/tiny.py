@@ -18,7 +18,7 @@ VARIANTS = {
 }
 
 
-# torch 2.13 asks the processor, not ATEN_CPU_CAPABILITY, for the kernel of bfloat16 attention; only tests differ in these
+# torch 2.13 chooses the kernel of bfloat16 attention by the processor, and its helpers by ATEN_CPU_CAPABILITY.
 BFLOAT16_REASON = "with AVX-512, but ATEN_CPU_CAPABILITY=default, torch's attention in bfloat16 raises"
 BFLOAT16_ATTENTION_FAILS = torch.backends.cpu.get_cpu_capability() == "DEFAULT" and torch.cpu._is_avx512_supported()
 
