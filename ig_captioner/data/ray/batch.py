@@ -99,7 +99,8 @@ def classify_photos(
 def _settings(prepared: Any, labels: Any, templates: Any, options: dict[str, Any]) -> dict[str, Any]:
     """What the results depend on."""
     without_effect = ("batch_size",)
-    chosen = {name: value for name, value in options.items() if name not in without_effect}
+    given = {name: value for name, value in options.items() if name not in without_effect}
+    chosen = {name: value for name, value in given.items() if value is not None and value is not False}
     number = len(labels.labels if is_compiled(labels) else labels)
     return {
         "labels": number,
