@@ -33,7 +33,12 @@ LABELS = ["cat", "dog", "a photo", "of"]
 PHOTO_ERRORS = ("undecodable image", "empty image file", "not an image", "too many pixels", "broken shard")
 BATCH, PHOTOS = 8, 240
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",  # else workers of a busy machine hardly start
+    "OMP_NUM_THREADS": "1",
+}
 
 
 @pytest.fixture(scope="module")

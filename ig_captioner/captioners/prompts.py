@@ -127,7 +127,7 @@ class Prompt:
         """This prompt with what it asks of its model, but not the model: to be sent to other processes."""
         light = copy.copy(self)
         known = ("config", "generation_config", "name_or_path")
-        light.model = SimpleNamespace(**{name: getattr(self.model, name) for name in known})  # type: ignore[assignment]
+        light.model = SimpleNamespace(**{name: getattr(self.model, name) for name in known})
         return light
 
     def _inputs(self, image: Image.Image | None) -> dict[str, Any]:

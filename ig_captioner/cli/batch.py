@@ -88,8 +88,8 @@ def batch(arguments: argparse.Namespace) -> int:
 
     labels, templates = read_candidates(arguments)
     options = {"prompt": arguments.prompt, "trust_remote_code": arguments.trust_remote_code}
-    names = ("resume", "key_column", "image_column", "concurrency", "num_gpus", "num_cpus")
-    names += ("batch_size", "prior_weight", "label_prior", "top_k", "multi_label")
+    names = ["resume", "key_column", "image_column", "concurrency", "num_gpus", "num_cpus"]
+    names += ["batch_size", "prior_weight", "label_prior", "top_k", "multi_label"]
     with _ray(arguments.address) as ray_data, _bar() as on_progress:
         summary = ray_data.classify_photos(
             arguments.input,

@@ -79,7 +79,7 @@ def classify_photos(
     columns = {"key_column": key_column, "image_column": image_column}
     done = ray.put(finished.keys) if finished.photos else None
     photos = read_photos(location, filesystem=input_filesystem, **columns, num_cpus=shares.reader, done=done)
-    resources = {"concurrency": concurrency, "num_gpus": num_gpus, "num_cpus": num_cpus}
+    resources: dict[str, Any] = {"concurrency": concurrency, "num_gpus": num_gpus, "num_cpus": num_cpus}
     written = classify_dataset(
         photos,
         model,

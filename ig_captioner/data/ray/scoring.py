@@ -282,7 +282,9 @@ def _compile(
     threads: int,
 ) -> tuple[CompiledLabels, Any, tuple[str, str, int]]:
     scorer = captioner.load(threads)
-    compiled = labels if is_compiled(labels) else scorer.compile_labels(list(labels), templates, **prior)
+    compiled: Any = labels
+    if not is_compiled(labels):
+        compiled = scorer.compile_labels(list(labels), templates, **prior)  # type: ignore[arg-type]
     scorer.score(plain_images()[:1], compiled)  # refuses labels of another model here, not in every actor
     preparer = scorer.preparer()
     photo_bytes = len(_as_bytes(preparer(plain_images()[0])))
@@ -306,8 +308,8 @@ def decode(batch: pa.Table, preparer: Any) -> pa.Table:
         photos.append(photo)
         errors.append(error)
     sources = batch.column("source").to_pylist() if "source" in batch.column_names else nothing
-    columns = (list(map(str, keys)), sources, photos, errors)
-    return pa.table([pa.array(values, each.type) for values, each in zip(columns, PREPARED, strict=True)], PREPARED)
+    prepared = (list(map(str, keys)), sources, photos, errors)
+    return pa.table([pa.array(values, each.type) for values, each in zip(prepared, PREPARED, strict=True)], PREPARED)
 
 
 def _decode_one(content: bytes | None, read: Any) -> tuple[bytes | None, str | None]:
