@@ -230,8 +230,8 @@ def designs(results: list[Result], cpu_seconds: dict[str, float]) -> list[str]:
     """Each design at two weights, and its difference from the present design with the same seeds."""
     columns = [CLASSES, TO_TEXT[1], TO_IMAGE]
     text = [
-        "A decoder of 6 layers of width 256; so many of them see the image, and so wide are the token embedding and "
-        f"the head. The present design is `{PRESENT_DESIGN}`. With equal CPU time, a design that is at least 5 % "
+        "A decoder of 6 layers of width 192; so many of them see the image, and so wide are the token embedding and "
+        f"the head. The present design is `{PRESENT_DESIGN}`. With equal CPU time, a design that is at least a quarter "
         "cheaper has as many samples as take the CPU time of the present design's.",
         "",
     ]
