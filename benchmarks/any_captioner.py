@@ -97,7 +97,8 @@ def time_readers(name: str, number: int) -> list[Measurement]:
     }
     times = take_turns(ways, ROUNDS)
     times["pairwise"] = [seconds * number / len(few) for seconds in times["pairwise"]]
-    truth, rows = ways["pairwise"](), []
+    truth = ways["pairwise"]()
+    rows = []
     for way, of_way in times.items():
         ratio = median_ratio(times["pairwise"], of_way)  # how many times faster
         rows.append(row(f"{name}, {number} texts: {way}", sorted(of_way)[len(of_way) // 2], "s", "pairwise", ratio))

@@ -28,7 +28,8 @@ STEPS = 3
 
 def flip_bit(path: Path, rng: random.Random) -> str:
     content = bytearray(path.read_bytes())
-    position, bit = rng.randrange(len(content)), rng.randrange(8)
+    position = rng.randrange(len(content))
+    bit = rng.randrange(8)
     content[position] ^= 1 << bit
     path.write_bytes(content)
     return f"bit {bit} of byte {position}"

@@ -54,11 +54,13 @@ def main(arguments: list[str] | None = None) -> None:
     pixel_values = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     outcomes: Counter[tuple[str, str, str]] = Counter()
     with tempfile.TemporaryDirectory() as name:
-        source, damaged = Path(name, "intact"), Path(name, "damaged")
+        source = Path(name, "intact")
+        damaged = Path(name, "damaged")
         intact.save(source)
         files = sorted(path.name for path in source.iterdir())
         for number in range(options.flips + options.truncations):
-            damage, file = flip_bit if number < options.flips else truncate, files[number % len(files)]
+            damage = flip_bit if number < options.flips else truncate
+            file = files[number % len(files)]
             shutil.rmtree(damaged, ignore_errors=True)
             shutil.copytree(source, damaged)
             damage(damaged / file, rng)

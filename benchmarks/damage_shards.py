@@ -37,7 +37,8 @@ def write_shard(path: Path, samples: int) -> None:
             files = {"jpg": photo.getvalue(), "json": b'{"class_id": 1}', "txt": f"photo {number}".encode()}
             for extension, content in files.items():
                 header = tarfile.TarInfo(f"{number:05d}.{extension}")
-                header.size, header.mtime = len(content), 1e9 + 0.5  # which takes a second header, as webdataset's does
+                header.size = len(content)  # which takes a second header, as webdataset's does
+                header.mtime = 1e9 + 0.5
                 archive.addfile(header, io.BytesIO(content))
 
 
@@ -79,7 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
         for name in NAMES:
             path = Path(folder, name)
             write_shard(path, options.samples)
-            whole, intact = path.read_bytes(), list(read_shard(str(path)))
+            whole = path.read_bytes()
+            intact = list(read_shard(str(path)))
             spans = spans_of_files(path) if name.endswith(".tar") else []
             for number in range(options.flips + options.truncations):
                 place = rng.randrange(len(whole))

@@ -37,7 +37,8 @@ class Visitor:
     """One browser session, which speaks Gradio's protocol."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.session = url, uuid.uuid4().hex
+        self.url = url
+        self.session = uuid.uuid4().hex
         config = httpx.get(f"{url}config").json()
         self.functions = {dep["api_name"]: dep["id"] for dep in config["dependencies"] if dep["api_name"]}
 
@@ -104,7 +105,8 @@ def start_server() -> tuple[subprocess.Popen, str]:
 
 
 def measure(url: str, pid: int, visitors: int) -> list[dict[str, Any]]:
-    requests, photo = largest_requests(), jpeg(640, 480)
+    requests = largest_requests()
+    photo = jpeg(640, 480)
     side = int(MAX_PIXELS**0.5)
     first = Visitor(url)
     first.choose(photo)

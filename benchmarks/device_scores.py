@@ -81,7 +81,8 @@ def scorers(folder: str, texts: dict[str, Tensor]) -> Iterator[tuple[str, torch.
 
         return score
 
-    single, half = torch.float32, torch.bfloat16
+    single = torch.float32
+    half = torch.bfloat16
     torch.backends.cudnn.allow_tf32 = False
     yield "float32", single, whole_batch(load(single))
     yield "float32, pair by pair", single, pairwise(load(single))

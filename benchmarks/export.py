@@ -160,7 +160,8 @@ def tokens_of(checkpoint: str, model: Any, labels: list[str], template: str) -> 
 def tiny_rows(options: argparse.Namespace, folder: Path) -> list[Measurement]:
     """All rows of the shipped checkpoint."""
     made = contenders(DEFAULT_CHECKPOINT, folder)
-    model, processor = made[REFERENCE][0].args[0], AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)  # type: ignore[attr-defined]
+    model = made[REFERENCE][0].args[0]  # type: ignore[attr-defined]
+    processor = AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)
 
     def calls(labels: list[str], template: str = DEFAULT_TEMPLATE) -> dict[str, Call]:
         tokens = tokens_of(DEFAULT_CHECKPOINT, model, labels, template)

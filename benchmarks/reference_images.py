@@ -74,7 +74,8 @@ def classification(scorer: CaptionScorer, arguments: argparse.Namespace, photos:
     images, classes = zip(*Samples(arguments.classes, decode, arguments.limit), strict=True)
     texts = format_labels(list(prompts.class_names), list(prompts.templates))
     labels = scorer.compile_labels(texts, "{}")
-    caption, truth = log_likelihoods(scorer, images, labels), torch.tensor(classes)
+    caption = log_likelihoods(scorer, images, labels)
+    truth = torch.tensor(classes)
 
     def top1(prior: Tensor) -> float:
         gains = mean_over_templates(caption - prior, len(prompts.templates))
@@ -88,7 +89,8 @@ def retrieval(scorer: CaptionScorer, arguments: argparse.Namespace, photos: Any)
     images, captions = zip(*Samples(arguments.captions, captioned, arguments.limit_captions), strict=True)
     texts = list(dict.fromkeys(text for own in captions for text in own))
     labels = scorer.compile_labels(texts, "{}")
-    caption, is_true = log_likelihoods(scorer, images, labels), true_pairs(captions, texts)
+    caption = log_likelihoods(scorer, images, labels)
+    is_true = true_pairs(captions, texts)
 
     def recall(prior: Tensor) -> float:
         return 100 * (ranks(caption - prior, is_true) < 10).double().mean().item()

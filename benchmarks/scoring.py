@@ -119,12 +119,14 @@ def clip_tower(dtype: torch.dtype) -> CLIPVisionModelWithProjection:
 
 
 def clip_call(batch: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-    tower, images = clip_tower(dtype), random_images(batch, dtype)
+    tower = clip_tower(dtype)
+    images = random_images(batch, dtype)
     return torch.no_grad()(lambda: tower(pixel_values=images).image_embeds)
 
 
 def trie_call(design: str, texts: CompiledTexts, batch: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-    model, images = captioner(design, dtype), random_images(batch, dtype)
+    model = captioner(design, dtype)
+    images = random_images(batch, dtype)
     return torch.no_grad()(lambda: model.score(images, texts).caption_log_likelihood)
 
 
@@ -135,7 +137,8 @@ def pairwise(design: str, tokens: dict[str, Tensor], dtype: torch.dtype, **image
     Args:
         image: `pixel_values`, which every label reads again, or `image_key_values`.
     """
-    model, result = captioner(design, dtype), []
+    model = captioner(design, dtype)
+    result = []
     start = model.config.decoder_start_token_id
     for ids, mask in zip(tokens["input_ids"], tokens["attention_mask"], strict=True):
         text = ids[None, : int(mask.sum())]
@@ -154,7 +157,8 @@ def measure(design: str, number: int, batch: int, options: argparse.Namespace, t
     texts = captioner(design, dtype).compile_texts(**tokens, with_fingerprint=False)
     score = trie_call(design, texts, batch, dtype)
     times = take_turns({"clip": clip_call(batch, dtype), "trie": score}, options.rounds)
-    clip, trie = statistics.median(times["clip"]), statistics.median(times["trie"])
+    clip = statistics.median(times["clip"])
+    trie = statistics.median(times["trie"])
     common = {"design": design, "labels": number, "batch": batch, "device": DEVICE.type, "dtype": str(dtype)[6:]}
     unknown = {"ratio_to_pairwise": None, "peak_mb": None, "nodes": None}
     tower = {**common, **unknown, "mode": "clip image tower", "ratio_to_clip": 1.0, "seconds": clip}
@@ -178,14 +182,16 @@ def slow_ways(design: str, tokens: dict[str, Tensor], dtype: torch.dtype, expect
     Raises:
         AssertionError: if the scores are not those of the trie.
     """
-    pixels, number = random_images(1, dtype), len(tokens["input_ids"])
+    pixels = random_images(1, dtype)
+    number = len(tokens["input_ids"])
     some = torch.arange(0, number, max(1, number // PAIRS), device=DEVICE)
     few = {name: values[some] for name, values in tokens.items()}
     share = float(few["attention_mask"].sum() / tokens["attention_mask"].sum())
     read_image = torch.no_grad()(lambda: captioner(design, dtype).read_image(pixels))
     once = {"image_key_values": read_image()}
     pairwise(design, {name: values[:1] for name, values in few.items()}, dtype, **once)  # both warm up
-    reading, rows = seconds(read_image), []
+    reading = seconds(read_image)
+    rows = []
     for mode, before, image in (("pairwise", reading, once), ("pairwise, image again", 0.0, {"pixel_values": pixels})):
         found: list[Tensor] = []
         took = seconds(lambda image=image, found=found: found.append(pairwise(design, few, dtype, **image)))
@@ -223,7 +229,8 @@ def many_texts(texts: list[str], options: argparse.Namespace, tokenizers: Path) 
 
 
 def compile_call(texts: list[str], dtype: torch.dtype, tokenizers: Path) -> Callable[[], CompiledTexts]:
-    model, tokenizer = captioner("fast", dtype), AutoTokenizer.from_pretrained(tokenizers / "fast")
+    model = captioner("fast", dtype)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers / "fast")
     options = {"padding": True, "truncation": True, "return_tensors": "pt"}
     return lambda: model.compile_texts(**tokenizer(texts, **options).to(DEVICE), with_fingerprint=False)
 
@@ -258,9 +265,11 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     options.rounds = 3 if options.quick else 5
-    options.dtype, batches = torch.float32, [1] if options.quick else [1, 8]
+    options.dtype = torch.float32
+    batches = [1] if options.quick else [1, 8]
     if DEVICE.type == "cuda":
-        options.dtype, batches = torch.bfloat16, [1, 32] if options.quick else [1, 8, 32, 128, 256]
+        options.dtype = torch.bfloat16
+        batches = [1, 32] if options.quick else [1, 8, 32, 128, 256]
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         designs = options.design or list(DESIGNS)

@@ -49,9 +49,11 @@ class Tree(NamedTuple):
 
 
 def as_tree(trie: TextTrie) -> Tree:
-    edges, nodes = len(trie.edge_nodes), len(trie.nodes)
+    edges = len(trie.edge_nodes)
+    nodes = len(trie.nodes)
     texts = [[edge for edge in row if edge < edges] for row in trie.text_edges.tolist()]
-    behind, ending = [-1] * edges, [[] for _ in range(edges)]
+    behind = [-1] * edges
+    ending = [[] for _ in range(edges)]
     from_node = trie.edge_nodes.tolist()
     for number, text in enumerate(texts):
         ending[text[-1]].append(number)
@@ -66,7 +68,8 @@ def exact_search(tree: Tree, likelihood: np.ndarray, prior: np.ndarray, weight: 
     most = np.full(len(prior), -np.inf)  # the largest -w log P(T) of the texts that pass through an edge
     for edges, total in zip(tree.edges_of_text, prior_of_text, strict=True):
         most[edges] = np.maximum(most[edges], -total)
-    heap, nodes = [(-most.max(), 0, 0.0)], 0
+    heap = [(-most.max(), 0, 0.0)]
+    nodes = 0
     best: list[tuple[float, int]] = []  # a heap of the k best texts found
     while heap:
         bound, node, so_far = heapq.heappop(heap)
@@ -89,7 +92,9 @@ def beam_search(
 ) -> tuple[int, list[int]]:
     """Nodes evaluated and the texts found, best first."""
     gain = likelihood - weight * prior
-    front, found, nodes = [(0.0, 0)], [], 0
+    front = [(0.0, 0)]
+    found = []
+    nodes = 0
     while front:
         nodes += len(front)
         reached = [(so_far + gain[edge], edge) for so_far, node in front for edge in tree.edges_of_node[node]]

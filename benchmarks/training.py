@@ -61,7 +61,8 @@ def step_rows(size: Size, rounds: int) -> list[Measurement]:
     """Steps of a model whose upper three decoder layers of six read the image."""
     batch = training_steps.random_batch(size.batch, 16, 32)
     model = f"{size.name}, batch {size.batch}, captions of 16 to 32 tokens"
-    captioning, gain = f"captioning step, {model}", f"IG step, {model}"
+    captioning = f"captioning step, {model}"
+    gain = f"IG step, {model}"
     steps = {
         captioning: captioner_step(captioner(size, 3, unconditional_weight=0.0), batch),
         gain: captioner_step(captioner(size, 3), batch),
@@ -91,7 +92,8 @@ def mfu_rows(name: str, step: Callable[[], None], times: list[float]) -> list[Me
     side = 8192 if DEVICE.type == "cuda" else 2048
     left, right = torch.randn(2, side, side, device=DEVICE, dtype=torch.bfloat16)
     product = statistics.median(take_turns({"product": lambda: left @ right}, 5)["product"])
-    peak, reached = 2 * side**3 / product, counter.get_total_flops() / statistics.median(times)
+    peak = 2 * side**3 / product
+    reached = counter.get_total_flops() / statistics.median(times)
     product_name = f"product of two {side} x {side} matrices, bf16"
     return [
         row(product_name, peak / 1e12, "TFLOP/s"),
@@ -103,7 +105,8 @@ def peer_rows(size: Size, rounds: int) -> list[Measurement]:
     """The same work: captioning only, every decoder layer with cross-attention."""
     batch = training_steps.random_batch(size.batch, 8, 24)
     model = f"{size.name}, captions of 8 to 24 tokens"
-    ours, gain = f"captioning, {model}", f"IG, {model}"
+    ours = f"captioning, {model}"
+    gain = f"IG, {model}"
     padded = f"VisionEncoderDecoder, {model}, padded to {LENGTH}"
     fitted = f"VisionEncoderDecoder, {model}, padded to the longest"
     peer = training_steps.encoder_decoder(size)
@@ -237,7 +240,8 @@ def checkpoint_rows(size: Size, rounds: int) -> list[Measurement]:
             assert not find_problem(list_checkpoints(folder)[-1])
 
         write()
-        written, verified = f"writing a checkpoint of {size.name} with AdamW", "SHA-256 of its files"
+        written = f"writing a checkpoint of {size.name} with AdamW"
+        verified = "SHA-256 of its files"
         times = take_turns({written: write, verified: verify}, rounds)
     seconds = statistics.median(times[verified])
     interval = 60 * TrainConfig().checkpoint_minutes

@@ -90,7 +90,8 @@ def encoder_decoder(size: Size) -> VisionEncoderDecoderModel:
     model = VisionEncoderDecoderModel(
         encoder=ViTModel(encoder, add_pooling_layer=False), decoder=GPT2LMHeadModel(decoder)
     )
-    model.config.decoder_start_token_id, model.config.pad_token_id = BOS, PAD
+    model.config.decoder_start_token_id = BOS
+    model.config.pad_token_id = PAD
     return model.to(DEVICE).train()
 
 

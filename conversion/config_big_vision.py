@@ -100,7 +100,8 @@ def infer_model(structure: Structure, sizes: dict[str, int]) -> dict:
 
 def cross_check(inferred: dict, given: Given) -> list[str]:
     """Raises ConversionError listing every contradiction. Returns fields that could not be checked."""
-    contradictions, unchecked = [], []
+    contradictions = []
+    unchecked = []
 
     def check(name: str, stated, found) -> None:
         if stated != found:
@@ -133,7 +134,8 @@ def cross_check(inferred: dict, given: Given) -> list[str]:
 
 def find_image_size(inferred: dict, patches: int | None, given: Given) -> tuple[int, int]:
     """Pixels (height, width). Raises ConversionError where only the user can know them, or they do not fit."""
-    (patch_height, patch_width), size = inferred["patches"], given.image_size
+    (patch_height, patch_width) = inferred["patches"]
+    size = given.image_size
     if size is None:
         side = math.isqrt(patches or 0)
         if patches is None or side * side != patches:
@@ -142,7 +144,8 @@ def find_image_size(inferred: dict, patches: int | None, given: Given) -> tuple[
                 f"the checkpoint does not tell the image size, because {reason}: give --image_size HEIGHT WIDTH"
             )
         return side * patch_height, side * patch_width
-    rows, columns = size[0] // patch_height, size[1] // patch_width
+    rows = size[0] // patch_height
+    columns = size[1] // patch_width
     if size[0] % patch_height or size[1] % patch_width or patches not in (None, rows * columns):
         known = "any number of" if patches is None else str(patches)
         raise ConversionError(
@@ -207,7 +210,8 @@ def _vision_config(inferred: dict, sizes: dict[str, int], given: Given) -> dict:
 
 
 def _text_config(inferred: dict, given: Given, eos_token_id: int) -> dict:
-    bias, dropout = inferred["decoder_bias"], given.model.get("dec_dropout_rate") or 0.0
+    bias = inferred["decoder_bias"]
+    dropout = given.model.get("dec_dropout_rate") or 0.0
     return {
         "vocab_size": inferred["vocab_size"],
         "hidden_size": inferred["decoder_emb_dim"],
@@ -238,7 +242,8 @@ def _square(size) -> int | list[int]:
 def export_plan(config: IGCaptionerConfig, scan: bool) -> tuple[Structure, dict[str, int]]:
     """Structure and axes of the checkpoint that holds a model. Raises ConversionError if there can be none."""
     _check_exportable(config)
-    vision, text = config.vision_config, config.text_config
+    vision = config.vision_config
+    text = config.text_config
     layers = vision.num_hidden_layers, text.num_hidden_layers
     learned = vision.position_embedding == "learned"
     structure = Structure(*layers, scan, scan, decoder_bias=text.norm_bias, learned_positions=learned)
@@ -251,7 +256,8 @@ def export_plan(config: IGCaptionerConfig, scan: bool) -> tuple[Structure, dict[
 
 
 def _check_exportable(config: IGCaptionerConfig) -> None:
-    vision, text = config.vision_config, config.text_config
+    vision = config.vision_config
+    text = config.text_config
     required = {
         "text_config.fusion": (text.fusion, "cross_attention"),
         "text_config.num_text_only_layers": (text.num_text_only_layers, 0),

@@ -38,7 +38,8 @@ def read_config(file: str | Path) -> tuple[dict, list[str]]:
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
-        text, vision = dict(content["text_config"]), dict(content["vision_config"])
+        text = dict(content["text_config"])
+        vision = dict(content["vision_config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{file} is no configuration of clip-jax: {error!r}") from error
     missing = [f"text_config.{key}" for key in TEXT_REQUIRED if key not in text]
@@ -80,7 +81,8 @@ def _check_supported(text: dict, vision: dict, file: str) -> None:
 
 def find_structure(config: dict) -> Structure:
     """Which leaves the checkpoint has, from [`read_config`]."""
-    text, vision = config["text"], config["vision"]
+    text = config["text"]
+    vision = config["vision"]
     kinds = {"learnt": "factorized" if vision["position_embedding_factorized"] else "learned"}
     positions = kinds.get(vision["position_embedding_type"], "sincos2d")
     return Structure(
@@ -105,7 +107,8 @@ def _tower(config: dict, positions: str, registers: bool = False) -> Tower:
 
 def cross_check(config: dict, sizes: dict[str, int]) -> None:
     """Raises ConversionError listing every size in which the configuration and the leaves differ."""
-    text, vision = config["text"], config["vision"]
+    text = config["text"]
+    vision = config["vision"]
     stated = {"vocab_size": (text["vocab_size"], sizes["V"])}
     stated["text_config.max_length"] = (text["max_length"], sizes.get("L", text["max_length"]))
     stated["vision_config.patch_size"] = (vision["patch_size"], sizes["p"])
@@ -160,8 +163,10 @@ def find_grid(config: dict, sizes: dict[str, int], image_size: tuple[int, int]) 
 
 def build_config(config: dict, structure: Structure, sizes: dict[str, int], grid: tuple[int, int]) -> IGCaptionerConfig:
     """The configuration of the converted model."""
-    text, vision = config["text"], config["vision"]
-    height, width = grid[0] * vision["patch_size"], grid[1] * vision["patch_size"]
+    text = config["text"]
+    vision = config["vision"]
+    height = grid[0] * vision["patch_size"]
+    width = grid[1] * vision["patch_size"]
     vision_config = {
         **_tower_config(vision, structure.vision),
         "image_size": height if height == width else [height, width],

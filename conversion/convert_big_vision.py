@@ -47,13 +47,15 @@ def plan(
     image_size: tuple[int, int] | None = None,
 ) -> Plan:
     """Decides everything from names, shapes and what is given. Raises ConversionError for all that does not fit."""
-    opened, given = open_checkpoint(checkpoint), read_given(config, image_size)
+    opened = open_checkpoint(checkpoint)
+    given = read_given(config, image_size)
     structure = find_structure(opened.leaves)
     table = placements(structure)
     sizes = find_sizes(opened.leaves, table)
     inferred = infer_model(structure, sizes)
     notes = [f"{name} in the given config was not checked" for name in cross_check(inferred, given)]
-    text_tokenizer, eos_token_id = None, given.eos_token_id
+    text_tokenizer = None
+    eos_token_id = given.eos_token_id
     if tokenizer is not None:
         text_tokenizer = read_tokenizer(tokenizer, find_text_length(inferred, given), given)
         eos_token_id = text_tokenizer.eos_token_id
@@ -67,7 +69,8 @@ def plan(
         "code of the source": f"[big_vision]({UPSTREAM}), `models/proj/cappa` (Apache-2.0)",
         "token ids": f"padding and start 0, end-of-sequence {eos_token_id}",
     }
-    constants, text = {}, model_config.text_config
+    constants = {}
+    text = model_config.text_config
     if not structure.learned_positions:
         constants[DECODER_POSITIONS] = sincos_text_positions(text.max_position_embeddings, text.hidden_size)
     parts = (opened, table, model_config, image_processor, text_tokenizer)

@@ -68,7 +68,8 @@ def plan(
     table = placements(structure)
     sizes = find_sizes(leaves, table)
     cross_check(upstream, sizes)
-    text, side = upstream["text"], upstream["vision"]["image_size"]
+    text = upstream["text"]
+    side = upstream["vision"]["image_size"]
     size = image_size or (side, side)
     model_config = build_config(upstream, structure, sizes, find_grid(upstream, sizes, size))
     image_processor = IGCaptionerImageProcessor(size={"height": size[0], "width": size[1]})

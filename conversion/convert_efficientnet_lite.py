@@ -37,7 +37,8 @@ VARIANTS = {
     "lite4": ((30, 448), 300),
 }
 OPEN_GATE = 30.0  # its sigmoid is 1.0 in float32 and in shorter formats
-PIXEL_MEAN, PIXEL_STD = 127 / 255, 128 / 255  # (x - 127) / 128 of x from 0 to 255
+PIXEL_MEAN = 127 / 255  # (x - 127) / 128 of x from 0 to 255
+PIXEL_STD = 128 / 255
 MAX_DIFFERENCE = 1e-5  # of features, relative to the largest one
 MODULES = {
     "_conv_stem": "embeddings.convolution",
@@ -178,7 +179,8 @@ def odd_inputs(image_size: int, strides: dict[int, int]) -> list[int]:
     Args:
         strides: by the number of the block.
     """
-    size, found = -(-image_size // 2), []
+    size = -(-image_size // 2)
+    found = []
     for number, stride in strides.items():
         if stride == 2:
             found += [number] if size % 2 else []

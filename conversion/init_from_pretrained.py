@@ -109,7 +109,8 @@ def build_model(config: IGCaptionerConfig, encoder, decoder: Decoder | None, rep
     model.model.vision_model.load_state_dict(encoder.state_dict(), strict=True)
     report.new = [name for name in model.state_dict() if not name.startswith("model.vision_model.")]
     if decoder is not None:
-        report.new, report.decoder = fill_decoder(model, decoder), decoder.taken
+        report.new = fill_decoder(model, decoder)
+        report.decoder = decoder.taken
     model.generation_config = generation_config(config.text_config)
     return model
 
@@ -140,14 +141,16 @@ def init_from_pretrained(
     """
     if tokenizer is None and decoder is None:
         raise ConversionError("a new decoder needs a tokenizer (--tokenizer)")
-    directory, text = Path(output_dir).expanduser().resolve(), text_config or {}
+    directory = Path(output_dir).expanduser().resolve()
+    text = text_config or {}
     check_target(directory, overwrite)
     report = Report(directory)
     vision_model, image_processor = take_encoder(encoder, as_is, image_size, report)
     source = None if decoder is None else load_decoder(decoder)
     tied = not text.get("head_bias")
     if source is not None:
-        text, tied = merge_fields(source.fields, text), source.model.config.tie_word_embeddings
+        text = merge_fields(source.fields, text)
+        tied = source.model.config.tie_word_embeddings
     text_tokenizer = load_for_decoder(decoder if tokenizer is None else tokenizer)
     config = make_config(vision_model.config, text_tokenizer, text, tie_word_embeddings=tied, **(image_tokens or {}))
     text_tokenizer.model_max_length = config.text_config.max_position_embeddings

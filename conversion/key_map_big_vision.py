@@ -143,7 +143,8 @@ class Placement:
 
     def to_leaf(self, weight: Callable[[str], np.ndarray], sizes: dict[str, int]) -> np.ndarray:
         """The inverse of `to_weights`: the leaf, contiguous."""
-        shape, layers = self._layer_shape(sizes), []
+        shape = self._layer_shape(sizes)
+        layers = []
         for name in self.weights:
             value = weight(name)
             if self.how == "conv":
@@ -225,7 +226,8 @@ def _guess_family(leaves: dict[str, Leaf]) -> str:
 def find_sizes(leaves: dict[str, Leaf], plan: list[Placement]) -> dict[str, int]:
     """The length of every axis. Raises ConversionError listing missing, unexpected and misshapen leaves."""
     expected = {placement.leaf for placement in plan}
-    missing, unexpected = sorted(expected - leaves.keys()), sorted(leaves.keys() - expected)
+    missing = sorted(expected - leaves.keys())
+    unexpected = sorted(leaves.keys() - expected)
     if missing or unexpected:
         raise ConversionError(
             f"{len(missing)} leaves are missing{_listed(missing)}\n"

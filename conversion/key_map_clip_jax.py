@@ -28,7 +28,8 @@ class Axes(NamedTuple):
     mlp: str
 
 
-VISION_AXES, TEXT_AXES = Axes("E", "h", "d", "M"), Axes("D", "H", "G", "F")
+VISION_AXES = Axes("E", "h", "d", "M")
+TEXT_AXES = Axes("D", "H", "G", "F")
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,11 @@ def _norm_entries(tower: Tower, norm: Norm) -> list[Entry]:
 
 
 def _attention(tower: Tower, leaf: str, weight: str, axes: Axes, read: str) -> list[Entry]:
-    split, entries = f"{axes.heads} {axes.size}", []
+    split = f"{axes.heads} {axes.size}"
+    entries = []
     for name in ("query", "key", "value"):
-        inputs, short = axes.width if name == "query" else read, name[0]
+        inputs = axes.width if name == "query" else read
+        short = name[0]
         entries.append(Entry(f"{leaf}/{name}/kernel", f"{weight}.{short}_proj.weight", f"{inputs} {split}", "in"))
         if tower.bias:
             entries.append(Entry(f"{leaf}/{name}/bias", f"{weight}.{short}_proj.bias", split, "flat"))
@@ -131,13 +134,16 @@ FINAL_NORMS = {
 
 def _outer_entries(structure: Structure) -> list[Entry]:
     """All but the blocks."""
-    vision, text, embeddings = structure.vision, structure.text, f"{VISION}.embeddings"
+    vision = structure.vision
+    text = structure.text
+    embeddings = f"{VISION}.embeddings"
     positions = {"learned": {"": "P"}, "factorized": {"_height": "Y", "_width": "X"}}.get(vision.positions, {})
     entries = [Entry("vision/embeddings/patch_embeds/kernel", f"{embeddings}.projection.weight", "p q C E", "conv")]
     if vision.bias:
         entries.append(Entry("vision/embeddings/patch_embeds/bias", f"{embeddings}.projection.bias", "E"))
     for name, axis in positions.items():
-        leaf, weight = f"vision/embeddings/position_embeds{name}", f"{embeddings}.position_embedding{name}"
+        leaf = f"vision/embeddings/position_embeds{name}"
+        weight = f"{embeddings}.position_embedding{name}"
         entries.append(Entry(leaf, weight, f"1 {axis} E", "first"))
     if vision.registers:
         entries.append(Entry("vision/embeddings/registers", f"{embeddings}.register_tokens", "1 N E", "first"))

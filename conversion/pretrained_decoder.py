@@ -89,7 +89,8 @@ def merge_fields(source: dict, stated: dict) -> dict:
 
 def translate(decoder: Decoder, positions: int) -> dict[str, Tensor]:
     """Weights of [`IGCaptionerForConditionalGeneration`], with the first `positions` of the source's."""
-    config, weights = decoder.model.config, decoder.model.state_dict()
+    config = decoder.model.config
+    weights = decoder.model.state_dict()
     ours = {}
     for name in decoder.taken.loaded:
         module, _, kind = name.rpartition(".")
@@ -97,7 +98,8 @@ def translate(decoder: Decoder, positions: int) -> dict[str, Tensor]:
             ours[f"{MODULES[module]}.{kind}"] = weights[name]
             continue
         number, _, part = module.removeprefix("transformer.h.").partition(".")
-        layer, weight = f"model.decoder.layers.{number}", weights[name]
+        layer = f"model.decoder.layers.{number}"
+        weight = weights[name]
         linear = weight.T if weight.ndim == 2 else weight
         if part in BLOCK:
             ours[f"{layer}.{BLOCK[part]}.{kind}"] = weight

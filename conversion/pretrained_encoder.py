@@ -186,7 +186,8 @@ def _fold_layer_scale(weights: dict[str, Tensor]) -> None:
     last = "mlp.down_proj" if any(".mlp.down_proj." in name for name in weights) else "mlp.fc2"
     for scale, projection in (("layer_scale1.lambda1", "attention.o_proj"), ("layer_scale2.lambda1", last)):
         for name in [name for name in weights if name.endswith(scale)]:
-            factor, target = weights.pop(name), name.replace(scale, projection)
+            factor = weights.pop(name)
+            target = name.replace(scale, projection)
             weights[f"{target}.weight"] = weights[f"{target}.weight"] * factor[:, None]
             weights[f"{target}.bias"] = weights[f"{target}.bias"] * factor
 

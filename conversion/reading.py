@@ -271,7 +271,8 @@ def _open_store(path: Path) -> NpzStore | TensorstoreStore | OrbaxStore:
 def _split_subtree(argument: str) -> tuple[Path, str]:
     path, colon, subtree = argument.rpartition(":")
     if not colon or Path(argument).expanduser().exists():
-        path, subtree = argument, ""
+        path = argument
+        subtree = ""
     return Path(path).expanduser(), subtree.strip("/")
 
 

@@ -44,7 +44,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     while True:
         byte = data[at]
         value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
+        at = at + 1
+        shift = shift + 7
         if byte < 0x80:
             return value, at
 
@@ -138,7 +139,8 @@ def load_tokenizer(
     file = _find_file(Path(path).expanduser())
     tokenizer, names = _open_tokenizer(file)
     expected_eos = "</s>" if eos_token_id is None else tokenizer.id_to_token(eos_token_id)
-    eos, unknown = names.get("eos_token", expected_eos), names.get("unk_token", "<unk>")
+    eos = names.get("eos_token", expected_eos)
+    unknown = names.get("unk_token", "<unk>")
     pad = tokenizer.id_to_token(pad_token_id)
     eos_id = None if eos is None else tokenizer.token_to_id(eos)
     if eos_id is None:

@@ -64,9 +64,11 @@ class _Run:
         return self.model(pixel_values=self.pixel_values, labels=tokens).captioning_loss
 
     def class_scores(self) -> Tensor:
-        classes, mask = self.inputs.get("class_labels"), None
+        classes = self.inputs.get("class_labels")
+        mask = None
         if classes is None:
-            classes, mask = self.inputs["class_input_ids"][:, 1:], self.inputs["class_attention_mask"][:, 1:]
+            classes = self.inputs["class_input_ids"][:, 1:]
+            mask = self.inputs["class_attention_mask"][:, 1:]
         return self.model.score(self.pixel_values, classes.long(), mask, prior_weight=0.0).caption_log_likelihood
 
 
@@ -121,11 +123,13 @@ def measure(model: IGCaptionerForConditionalGeneration, reference: dict[str, np.
             continue
         if "parallel" in name and model.config.mask_token_id is None:
             raise ConversionError(f"the reference has {name}, but the checkpoint has no mask token")
-        ours, theirs = compute(run).float().numpy(), reference[name].astype(np.float32)
+        ours = compute(run).float().numpy()
+        theirs = reference[name].astype(np.float32)
         if ours.shape != theirs.shape:
             raise ConversionError(f"{name} is {theirs.shape} in the reference, but {ours.shape} here")
         if run.mask is not None and name in ("logits_causal", "token_loglik_causal"):
-            ours, theirs = ours[run.mask.bool().numpy()], theirs[run.mask.bool().numpy()]
+            ours = ours[run.mask.bool().numpy()]
+            theirs = theirs[run.mask.bool().numpy()]
         differences[name] = float(np.nan_to_num(np.abs(ours - theirs), nan=np.inf).max(initial=0.0))
     return differences
 

@@ -74,7 +74,8 @@ def save_and_reload(
     Raises:
         ConversionError: if any weight, or the configuration, changed on the way.
     """
-    before, config = digests(model), model.config.to_dict()
+    before = digests(model)
+    config = model.config.to_dict()
     model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     model.to("meta")
     _return_free_memory()

@@ -165,7 +165,8 @@ def fill_card(
         stored_dtype: of the weights on disk, if it is not the model's.
         has_code: whether the code that `trust_remote_code=True` runs is beside the card.
     """
-    facts, dtype = facts or CardFacts(), str(model.dtype).removeprefix("torch.")
+    facts = facts or CardFacts()
+    dtype = str(model.dtype).removeprefix("torch.")
     stored = stored_dtype or dtype
     return ModelCard.from_template(
         _metadata(repo_id, facts, results),
@@ -231,7 +232,8 @@ def _sizes(model: IGCaptionerPreTrainedModel) -> dict[str, Any]:
 
 
 def _encoder_in_words(config: IGCaptionerConfig) -> dict[str, str]:
-    vision, (height, width) = config.vision_config, config.image_size
+    vision = config.vision_config
+    (height, width) = config.image_size
     if not config.has_own_encoder:
         tokens = f"{height} x {width} pixels, read as {config.num_image_tokens} tokens"
         name = f"`{vision.model_type}` of transformers, width {config.text_config.encoder_hidden_size}"
@@ -253,7 +255,8 @@ def make_card(folder: Path, model: IGCaptionerPreTrainedModel, repo_id: str) -> 
     Raises:
         ValueError: facts or results are not what they should be, or there are results but the card is its own.
     """
-    facts, results = read_facts(folder), read_results(folder)
+    facts = read_facts(folder)
+    results = read_results(folder)
     if facts is None and (folder / CARD_FILE).is_file():
         if results:
             raise ValueError(f"results are for cards that are made from a {FACTS_FILE}, but this one is made from none")

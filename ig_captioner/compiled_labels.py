@@ -27,10 +27,10 @@ from .processing_ig_captioner import default_templates, encode_texts, format_lab
 
 JSON_FILE = "labels.json"
 TENSOR_FILE = "labels.safetensors"
-FORMAT = 2
+FORMAT = 2  # of a folder of compiled labels; others are refused, as compiling again is cheap
 READING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError)
-WORDS_PER_SUM = 1024
-# What a configuration may say beside the architecture, some of it only since it was loaded or saved.
+WORDS_PER_SUM = 1024  # of 8 bytes, in `checksum`
+# Fields that say nothing of the architecture; some are set when a configuration is loaded or saved.
 NOT_ARCHITECTURE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
@@ -123,13 +123,15 @@ class CompiledLabels:
             described = json.loads((directory / JSON_FILE).read_text(encoding="utf-8"))
             if described.get("format") != FORMAT:
                 raise ValueError(f"format {described.get('format')!r}, this version reads {FORMAT}: compile them again")
-            content, expected = (directory / TENSOR_FILE).read_bytes(), described.pop("sha256")
+            content = (directory / TENSOR_FILE).read_bytes()
+            expected = described.pop("sha256")
             if _digest_of_content(described, content) != expected:
                 raise ValueError(f"{JSON_FILE} or {TENSOR_FILE} is damaged, or not from the same compilation")
             tensors = load(content)
             trie = TextTrie(**{item.name: tensors.pop(item.name) for item in dataclasses.fields(TextTrie)})
             texts = CompiledTexts(trie, **tensors, fingerprint=described["fingerprint"])
-            labels, templates = tuple(described["labels"]), tuple(described["templates"])
+            labels = tuple(described["labels"])
+            templates = tuple(described["templates"])
             if len(trie.text_edges) != len(labels) * len(templates):
                 raise ValueError(f"{len(trie.text_edges)} texts for {len(labels)} labels in {len(templates)} templates")
             if texts.prior_log_likelihood.shape != trie.text_edges.shape[:1]:
@@ -179,12 +181,24 @@ def compile_labels(
 
 
 def is_compiled(labels: Any) -> TypeGuard[CompiledLabels]:
-    """Whether these are `CompiledLabels`, by what they have: in remote code the class is another one."""
+    """Tells whether these are `CompiledLabels`, by their fields: remote code has a class of its own for them."""
     return hasattr(labels, "tokens_sha256")
 
 
+def refuse_prior(**given: Any) -> None:
+    """Refuses arguments that say where log P(T) comes from, beside compiled texts, which have it.
+
+    Raises:
+        ValueError: naming the first of `given` that is not None.
+    """
+    for name, value in given.items():
+        if value is not None:
+            named = f"{name} {value!r}" if isinstance(value, str) else name
+            raise ValueError(f"compiled texts have their prior already, but {named} came with them")
+
+
 def max_positions_of(model: Any) -> int | None:
-    """The greatest number of tokens of a text."""
+    """The greatest number of tokens of a text; None if the model sets no limit."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -232,7 +246,7 @@ def fingerprint_of(model: Any) -> str:
 
 
 def _parts_of(value: Any) -> Iterator[Any]:
-    """Parts of an entry of a state dict to be hashed: form and checksum of a tensor; all parts of packed weights."""
+    """Yields form and checksum of an entry of a state dict; packed weights are entries of several tensors."""
     if isinstance(value, (tuple, list)):
         for part in value:
             yield from _parts_of(part)
@@ -270,7 +284,7 @@ def checksum(tensor: Tensor) -> Iterator[Any]:
             yield from checksum(getattr(tensor, name))
         return
     content = tensor.contiguous().flatten().view(torch.uint8)
-    if content.storage_offset() % 8:
+    if content.storage_offset() % 8:  # a view of 8 bytes has to begin at a multiple of them
         content = content.clone()
     end = len(content) - len(content) % (8 * WORDS_PER_SUM)
     yield content[:end].view(torch.int64).view(-1, WORDS_PER_SUM).sum(dim=1).cpu().numpy()
@@ -278,22 +292,30 @@ def checksum(tensor: Tensor) -> Iterator[Any]:
 
 
 def _circumstances(model: Any) -> tuple:
-    """Lists what scores depend on beside weights: the architecture, autocast, hooks and the state of adapters."""
+    """Lists all that scores depend on beside weights: the architecture, autocast, hooks and the state of adapters."""
     config = model.config
     image_tokens = (config.image_token_grids, config.image_token_norm, config.image_position_embedding)
     architecture = [architecture_of(config.vision_config), architecture_of(config.text_config), image_tokens]
     autocast = [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    states = ("disable_adapters", "active_adapters", "merged")  # of peft's layers
-    between = [
-        (name, *module._forward_hooks, *module._forward_pre_hooks, *(str(getattr(module, s, None)) for s in states))
+    intercepted = [
+        (name, *module._forward_hooks, *module._forward_pre_hooks, *_adapter_state(module))
         for name, module in model.named_modules()
         if is_intercepted(module)
     ]
-    return architecture, config.decoder_start_token_id, autocast, between
+    return architecture, config.decoder_start_token_id, autocast, intercepted
+
+
+def _adapter_state(module: nn.Module) -> list[str]:
+    """The switches of a layer of peft, which change what it computes and none of its weights."""
+    return [str(getattr(module, switch, None)) for switch in ("disable_adapters", "active_adapters", "merged")]
 
 
 def architecture_of(config: PreTrainedConfig) -> str:
-    """The fields that a configuration states, as one text: equal before and after saving, and in other versions."""
+    """The architecture that a configuration describes, as one text.
+
+    It is equal before and after saving, and in other versions of transformers: of our own configurations it has only
+    the fields that the class declares, of others only those that differ from their defaults.
+    """
     own = {IGCaptionerVisionConfig.model_type: IGCaptionerVisionConfig}
     own[IGCaptionerTextConfig.model_type] = IGCaptionerTextConfig
     if config.model_type in own:
@@ -304,9 +326,11 @@ def architecture_of(config: PreTrainedConfig) -> str:
 
 
 def is_intercepted(module: nn.Module) -> bool:
-    """Whether hooks, adapters (peft) or offloading (accelerate) may change what a module makes of its weights."""
+    """Tells whether hooks, adapters (peft) or offloading (accelerate) may change how a module uses its weights."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     # transformers' own, which record hidden states, change nothing
     foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers.")]
     has_adapter = hasattr(module, "disable_adapters") and not isinstance(module, PreTrainedModel)
-    return bool(foreign) or has_adapter or hasattr(module, "_hf_hook") or "forward" in vars(module)
+    is_offloaded = hasattr(module, "_hf_hook")
+    is_patched = "forward" in vars(module)  # on this module, not on its class
+    return bool(foreign) or has_adapter or is_offloaded or is_patched

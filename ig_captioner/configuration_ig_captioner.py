@@ -161,7 +161,8 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict`: called when the object is built and when it is saved."""
         _check_blocks(self)
-        image, patch = as_height_width(self.image_size, "image_size"), as_height_width(self.patch_size, "patch_size")
+        image = as_height_width(self.image_size, "image_size")
+        patch = as_height_width(self.patch_size, "patch_size")
         if image[0] % patch[0] or image[1] % patch[1]:
             raise ValueError(f"image_size {self.image_size!r} is not a multiple of patch_size {self.patch_size!r}")
         if self.position_embedding == "sincos2d" and self.hidden_size % 4:

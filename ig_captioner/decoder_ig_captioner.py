@@ -140,13 +140,15 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
         key, value = self.self_attn.key_values(normed, text.rotary)
         if cache is not None:
             key, value = cache.update(key, value, self.self_attn.layer_idx)
-        mask, causal = text.mask, text.is_causal
+        mask = text.mask
+        causal = text.is_causal
         if image_key is not None and self.has_prefix:
             if (texts := key.shape[0] // image_key.shape[0]) > 1:
                 image_key, image_value = (
                     part[:, None].expand(-1, texts, -1, -1, -1).flatten(0, 1) for part in (image_key, image_value)
                 )
-            key, value = torch.cat([image_key, key], dim=2), torch.cat([image_value, value], dim=2)
+            key = torch.cat([image_key, key], dim=2)
+            value = torch.cat([image_value, value], dim=2)
             mask = with_visible_prefix(mask, image_key.shape[2])
         attended, _ = self.self_attn(normed, (key, value), mask, text.rotary, is_causal=causal, **kwargs)
         hidden_states = hidden_states + self.dropout(self.self_attn_post_norm(attended))
@@ -184,7 +186,8 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
     def __init__(self, config: IGCaptionerTextConfig):
         super().__init__(config)
         size = config.hidden_size
-        width, factorised = config.embedding_width, config.embedding_size is not None
+        width = config.embedding_width
+        factorised = config.embedding_size is not None
         self.embed_tokens = nn.Embedding(config.num_embeddings, width)
         self.embedding_projection = nn.Linear(width, size, bias=False) if factorised else nn.Identity()
         learned = config.position_embedding == "learned"
@@ -255,7 +258,8 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         Args:
             hidden_states: [G, Q, D], what an earlier call returned for the same blocks; saves the text-only layers.
         """
-        mask, rotary = tree_mask(ends), self._rotary(depths)
+        mask = tree_mask(ends)
+        rotary = self._rotary(depths)
         if hidden_states is not None:
             return TextStates(hidden_states, mask, rotary, is_causal=False)
         embedded = self._with_positions(self.embed_tokens(tokens), depths)

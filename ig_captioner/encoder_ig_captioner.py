@@ -112,7 +112,8 @@ class IGCaptionerAttention(nn.Module):
         layer_idx: int | None = None,
     ):
         super().__init__()
-        size, bias = config.hidden_size, config.attention_bias
+        size = config.hidden_size
+        bias = config.attention_bias
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = size // config.num_attention_heads
@@ -172,7 +173,9 @@ class IGCaptionerMLP(nn.Module):
 
     def __init__(self, config: IGCaptionerVisionConfig | IGCaptionerTextConfig):
         super().__init__()
-        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        size = config.hidden_size
+        inner = config.intermediate_size
+        bias = config.mlp_bias
         self.act = ACT2FN[config.hidden_act]
         self.gate_proj = nn.Linear(size, inner, bias=bias) if config.gated_mlp else None
         self.up_proj = nn.Linear(size, inner, bias=bias)
@@ -264,7 +267,8 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the code that `trust_remote_code=True` needs is saved along with the weights."""
-        push, main = kwargs.pop("push_to_hub", False), kwargs.get("is_main_process", True)
+        push = kwargs.pop("push_to_hub", False)
+        main = kwargs.get("is_main_process", True)
         super().save_pretrained(save_directory, *args, **kwargs)
         if main and isinstance(self.config, IGCaptionerConfig):
             copy_remote_code(save_directory)
@@ -288,7 +292,8 @@ def sincos_of(rows: Tensor, columns: Tensor, size: int) -> Tensor:
     """
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     omega = 10000.0 ** -(torch.arange(size // 4, device=rows.device).float() / max(size // 4 - 1, 1))
-    y, x = y.flatten()[:, None] * omega, x.flatten()[:, None] * omega
+    y = y.flatten()[:, None] * omega
+    x = x.flatten()[:, None] * omega
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1)
 
 
@@ -371,7 +376,8 @@ class IGCaptionerImageTokens(nn.Module):
             layout = self.config.image_layout
             table = sincos_position_embedding((layout.rows, layout.columns), self.width, device)
             return F.pad(table, (0, 0, layout.leading, layout.trailing))
-        finest, tables = max(self.config.image_token_grids), []
+        finest = max(self.config.image_token_grids)
+        tables = []
         for grid in self.config.image_token_grids:
             middles = (torch.arange(grid, device=device) + 0.5) * finest / grid - 0.5
             tables.append(sincos_of(middles, middles, self.width))

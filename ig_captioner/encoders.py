@@ -36,7 +36,8 @@ def load_encoder(source: str | Path) -> PreTrainedModel:
         loaded, report = model_class.from_pretrained(source, config=config, **options)
     except SafetensorError as error:
         raise ValueError(f"the weights of {source} are truncated or damaged: {error}") from error
-    weights, encoder = loaded.state_dict(), build_encoder(config)
+    weights = loaded.state_dict()
+    encoder = build_encoder(config)
     wanted = encoder.state_dict().keys()
     wrong = {
         "is missing": {str(key) for key in report["missing_keys"]},
@@ -81,9 +82,11 @@ def size_and_crop(fields: dict[str, Any]) -> tuple[tuple[int, int] | None, float
 
     Resizing the shorter side to 256 pixels and cutting out 224 is `crop_pct` 0.875 of 224 pixels.
     """
-    size, crop_size = as_size(fields.get("size")), as_size(fields.get("crop_size"))
+    size = as_size(fields.get("size"))
+    crop_size = as_size(fields.get("crop_size"))
     if fields.get("do_center_crop") and crop_size and "height" in crop_size:
-        height, width = crop_size["height"], crop_size["width"]
+        height = crop_size["height"]
+        width = crop_size["width"]
         edge = size.get("shortest_edge", size.get("height", min(height, width)))
         return (height, width), min(1.0, min(height, width) / edge)
     if "height" in size:

@@ -176,7 +176,8 @@ def export_programs(
     """
     if model.training:
         raise ValueError("programs are exported in evaluation mode, but the model is in training mode: call eval()")
-    config, device = model.config, model.device
+    config = model.config
+    device = model.device
     height, width = as_height_width(config.image_size if image_size is None else image_size, "image_size")
     pixel_values = torch.zeros(2, config.image_channels, height, width, dtype=model.dtype, device=device)
     encoder = ImageEncoder(model).eval()
@@ -188,7 +189,9 @@ def export_programs(
     images, number, length, blocks, positions, nodes, edges = (
         Dim(name) for name in ("images", "texts", "length", "blocks", "positions", "nodes", "edges")
     )
-    of_texts, of_blocks, of_edges = {0: number, 1: length}, {0: blocks, 1: positions}, {0: edges}
+    of_texts = {0: number, 1: length}
+    of_blocks = {0: blocks, 1: positions}
+    of_edges = {0: edges}
     of_trie = [of_blocks, of_blocks, of_blocks, {0: nodes}, of_edges, of_edges, of_texts]
     read = {"image_key_values": (key_values, {0: images})}
     text = {"input_ids": (texts, of_texts), "attention_mask": (mask, of_texts)}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-Figures = TypeVar("Figures", Tensor, float)
+Figures = TypeVar("Figures", Tensor, float)  # many log-likelihoods, or one
 
 
 IGNORE_INDEX = -100
@@ -80,7 +80,10 @@ def mean_over_references(log_likelihoods: Tensor, mean: str = "arithmetic") -> T
 
 
 def token_means_over_references(log_likelihoods: Tensor, mean: str = "arithmetic") -> Tensor:
-    """log P(token | before) in nats, [L], from those under R reference images, [R, L]; sums to the text's log P(T)."""
+    """log P(token | the tokens before it) in nats, [L], from those under R reference images, [R, L].
+
+    The tokens' figures add up to `mean_over_references` of the whole text.
+    """
     beginnings = mean_over_references(log_likelihoods.cumsum(dim=-1), mean)
     return beginnings.diff(prepend=beginnings.new_zeros(1))
 
@@ -183,57 +186,69 @@ def linear_loss(
     Raises:
         RuntimeError: in the backward pass, if it is to be differentiated again.
     """
-    if not torch.is_grad_enabled():  # else the gradient would be computed all the same
-        hidden_states, weight, bias = hidden_states.detach(), weight.detach(), None if bias is None else bias.detach()
+    if not torch.is_grad_enabled():
+        # An autograd function is not told so: it would compute the gradient of the parameters all the same.
+        hidden_states = hidden_states.detach()
+        weight = weight.detach()
+        bias = None if bias is None else bias.detach()
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return _LinearLoss.apply(hidden_states, weight, bias, labels, token_weights, smoothing, dtype)
 
 
 class _LinearLoss(torch.autograd.Function):
+    """Computes `linear_loss` together with its gradients, which it keeps for the backward pass.
+
+    They are gradients of the loss divided by `scale`, the largest of the token weights, by which the backward pass
+    multiplies again. Token weights are about 1 / tokens: with that factor, gradients would vanish in float16.
+    """
+
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, labels, token_weights, smoothing, dtype):
-        states, tokens = hidden_states.flatten(0, 1), labels.flatten()
-        needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        sums = torch.promote_types(weight.dtype, torch.float32)
-        states_grad = torch.zeros_like(states) if needs_states else None
-        weight_grad = torch.zeros_like(weight, dtype=sums) if needs_weight else None
-        bias_grad = torch.zeros_like(bias, dtype=sums) if needs_bias else None
-        log_likelihoods, uniform = token_weights.new_zeros(len(tokens)), token_weights.new_zeros(len(tokens))
+        states = hidden_states.flatten(0, 1)
+        tokens = labels.flatten()
         shares = None if smoothing is None else smoothing.flatten()
-        # gradients are computed for weights of at most 1: times 1 / tokens, they would vanish in float16
-        labelled = labels != IGNORE_INDEX  # where nothing is, weights are nan, but no token has a gradient
-        scale = token_weights.where(labelled, 0.0).max().clamp(min=torch.finfo(token_weights.dtype).tiny)
-        relative = token_weights.flatten() / scale
+        log_likelihoods = token_weights.new_zeros(len(tokens))
+        uniform = token_weights.new_zeros(len(tokens))  # means of log P over the vocabulary, for smoothing
+        is_labelled = labels != IGNORE_INDEX
+        # where nothing is labelled, the weights are nan; but then there is no chunk, and no gradient
+        largest = token_weights.where(is_labelled, 0.0).max()
+        scale = largest.clamp(min=torch.finfo(token_weights.dtype).tiny)
+        relative_weights = token_weights.flatten() / scale
 
-        low_weight, low_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+        states_grad = torch.zeros_like(states) if needs_states else None
+        weight_grad = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=sum_dtype) if needs_bias else None
+
+        cast_weight = weight.to(dtype)
+        cast_bias = None if bias is None else bias.to(dtype)
         chunk_size = LOGITS_PER_CHUNK.get(labels.device.type, LOGITS_PER_CHUNK["other"]) // len(weight)
-        for rows in labelled.flatten().nonzero()[:, 0].split(max(1, chunk_size)):
-            chunk, token = states[rows].to(dtype), tokens[rows, None]
-            log_p = F.linear(chunk, low_weight, low_bias).log_softmax(dim=-1, dtype=torch.float32)
+        for rows in is_labelled.flatten().nonzero()[:, 0].split(max(1, chunk_size)):
+            chunk = states[rows].to(dtype)
+            token = tokens[rows, None]
+            log_p = F.linear(chunk, cast_weight, cast_bias).log_softmax(dim=-1, dtype=torch.float32)
             log_likelihoods[rows] = log_p.gather(1, token)[:, 0]
             if shares is not None:
                 uniform[rows] = log_p.mean(dim=-1)
             if not any(ctx.needs_input_grad):
                 continue
-            # of -log P by the logits: P minus the target, which is one at the token, or less where it is smoothed
-            at_token = log_p.new_full(token.shape, -1.0) if shares is None else shares[rows, None] - 1
-            grad = log_p.exp_().scatter_add_(1, token, at_token)
-            if shares is not None:
-                grad -= shares[rows, None] / len(weight)
-            grad *= relative[rows, None]
+            grad = _logits_gradient(log_p, token, None if shares is None else shares[rows, None])
+            grad *= relative_weights[rows, None]
             if bias_grad is not None:
                 bias_grad += grad.sum(dim=0)
             grad = grad.to(dtype)
             if states_grad is not None:
-                states_grad[rows] = (grad @ low_weight).to(states.dtype)
-            if weight_grad is not None and dtype == sums:
+                states_grad[rows] = (grad @ cast_weight).to(states.dtype)
+            if weight_grad is not None and dtype == sum_dtype:
                 weight_grad.addmm_(grad.T, chunk)
             elif weight_grad is not None:
                 weight_grad += grad.T @ chunk
 
         ctx.save_for_backward(scale, states_grad, weight_grad, bias_grad)
-        ctx.shape, ctx.dtypes = hidden_states.shape, (weight.dtype, None if bias is None else bias.dtype)
+        ctx.shape = hidden_states.shape
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         log_likelihoods = log_likelihoods.view(labels.shape)
         ctx.mark_non_differentiable(log_likelihoods)
         learned = log_likelihoods
@@ -256,3 +271,17 @@ class _LinearLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _logits_gradient(log_p: Tensor, token: Tensor, share: Tensor | None) -> Tensor:
+    """Gradient of -log P(token) by the logits, in place of `log_p` [M, V]: P minus the target.
+
+    Args:
+        token: [M, 1]. The target is 1 at the token, and 0 elsewhere.
+        share: [M, 1], of the target that is spread evenly over the vocabulary; None for none.
+    """
+    at_token = log_p.new_full(token.shape, -1.0) if share is None else share - 1
+    grad = log_p.exp_().scatter_add_(1, token, at_token)
+    if share is not None:
+        grad -= share / grad.shape[1]
+    return grad

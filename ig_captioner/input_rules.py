@@ -115,7 +115,8 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """
     if image.format == "EPS":
         raise ValueError("PostScript is a program, not an image: convert it to PNG first")
-    raw_mode, file_format = _raw_mode(image), image.format
+    raw_mode = _raw_mode(image)
+    file_format = image.format
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _to_eight_bits(image, raw_mode, file_format)
@@ -147,7 +148,8 @@ def _scale_to_eight_bits(values: np.ndarray, mode: str, raw_mode: str, file_form
         return values >> (4 if raw_mode.startswith("I;12") else 8)
     if mode == "I" and file_format in ("PNG", "PPM"):  # where Pillow gives 16 bits as mode I, scaled to 65535
         return values >> 8
-    low, high = values.min(), values.max()
+    low = values.min()
+    high = values.max()
     if low >= 0 and mode == "F" and high <= 1:
         tell("an image of mode F is read with 1 as white, since none of its values is larger")
         return (values * 255).round()
@@ -198,8 +200,10 @@ def centre_box(
     if crop_pct is None:
         return 0, 0, width, height
     scale = crop_pct * min(height / size[0], width / size[1])
-    box_height, box_width = max(1, round(scale * size[0])), max(1, round(scale * size[1]))
-    left, top = (width - box_width) // 2, (height - box_height) // 2
+    box_height = max(1, round(scale * size[0]))
+    box_width = max(1, round(scale * size[1]))
+    left = (width - box_width) // 2
+    top = (height - box_height) // 2
     return left, top, left + box_width, top + box_height
 
 

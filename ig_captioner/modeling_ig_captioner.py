@@ -8,6 +8,13 @@
 (arXiv 2311.17072). Training minimises a * CE(T|I) + b * CE(T), where CapPa (arXiv 2306.07915) predicts a share of the
 texts in parallel.
 
+An image can be passed at each stage of its way, so that nothing is computed twice:
+
+    pixel_values       [B, channels, height, width]
+    image_features     [B, P, E] of `encode_features`, made by the encoder only: kept while the encoder is frozen
+    image tokens       [B, P, E] of `read_features`: normalised and with positions, if so configured; with gradients
+    image_key_values   of `encode_image`, for each fusion layer; `read_image` stacks them for `generate`
+
 Deliberate differences from the papers: the image may be fused with the text only above `num_text_only_layers` layers,
 which both likelihoods share; a prefix carries no positions beyond those of the encoder.
 
@@ -97,7 +104,10 @@ class IGCaptionerCausalLMOutput(CausalLMOutputWithCrossAttentions):
 
 @dataclass
 class IGCaptionerZeroShotOutput(ModelOutput):
-    """logits_per_image [B, C] is the information gain in nats; its softmax is P(T|I) under equally likely texts."""
+    """logits_per_image [B, C]: the information gain in nats.
+
+    At prior weight 1 its softmax over the texts is Bayes' posterior, had they been equally likely before the image.
+    """
 
     loss: Tensor | None = None
     logits_per_image: Tensor | None = None
@@ -139,9 +149,9 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
         return self
 
     def encode_features(self, pixel_values: Tensor) -> Tensor:
-        """What the encoder makes of images [B, channels, height, width], pooled to `image_token_grids`: [B, P, E].
+        """Image features [B, P, E] of images [B, channels, height, width], pooled to `image_token_grids` if set.
 
-        Depends on no weight but the encoder's, so that a frozen encoder's features can be kept and passed as
+        They depend on no weight but the encoder's, so that a frozen encoder's features can be kept and passed as
         `image_features` later.
         """
         features = run_encoder(self.vision_model, pixel_values)
@@ -152,7 +162,7 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """What the encoder makes of images [B, channels, height, width], under the name that other models have for it.
+        """Encodes images [B, channels, height, width], under the name that other models of transformers have for it.
 
         There is no `get_text_features`: a captioner has no vector of a text to compare with that of an image, it
         scores both together (`score`).
@@ -178,7 +188,7 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
         return as_map(features, find_layout(features, (height, width), vision, registers))
 
     def read_features(self, pixel_values: Tensor | None, image_features: Tensor | None = None) -> Tensor:
-        """The image tokens [B, P, E] that the decoder reads, from images or from `encode_features` of them."""
+        """Image tokens [B, P, E], as the decoder reads them, from images or from their `image_features`."""
         if (pixel_values is None) == (image_features is None):
             raise ValueError("give exactly one of pixel_values and image_features")
         features = self.encode_features(pixel_values) if image_features is None else image_features
@@ -187,8 +197,11 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
     def encode_image(
         self, pixel_values: Tensor | None = None, image_features: Tensor | None = None
     ) -> tuple[list[KeyValues], Tensor]:
-        """Images [B, channels, height, width], or `encode_features` of them, to what the decoder reads of them, and to
-        image tokens [B, P, E]."""
+        """Encodes images [B, channels, height, width], or goes on from their `image_features`.
+
+        Returns:
+            Keys and values for each fusion layer of the decoder, and the image tokens [B, P, E].
+        """
         image_tokens = self.read_features(pixel_values, image_features)
         return self.decoder.read_image(image_tokens), image_tokens
 
@@ -210,15 +223,16 @@ class IGCaptionerModel(IGCaptionerPreTrainedModel):
     ) -> IGCaptionerModelOutput:
         """Decoder inputs [N, L], start token first, and N images (or none) to states [N, L, W].
 
-        Images alone become what `get_image_features` returns, as the pipeline "image-feature-extraction" asks for it.
+        Without a text, images become what `get_image_features` returns: the pipeline "image-feature-extraction" asks
+        for them so.
 
         Args:
             image_key_values: [N, fusion layers, 2, H, P, head], instead of `pixel_values`: images read before.
             image_features: [N, P, E], instead of `pixel_values`: what `encode_features` returned.
             parallel_prediction: CapPa's mode, mask tokens in place of the text and no causal mask.
         """
-        is_image_alone = input_ids is None and inputs_embeds is None and image_key_values is None and cache is None
-        if is_image_alone and pixel_values is not None:
+        has_text = not (input_ids is None and inputs_embeds is None and image_key_values is None and cache is None)
+        if not has_text and pixel_values is not None:
             return self.get_image_features(pixel_values, **kwargs)
         key_values, image_tokens = None, None
         if image_key_values is not None:
@@ -282,9 +296,12 @@ class IGCaptionerModelWithHead(IGCaptionerScorer):
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling `module` does nothing but multiply by its weight and add its bias (no FSDP unit of its own)."""
-    watched = module._backward_hooks or module._backward_pre_hooks
-    return type(module) is nn.Linear and not watched and not is_intercepted(module)
+    """Tells whether calling `module` multiplies by its weight, adds its bias, and does nothing else.
+
+    An FSDP unit, which gathers its weight first, and an adapter do more.
+    """
+    has_backward_hooks = module._backward_hooks or module._backward_pre_hooks
+    return type(module) is nn.Linear and not has_backward_hooks and not is_intercepted(module)
 
 
 class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMixin):
@@ -292,7 +309,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether Trainer may leave the division over accumulated batches to the loss: only if that counts tokens."""
+        """Lets Trainer leave the division over accumulated batches to the loss, if that is a mean over tokens."""
         return self.config.loss_reduction == "token"
 
     @accepts_both_cache_names
@@ -320,7 +337,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         Args:
             input_ids: decoder inputs [N, L], start token first. Together with `labels`: the texts themselves, without a
                 start token, of which `labels` marks the scored part (everything else -100).
-            pixel_values: [N, channels, height, width]; left out, the text alone is modelled.
+            pixel_values: [N, channels, height, width]; left out, log P(T) is modelled.
             image_features: [N, P, E], instead of `pixel_values`: what `model.encode_features` returned.
             labels: [N, L], the tokens to be predicted, end-of-sequence included, without a start token; -100 is
                 ignored, and so is padding. The decoder's input is made from them: `logits[:, i]` predicts
@@ -337,8 +354,12 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 training mode, decoder inputs that cannot be meant.
         """
         if labels is not None:
-            unused = {"inputs_embeds": inputs_embeds, "image_key_values": image_key_values}
-            unused |= {"position_ids": position_ids, "cache": cache}
+            unused = {
+                "inputs_embeds": inputs_embeds,
+                "image_key_values": image_key_values,
+                "position_ids": position_ids,
+                "cache": cache,
+            }
             for name, value in unused.items():
                 if value is not None:
                     raise ValueError(f"{name} cannot be combined with labels, which the decoder's input is made from")
@@ -353,11 +374,8 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 skip_logits,
                 **kwargs,
             )
-        if (
-            inputs_embeds is None
-            and cache is None
-            and (self.training or input_ids is None or num_items_in_batch is not None)
-        ):
+        may_lack_labels = self.training or input_ids is None or num_items_in_batch is not None
+        if may_lack_labels and inputs_embeds is None and cache is None:
             check_decoder_inputs(input_ids, attention_mask, num_items_in_batch, self.config.text_config)
         outputs = self.model(
             input_ids,
@@ -388,9 +406,13 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         skip_logits: bool | None,
         **kwargs,
     ) -> IGCaptionerCausalLMOutput:
-        """a * CE(T|I) + b * CE(T), both paths over one pass of the text-only layers where they read the same text."""
-        config, decoder = self.config, self.model.decoder
-        given = labels
+        """Computes a * CE(T|I) + b * CE(T), or b * CE(T) without images.
+
+        Both paths share one pass of the text-only layers where they read the same text.
+        """
+        config = self.config
+        decoder = self.model.decoder
+        given_labels = labels
         input_ids, attention_mask, labels = labelled_texts(labels, input_ids, attention_mask, config.text_config)
         inputs = shift_right(input_ids, config.decoder_start_token_id, attention_mask)
         key_values, image_tokens = None, None
@@ -414,7 +436,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 text = outputs.text_states if parallel_rows is None else decoder.read_text(inputs, attention_mask)
                 states["unconditional"] = decoder.fuse(text)
         if not torch.compiler.is_compiling():  # here, since the loss waits for the device anyway
-            check_labels(given, labels, num_items_in_batch, config.text_config)
+            check_labels(given_labels, labels, num_items_in_batch, config.text_config)
         skip_logits = self.training if skip_logits is None else skip_logits
         loss, log_likelihoods, logits = self._head_loss(states, labels, num_items_in_batch, skip_logits)
         return IGCaptionerCausalLMOutput(
@@ -428,38 +450,55 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
     def _head_loss(
         self, states: dict[str, Tensor], labels: Tensor, num_items: Tensor | int | None, skip_logits: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """From states [N, L, W] of one or both paths: the loss, log P(token) [N, L] of each, the first path's logits.
+        """Computes the training loss from states [N, L, W] of one or both paths, "conditional" and "unconditional".
 
-        Smoothing of labels is in the loss alone. All logits are made only if they are asked for, or if the head may be
-        more than its weight and bias.
+        Smoothing of labels is in the loss only. Logits are made only if they are asked for, or if the head may be more
+        than its weight and bias.
+
+        Returns:
+            The loss; log P(token) [N, L] of each path, without a gradient; the logits of the first path, if asked for.
         """
         factors = {"conditional": self.config.conditional_weight, "unconditional": self.config.unconditional_weight}
-        weights = loss_weights(labels, self.config.loss_reduction, num_items)
-        smoothing = self.config.label_smoothing if self.training else 0.0
+        token_weights = loss_weights(labels, self.config.loss_reduction, num_items)
+        weights = torch.cat([factors[path] * token_weights for path in states])
+        smoothing = self.config.label_smoothing if self.training and "conditional" in states else 0.0
+        if skip_logits and is_plain_linear(self.lm_head):
+            return *self._loss_without_logits(states, labels, weights, smoothing), None
+        logits = {path: self.lm_head(hidden_states) for path, hidden_states in states.items()}
+        log_likelihoods = {path: token_log_likelihoods(values, labels) for path, values in logits.items()}
+        learned = dict(log_likelihoods)
+        if smoothing:
+            share = torch.full_like(token_weights, smoothing)
+            learned["conditional"] = smoothed_log_likelihoods(logits["conditional"], labels, share)
+        loss = -(torch.cat([*learned.values()]) * weights).sum()
+        log_likelihoods = {path: values.detach() for path, values in log_likelihoods.items()}
+        return loss, log_likelihoods, None if skip_logits else next(iter(logits.values()))
+
+    def _loss_without_logits(
+        self, states: dict[str, Tensor], labels: Tensor, weights: Tensor, smoothing: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Does the same by `linear_loss`. Both paths go in at once: they share the sum of the weight's gradient.
+
+        Args:
+            weights: of each token of each path in the loss, [paths * N, L].
+            smoothing: share of each target of CE(T|I) that is spread over the vocabulary.
+        """
         shares = None
-        if smoothing and "conditional" in states:
-            shares = torch.cat([torch.full_like(weights, smoothing * (name == "conditional")) for name in states])
-        weights = torch.cat([factors[name] * weights for name in states])
-        labels = labels.repeat(len(states), 1)
-        head, logits = self.lm_head, None
-        if skip_logits and is_plain_linear(head):
-            # both paths at once: they share the sum of the weight's gradient
-            all_states = torch.cat([*states.values()])
-            loss, all_rows = linear_loss(all_states, head.weight, head.bias, labels, weights, shares)
-        else:
-            all_logits = [head(hidden_states) for hidden_states in states.values()]
-            logits = None if skip_logits else all_logits[0]
-            parts = labels.chunk(len(states))
-            all_rows = torch.cat([token_log_likelihoods(*pair) for pair in zip(all_logits, parts, strict=True)])
-            learned = all_rows
-            if shares is not None:
-                triples = zip(all_logits, parts, shares.chunk(len(states)), strict=True)
-                learned = torch.cat([smoothed_log_likelihoods(*triple) for triple in triples])
-            loss = -(learned * weights).sum()
-        return loss, dict(zip(states, all_rows.detach().chunk(len(states)), strict=True)), logits
+        if smoothing:
+            of_path = {"conditional": smoothing, "unconditional": 0.0}
+            shares = torch.cat([torch.full_like(labels, of_path[path], dtype=weights.dtype) for path in states])
+        loss, log_likelihoods = linear_loss(
+            torch.cat([*states.values()]),
+            self.lm_head.weight,
+            self.lm_head.bias,
+            labels.repeat(len(states), 1),
+            weights,
+            shares,
+        )
+        return loss, dict(zip(states, log_likelihoods.chunk(len(states)), strict=True))
 
     def _loss_report(self, log_likelihoods: dict[str, Tensor], labels: Tensor, parallel_rows: Tensor | None) -> dict:
-        """The output's fields beside the loss, from log P(token) [N, L] of one or both paths."""
+        """Fields of the output beside the loss, from log P(token) [N, L] of one or both paths."""
 
         def mean(path: str, rows: Tensor | None = None) -> Tensor:
             counted = labels if rows is None else labels.masked_fill(~rows[:, None], IGNORE_INDEX)
@@ -477,7 +516,7 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         return report
 
     def _draw_parallel_rows(self, labels: Tensor, parallel_prediction: bool) -> Tensor | None:
-        """Which texts [N] are predicted in parallel, or None if none can be."""
+        """Draws the texts [N] that are predicted in parallel; None if none can be."""
         probability = self.config.parallel_prediction_prob if self.training else 0.0
         if parallel_prediction:
             probability = 1.0
@@ -486,9 +525,9 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         return torch.rand(len(labels), device=labels.device) < probability
 
     def read_image(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
-        """What the decoder reads of images, or of their `image_features`: [B, fusion layers, 2, H, P, head].
+        """`image_key_values` [B, fusion layers, 2, H, P, head] of images, or of their `image_features`.
 
-        To be used as `image_key_values`.
+        They are the keys and values of `encode_image` in one tensor with a row per image: `generate` repeats rows.
         """
         key_values, _ = self.model.encode_image(pixel_values, image_features)
         return torch.stack([torch.stack(pair, dim=1) for pair in key_values], dim=1)
@@ -507,25 +546,32 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
                 is to be generated, so that only the text before them is a prompt.
         """
         kwargs = rename_cache(kwargs, CACHE_NAME)
+        text_config = self.config.text_config
         prompt = kwargs.pop("input_ids", inputs)
+        labels = kwargs.pop("labels", None)
         if prompt is not None and prompt.is_floating_point():
             raise ValueError(f"prompts are token ids, got {prompt.dtype}, shape {tuple(prompt.shape)}")
-        labels, mask, text = kwargs.pop("labels", None), kwargs.get("attention_mask"), self.config.text_config
+        mask = kwargs.get("attention_mask")
         if prompt is not None and labels is not None:
-            prompt, kwargs["attention_mask"] = prompt_before_labels(labels, prompt, mask, text)
+            prompt, kwargs["attention_mask"] = prompt_before_labels(labels, prompt, mask, text_config)
         elif prompt is not None and prompt.numel():
-            prompt, kwargs["attention_mask"] = as_prompt(prompt, mask, text)
-        images = kwargs.pop("pixel_values", None), kwargs.pop("image_features", None)
-        if images != (None, None):
-            read = kwargs["image_key_values"] = self.read_image(*images)
+            prompt, kwargs["attention_mask"] = as_prompt(prompt, mask, text_config)
+        pixel_values = kwargs.pop("pixel_values", None)
+        image_features = kwargs.pop("image_features", None)
+        if pixel_values is not None or image_features is not None:
+            image_key_values = self.read_image(pixel_values, image_features)
+            kwargs["image_key_values"] = image_key_values
             if prompt is None and kwargs.get("inputs_embeds") is None:
-                prompt = torch.full((len(read), 1), text.decoder_start_token_id, device=read.device)
-                if kwargs.get(CACHE_NAME) is None:  # the start token may have the id of padding
+                start = text_config.decoder_start_token_id
+                device = image_key_values.device
+                prompt = torch.full((len(image_key_values), 1), start, device=device)
+                if kwargs.get(CACHE_NAME) is None:
+                    # a mask made from the ids would leave out a start token that has the id of padding
                     kwargs["attention_mask"] = torch.ones_like(prompt)
         return super().generate(prompt, *args, **kwargs)
 
 
-# What transformers may pass to any model, and what this head returns nothing for.
+# Arguments that transformers may pass to any model, and that this head has no use for.
 WITHOUT_EFFECT = ("output_attentions", "output_hidden_states", "return_loss", "use_cache")
 
 

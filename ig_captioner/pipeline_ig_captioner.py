@@ -3,10 +3,10 @@
 Shapes: B images, C candidate labels, T templates, N = T x C texts, L text tokens.
 
 Deliberate differences from the stock pipeline: the texts are tokenised and compiled once per call (not once per
-image); `tokenizer_kwargs` reach the tokenizer; every argument is checked, and a wrong one
-is a ValueError that names it; transparent images are put on white; tuples of images and empty lists are
-accepted (a list in, a list out); a model in training mode is asked in evaluation mode. A captioner of the
-Hub, which has no `score`, is scored with by a `CaptionScorer` where the package is installed.
+image); `tokenizer_kwargs` reach the tokenizer; every argument is checked, and a wrong one is a ValueError that names
+it; transparent images are put on white; tuples of images and empty lists are accepted (a list in, a list out); a model
+in training mode is put into evaluation mode for the call. Where the package is installed, a captioner of the Hub, which
+has no method `score`, gets its scores from a `CaptionScorer`.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForZeroShotImageClassification, ZeroShotImageClassificationPipeline
 from transformers.utils import logging
 
-from .compiled_labels import encode_for, is_compiled
+from .compiled_labels import encode_for, is_compiled, refuse_prior
 from .configuration_ig_captioner import PRIOR_SOURCES
 from .information_gain import REFERENCE_MEANS, label_log_prior, mean_over_templates
 from .input_rules import tell
@@ -98,7 +98,9 @@ def _texts_of(settings: dict[str, Any], config: Any) -> tuple[list[str], list[st
     """Labels, templates, and all labels in the first template, then in the second, and so on; checked."""
     labels: Any = settings["candidate_labels"]
     asked = settings.get("hypothesis_template")
-    templates = default_templates(config) if asked is None else [asked] if isinstance(asked, str) else asked
+    templates = default_templates(config) if asked is None else asked
+    if isinstance(templates, str):
+        templates = [templates]
     if is_compiled(labels):
         if asked is not None and list(templates) != list(labels.templates):
             raise ValueError(f"hypothesis_template {asked!r}, but the labels were compiled with {labels.templates!r}")
@@ -111,9 +113,12 @@ def _texts_of(settings: dict[str, Any], config: Any) -> tuple[list[str], list[st
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Candidate labels of a call; `texts` are `CompiledTexts` of all labels in each of T templates.
+    """Candidate labels of a call.
 
-    With a scorer they are `CompiledLabels`. `label_prior`: log-probabilities of the labels, [C].
+    Args:
+        num_templates: T, over which the pipeline averages; 1 with a scorer, which does that itself.
+        texts: `CompiledTexts` of all labels in each template; with a scorer `CompiledLabels`.
+        label_prior: log-probabilities of the labels, [C].
     """
 
     labels: list[str]
@@ -260,13 +265,15 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         _check_parameters(parameters)
         if candidates is None:  # the constructor: its labels and templates are compiled by calls, and checked here
             _texts_of({"candidate_labels": ["no label yet"], **parameters}, self.model.config)
-        scores = ("temperature", "abstain_threshold", "multi_label", "top_k", "return_log_likelihoods")
-        steps = (("timeout",), ("prior_weight",), scores)
-        preprocess, forward, postprocess = (
-            {name: parameters[name] for name in names if name in parameters} for names in steps
-        )
+
+        def given(*names: str) -> dict[str, Any]:
+            return {name: parameters[name] for name in names if name in parameters}
+
+        preprocess = given("timeout")
+        forward = given("prior_weight")
+        postprocess = given("temperature", "abstain_threshold", "multi_label", "top_k", "return_log_likelihoods")
         if forward.get("prior_weight") is not None:
-            forward["prior_weight"] = float(forward["prior_weight"])  # tensors know no fractions
+            forward["prior_weight"] = float(forward["prior_weight"])  # a Fraction is a number, but not to a tensor
         if candidates is not None:
             forward["candidates"] = candidates
             postprocess["candidate_labels"] = candidates.labels
@@ -274,21 +281,21 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
 
     def _compile(self, settings: dict[str, Any]) -> "_Candidates":
         """Compiles the texts of the candidate labels, once for all images of a call."""
-        given, tokenizer_kwargs = settings["candidate_labels"], settings.get("tokenizer_kwargs") or {}
-        prior_source, references = settings.get("prior_source"), settings.get("reference_images")
         labels, templates, texts = _texts_of(settings, self.model.config)
         label_prior = settings.get("label_prior")
-        added = None if label_prior is None else label_log_prior(label_prior, len(labels))
+        log_prior = None if label_prior is None else label_log_prior(label_prior, len(labels))
+        given = settings["candidate_labels"]
         if self.scorer is not None:
             compiled = self._compile_for_scorer(given, labels, templates, settings)
-            return _Candidates(labels, 1, compiled, added)  # a scorer averages over the templates itself
+            return _Candidates(labels, 1, compiled, log_prior)
+        tokenizer_kwargs = settings.get("tokenizer_kwargs") or {}
+        prior_source = settings.get("prior_source")
+        references = settings.get("reference_images")
         if is_compiled(given):
-            if prior_source is not None or references is not None:
-                asked = "reference_images" if prior_source is None else f"prior_source {prior_source!r}"
-                raise ValueError(f"compiled labels have their prior already, but {asked} came with them")
+            refuse_prior(prior_source=prior_source, reference_images=references)
             given.check_tokenizer(self.model, self.tokenizer, **tokenizer_kwargs)
             verified = given.texts.verified_for(self.model).to(self.model.device)
-            return _Candidates(labels, len(templates), verified, added)
+            return _Candidates(labels, len(templates), verified, log_prior)
         try:
             encoded = encode_for(self.model, self.tokenizer, texts, **tokenizer_kwargs)
         except (TypeError, OverflowError) as error:
@@ -300,7 +307,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
             reference_mean=settings.get("reference_mean") or REFERENCE_MEANS[0],
             with_fingerprint=False,
         )
-        return _Candidates(labels, len(templates), compiled, added)
+        return _Candidates(labels, len(templates), compiled, log_prior)
 
     def _compile_for_scorer(self, given: Any, labels: list[str], templates: list[str], settings: dict[str, Any]) -> Any:
         """Labels as the scorer takes them: compiled, with their prior."""
@@ -310,8 +317,7 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         prior = {name: settings[name] for name in names if settings.get(name) is not None}
         if not is_compiled(given):
             return self.scorer.compile_labels(labels, templates, **prior)
-        if prior:
-            raise ValueError(f"compiled labels have their prior already, but {next(iter(prior))} came with them")
+        refuse_prior(**prior)
         return given
 
     def _read_references(self, images: list, settings: dict[str, Any]) -> torch.Tensor:
@@ -328,9 +334,11 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
 
     def _forward(self, model_inputs, candidates: "_Candidates", prior_weight: float | None = None):
         """Scores [B, C], means over T templates; the prior [C] is repeated for each image."""
-        score, images = (self.model.score, "pixel_values") if self.scorer is None else (self.scorer.score, "images")
         with in_evaluation(self.model):
-            scores = score(model_inputs[images], candidates.texts, prior_weight=prior_weight)
+            if self.scorer is None:
+                scores = self.model.score(model_inputs["pixel_values"], candidates.texts, prior_weight=prior_weight)
+            else:
+                scores = self.scorer.score(model_inputs["images"], candidates.texts, prior_weight=prior_weight)
         means = {name: mean_over_templates(values, candidates.num_templates) for name, values in scores.items()}
         if candidates.label_prior is not None:
             gain = means["information_gain"]
@@ -349,7 +357,8 @@ class IGZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline)
         return_log_likelihoods: bool = False,
     ):
         """Entries of one image, best first, from its rows [1, C]."""
-        config, labels = self.model.config, list(candidate_labels)
+        config = self.model.config
+        labels = list(candidate_labels)
         fields = {name: values[0].tolist() for name, values in model_outputs.items()}
         gains = fields["information_gain"]
         _check_gains(gains, labels)
@@ -392,7 +401,8 @@ def _check_gains(gains: list[float], labels: list[str]) -> None:
 
 def _scores(gains: list[float], temperature: float, multi_label: bool) -> list[float]:
     """Scores of all candidates, in float64."""
-    values, temperature = torch.tensor(gains, dtype=torch.float64), float(temperature)
+    values = torch.tensor(gains, dtype=torch.float64)
+    temperature = float(temperature)
     if multi_label:
         return (values / temperature).sigmoid().tolist()
     # The maximum goes first, as it would in the softmax: quotients by a tiny temperature may be infinite.

@@ -1,14 +1,13 @@
 """Images and texts as IG Captioner reads them: resizing and normalising, templates, padding and truncation.
 
-Image rules. RGB by the rules of `input_rules`, resized straight to `size` (no crop, the aspect ratio is not
-kept, unless `crop_pct` is set), then to [-1, 1]. The interpolation is bicubic: both backends antialias it when they
-shrink, and where they enlarge (32-pixel CIFAR photos) it keeps the edges that bilinear blurs. The class
-attributes are only defaults; each checkpoint's processor file says what it was trained with.
+Image rules. RGB by the rules of `input_rules`, resized straight to `size` (no crop, the aspect ratio is not kept,
+unless `crop_pct` is set), then scaled to [-1, 1]. The interpolation is bicubic: both backends antialias it when they
+shrink, and where they enlarge (32-pixel CIFAR photos) it keeps the edges that bilinear blurs. The class attributes
+are only defaults; each checkpoint's processor file says what it was trained with.
 
-Text rules. What is scored is exactly what the tokenizer returns: the text's tokens and EOS, no start token
-(the model adds that). Lower-casing belongs to the tokenizer's normaliser, EOS to its template, the longest
-text to its `model_max_length`. Padding is on the right; truncation takes tokens off the text, never EOS
-("sticky" in big_vision).
+Text rules. What is scored is exactly what the tokenizer returns: the text's tokens and EOS, no start token (the model
+adds that). Lower-casing belongs to the tokenizer's normaliser, EOS to its template, the longest text to its
+`model_max_length`. Padding is on the right; truncation takes tokens off the text, never EOS ("sticky" in big_vision).
 """
 
 import base64
@@ -54,15 +53,18 @@ def array_to_pil(array: np.ndarray | torch.Tensor) -> PIL.Image.Image:
 
     Where both ends could be the channels, a tensor is read as channels first and an array as channels last.
     """
-    channels_first = isinstance(array, torch.Tensor)
-    pixels = as_numpy(array) if isinstance(array, torch.Tensor) else array
+    is_tensor = isinstance(array, torch.Tensor)
+    pixels = as_numpy(array) if is_tensor else array
     name = f"{type(array).__name__} of {pixels.dtype}, shape {tuple(array.shape)}"
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    first, last = (pixels.ndim == 3 and pixels.shape[axis] in IMAGE_CHANNELS for axis in (0, -1))
-    if not (first or last):
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+    elif pixels.ndim == 3:
+        first = pixels.shape[0] in IMAGE_CHANNELS
+        last = pixels.shape[-1] in IMAGE_CHANNELS
+        if last and not (first and is_tensor):
+            pixels = np.moveaxis(pixels, -1, 0)
+    if pixels.ndim != 3 or pixels.shape[0] not in IMAGE_CHANNELS:
         raise ValueError(f"not one image of 1, 3 or 4 channels: {name}")
-    if last and not (first and channels_first and array.ndim == 3):
-        pixels = np.moveaxis(pixels, -1, 0)
     if np.issubdtype(pixels.dtype, np.floating) and pixels.min() >= 0 and pixels.max() <= 1:
         pixels = (pixels * 255).round().astype(np.uint8)
     if pixels.dtype != np.uint8:
@@ -101,7 +103,7 @@ def load_rgb_image(image: Any, timeout: float | None = None) -> PIL.Image.Image:
 
 
 def _open(source: Any, timeout: float | None) -> PIL.Image.Image:
-    """RGB image from any source that [`load_rgb_image`] lets pass."""
+    """Opens any source that [`load_rgb_image`] lets pass, as an RGB image."""
     if isinstance(source, PIL.Image.Image):
         return to_rgb(source)
     if isinstance(source, (np.ndarray, torch.Tensor)):
@@ -203,7 +205,8 @@ class IGCaptionerImageProcessor(_Backend):
 
 def _check_span(pixels: np.ndarray | torch.Tensor) -> None:
     """Raises ValueError for arrays that `do_rescale` would take out of [0, 1], such as those of 16 bits."""
-    low, high = float(pixels.min()), float(pixels.max())
+    low = float(pixels.min())
+    high = float(pixels.max())
     if not (low >= 0 and high <= 255):
         raise ValueError(f"pixels of an array must be from 0 to 255, got {low:g} to {high:g} ({pixels.dtype})")
 
@@ -240,7 +243,8 @@ def format_labels(
             raise ValueError(
                 f"{template_name} must be a string with {{}} in it, where the label goes, got {shorten(template)}"
             )
-    words, sentences = clean_texts(labels, "candidate_labels"), clean_texts(listed, template_name)
+    words = clean_texts(labels, "candidate_labels")
+    sentences = clean_texts(listed, template_name)
     return [sentence.replace("{}", word) for sentence in sentences for word in words]
 
 
@@ -257,16 +261,14 @@ def encode_texts(
     Raises:
         ValueError: if the arguments make the tokenizer return another number of rows than texts.
     """
-    asked = kwargs
     limit = min(tokenizer.model_max_length, max_positions or tokenizer.model_max_length)
-    if max_positions is not None:
-        kwargs = {"max_length": limit, **kwargs}
+    rules = TEXT_RULES if max_positions is None else {**TEXT_RULES, "max_length": limit}
     fixed = {"return_tensors": "pt", "return_attention_mask": True}
-    encoded = tokenizer(texts, **{**TEXT_RULES, **kwargs, **fixed})
+    encoded = tokenizer(texts, **{**rules, **kwargs, **fixed})
     rows = len(encoded["input_ids"])
     if rows != len(texts):
         raise ValueError(f"{len(texts)} texts became {rows} rows with tokenizer_kwargs {kwargs!r}")
-    if not {"max_length", "truncation"} & set(asked):
+    if not {"max_length", "truncation"} & set(kwargs):  # else whoever asked knows that texts may be cut
         tell_of_cut_texts(tokenizer, texts, encoded["attention_mask"].sum(dim=-1).tolist(), limit)
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
@@ -289,8 +291,9 @@ def cut_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: i
 
 
 def gives_scored_form(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer adds EOS behind a text and nothing else, as the model scores it."""
-    eos, bare = tokenizer.eos_token_id, tokenizer("a", add_special_tokens=False)["input_ids"]
+    """Tells whether the tokenizer adds EOS after a text and nothing else, as the model scores it."""
+    eos = tokenizer.eos_token_id
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     return eos is not None and tokenizer("a")["input_ids"] == [*bare, eos]
 
 
@@ -303,7 +306,7 @@ class IGCaptionerProcessor(ProcessorMixin):
 
     Args:
         image_processor ([`IGCaptionerImageProcessor`]): any image processor of transformers will do.
-        tokenizer (`PreTrainedTokenizerBase`): its template must add EOS behind a text, and no start token.
+        tokenizer (`PreTrainedTokenizerBase`): its template must add EOS after a text, and no start token.
 
     Raises:
         ValueError: if the tokenizer's template does something else.
@@ -315,15 +318,17 @@ class IGCaptionerProcessor(ProcessorMixin):
         if not gives_scored_form(tokenizer):
             tokens = tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"])
             raise ValueError(
-                f"the tokenizer must add its EOS token {tokenizer.eos_token!r} behind a text, and nothing "
+                f"the tokenizer must add its EOS token {tokenizer.eos_token!r} after a text, and nothing "
                 f"else, but turns 'a' into {tokens}"
             )
 
     def __call__(self, images=None, text=None, **kwargs):
         """As in transformers, with the text rules as defaults. Warns of texts that are cut, unless it was asked to."""
+        text_kwargs = kwargs.get("text_kwargs", {})
+        asked = {*kwargs, *text_kwargs}
+        # transformers refuses an argument that comes both by itself and in `text_kwargs`
         rules = {name: value for name, value in TEXT_RULES.items() if name not in kwargs}
-        asked = {*kwargs, *kwargs.get("text_kwargs", {})}
-        kwargs["text_kwargs"] = {**rules, **kwargs.get("text_kwargs", {})}
+        kwargs["text_kwargs"] = {**rules, **text_kwargs}
         encoded = super().__call__(images=images, text=text, **kwargs)
         if text is not None and "attention_mask" in encoded and not {"max_length", "truncation"} & asked:
             texts = [text] if isinstance(text, str) else text

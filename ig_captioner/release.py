@@ -239,7 +239,8 @@ def _copy_card(source: Path, folder: Path, license: str | None) -> None:
 
 def _refuse_link_out(source: Path, path: Path) -> None:
     """Raises ValueError for a link that leads out of a folder; the Hub's cache keeps its files in a folder beside."""
-    root, real = source.resolve(), path.resolve()
+    root = source.resolve()
+    real = path.resolve()
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if path.exists() and not any(map(real.is_relative_to, allowed)):
         raise ValueError(f"{path} is a link to a file elsewhere, which does not become part of a release")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .compiled_labels import CompiledLabels, CompiledTexts, fingerprint_of, is_compiled
+from .compiled_labels import CompiledLabels, CompiledTexts, fingerprint_of, is_compiled, refuse_prior
 from .configuration_ig_captioner import PRIOR_SOURCES, IGCaptionerConfig
 from .decoder_ig_captioner import TextStates
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel, KeyValues
@@ -100,7 +100,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
                 unknown reduction or prior, or texts that were compiled with other weights.
         """
         self._tell_of_dropout()
-        given: Any = input_ids
+        given: Any = input_ids  # their class says little: remote code has classes of its own
         positions = self._positions_per_pass(chunk_size)
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
@@ -110,11 +110,14 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             texts = self._compile(given, attention_mask, references, reference_mean, positions)
         else:
             texts = self._compiled_before(given, prior_source, reference_pixel_values).to(image_tokens.device)
-        caption, prior = self._log_likelihoods(texts, image_tokens, positions), texts.prior_log_likelihood.clone()
+        caption = self._log_likelihoods(texts, image_tokens, positions)
+        prior = texts.prior_log_likelihood.clone()  # the caller's to change, unlike that of compiled texts
         if reduction == "mean":
-            caption, prior = caption / texts.trie.lengths, prior / texts.trie.lengths
+            caption = caption / texts.trie.lengths
+            prior = prior / texts.trie.lengths
         if is_compiled(given):
-            caption, prior = (mean_over_templates(values, len(given.templates)) for values in (caption, prior))
+            caption = mean_over_templates(caption, len(given.templates))
+            prior = mean_over_templates(prior, len(given.templates))
         gain = information_gain(caption, prior, self.config.prior_weight if prior_weight is None else prior_weight)
         if label_prior is not None:
             gain = gain + label_log_prior(label_prior, gain.shape[1]).to(gain.device)
@@ -130,10 +133,8 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
     def _compiled_before(
         self, compiled: Any, prior_source: str | None, reference_pixel_values: Tensor | None
     ) -> CompiledTexts:
-        """Compiled texts or labels, checked to be this model's and to come without another prior."""
-        if prior_source is not None or reference_pixel_values is not None:
-            given = "reference_pixel_values" if prior_source is None else f"prior_source {prior_source!r}"
-            raise ValueError(f"compiled texts have their prior already, but {given} came with them")
+        """The texts of what was compiled, checked to be this model's and to come without another prior."""
+        refuse_prior(prior_source=prior_source, reference_pixel_values=reference_pixel_values)
         return (compiled.texts if is_compiled(compiled) else compiled).verified_for(self)
 
     def compile_texts(
@@ -167,7 +168,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
     def edge_log_likelihoods(
         self, texts: CompiledTexts, pixel_values: Tensor | None = None, *, chunk_size: int | None = None
     ) -> Tensor:
-        """Per-edge log-probabilities, [B, E], or [1, E] without images; a text's score is the sum of its edges.
+        """log P of every edge of a trie, [B, E], or [1, E] without images; that of a text is the sum over its edges.
 
         `texts.trie.text_edges` [C, L] says which edges a text consists of.
         """
@@ -217,6 +218,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         reference_mean: str,
         positions: int,
     ) -> CompiledTexts:
+        """Compiles texts [C, L], without a fingerprint; arguments as for `score`, `references` from `_references`."""
         input_ids, attention_mask = scored_form(input_ids, attention_mask, self.config.text_config)
         self.model.decoder.check_length(input_ids.shape[1])
         trie = build_trie(input_ids, attention_mask, self.config.decoder_start_token_id).to(input_ids.device)
@@ -224,7 +226,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         if self.config.text_config.num_text_only_layers:
             passes = trie.split(positions)
             states = torch.cat([self._read_blocks(trie, *blocks).hidden_states for blocks in passes])
-        texts = CompiledTexts(trie, torch.zeros(0), states)
+        texts = CompiledTexts(trie, torch.zeros(0), states)  # yet without log P(T), which is read next
         if references is None:
             prior = trie.sum_over_texts(self._edges(texts, None, positions))[0]
         else:
@@ -232,13 +234,17 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             prior = mean_over_references(self._log_likelihoods(texts, image_tokens, positions), reference_mean)
         return dataclasses.replace(texts, prior_log_likelihood=prior)
 
+    # From texts to log P of the edges of their trie, in three loops that bound memory: a few images at a time
+    # (`_edges_by_image`), a few blocks under these images (`_edges`), and the logits of a few of their nodes
+    # (`_edges_of_blocks`). `positions` is the size of a pass, see `_positions_per_pass`.
+
     def _log_likelihoods(self, texts: CompiledTexts, image_tokens: Tensor, positions: int) -> Tensor:
         """log P(T|I), [B, C], of images as the decoder reads them."""
         edges = self._edges_by_image(texts, image_tokens, positions)
         return torch.cat([texts.trie.sum_over_texts(log_p) for log_p in edges])
 
     def _edges_by_image(self, texts: CompiledTexts, image_tokens: Tensor, positions: int) -> Iterator[Tensor]:
-        """log P of every edge of a trie, [b, E] for b images at a time."""
+        """Yields log P of every edge of a trie, [b, E] for b images at a time."""
         images_per_pass = max(1, positions // texts.trie.tokens.numel())
         for tokens in image_tokens.split(images_per_pass):
             yield self._edges(texts, self.model.decoder.read_image(tokens), positions)
@@ -255,18 +261,25 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         return torch.cat(parts, dim=1)
 
     def _edges_of_blocks(self, trie: TextTrie, start: int, end: int, states: Tensor) -> Iterator[Tensor]:
-        """log P [B, e] of the edges that leave the nodes of some blocks, e at a time, from their states [B, N, D]."""
+        """Yields log P [B, e] of the edges that leave the nodes of some blocks, e at a time.
+
+        Args:
+            start, end: the first block, and the one after the last.
+            states: of all positions in these blocks, [B, blocks * Q, D].
+        """
         logits_per_node = len(states) * self.lm_head.out_features
         nodes_per_pass = max(1, self._numbers_at_once() // logits_per_node)
-        last_node = trie.first_nodes[end]
-        for first in range(trie.first_nodes[start], last_node, nodes_per_pass):
-            last = min(first + nodes_per_pass, last_node)
-            nodes = trie.nodes[first:last] - start * trie.tokens.shape[1]
+        first_position = start * trie.tokens.shape[1]
+        end_node = trie.first_nodes[end]
+        for first in range(trie.first_nodes[start], end_node, nodes_per_pass):
+            last = min(first + nodes_per_pass, end_node)
+            nodes = trie.nodes[first:last] - first_position
             edges = slice(trie.first_edges[first], trie.first_edges[last])
             log_p = self.lm_head(states[:, nodes]).float().log_softmax(dim=-1)
             yield log_p[:, trie.edge_nodes[edges] - first, trie.edge_tokens[edges]]
 
     def _read_blocks(self, trie: TextTrie, start: int, end: int, states: Tensor | None = None) -> TextStates:
+        """States of the blocks from `start` to `end` below the fusion layers; given those of all blocks, their part."""
         blocks = slice(start, end)
         states = None if states is None else states[blocks]
         return self.model.decoder.read_trie(trie.tokens[blocks], trie.depths[blocks], trie.ends[blocks], states)

@@ -113,7 +113,8 @@ def scored_form(
         raise ValueError(
             f"attention_mask {tuple(attention_mask.shape)} differs from input_ids {tuple(input_ids.shape)}"
         )
-    tokens, input_ids = SpecialTokens.of(config), input_ids.long()
+    tokens = SpecialTokens.of(config)
+    input_ids = input_ids.long()
     if attention_mask is None:
         mask = text_mask(input_ids, tokens)
     else:
@@ -274,10 +275,12 @@ def as_prompt(input_ids: Tensor, attention_mask: Tensor | None, config: IGCaptio
     if mask.shape != input_ids.shape:  # a cache was passed: the mask covers what it holds as well
         return input_ids, mask
     padding_first = mask.argsort(dim=-1, stable=True)
-    moved, moved_mask = input_ids.gather(-1, padding_first), mask.gather(-1, padding_first)
+    moved = input_ids.gather(-1, padding_first)
+    moved_mask = mask.gather(-1, padding_first)
     lengths = moved_mask.sum(dim=-1, keepdim=True)
     first = moved.gather(-1, (moved.shape[1] - lengths).clamp(max=moved.shape[1] - 1))
-    has_start, has_end = first == tokens.start, tokens.is_end(moved[:, -1:])
+    has_start = first == tokens.start
+    has_end = tokens.is_end(moved[:, -1:])
     if bool(has_end.all()):
         if bool(has_start.all()) and (tokens.start not in tokens.ends or bool((lengths > 1).all())):
             return moved[:, :-1], moved_mask[:, :-1]

@@ -150,7 +150,8 @@ def run_encoder(encoder: PreTrainedModel, pixel_values: Tensor) -> Tensor:
 
 def _extra_arguments(encoder: PreTrainedModel, pixel_values: Tensor) -> dict[str, Any]:
     """What `forward` has to be told beside the pixels."""
-    config, known = encoder.config, inspect.signature(type(encoder).forward).parameters
+    config = encoder.config
+    known = inspect.signature(type(encoder).forward).parameters
     height, width = pixel_values.shape[-2:]
     extra: dict[str, Any] = {}
     if "interpolate_pos_encoding" in known and (height, width) != size_of(config):
@@ -201,10 +202,12 @@ def find_layout(
     """
     if features.ndim == 4:
         return ImageLayout(features.shape[1], features.shape[2], features.shape[3])
-    tokens, width = features.shape[1] - trailing, features.shape[2]
+    tokens = features.shape[1] - trailing
+    width = features.shape[2]
     height_width = image_size
     if patch := patch_size_of(config):
-        rows, columns = height_width[0] // patch[0], height_width[1] // patch[1]
+        rows = height_width[0] // patch[0]
+        columns = height_width[1] // patch[1]
         if 0 <= tokens - rows * columns <= MAX_LEADING_TOKENS:
             return ImageLayout(width, rows, columns, tokens - rows * columns, trailing)
     for leading in range(MAX_LEADING_TOKENS + 1):

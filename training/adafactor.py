@@ -74,7 +74,8 @@ class Adafactor(torch.optim.Optimizer):
 
     def update(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """The new momentum, float32, before it is rounded for the state."""
-        state, gradient = self.state[parameter], parameter.grad.float()
+        state = self.state[parameter]
+        gradient = parameter.grad.float()
         state["step"] = state.get("step", 0) + 1
         beta2 = min(group["beta2_cap"], 1 - state["step"] ** -group["beta2_exponent"])
         squares = gradient.square() + EPSILON

@@ -37,7 +37,8 @@ def random_box(
 ) -> tuple[float, float, float, float]:
     """A crop (left, top, right, bottom) of `box`, in pixels; with `shift` it may reach over the border of `box`."""
     left, top, right, bottom = box
-    width, height = right - left, bottom - top
+    width = right - left
+    height = bottom - top
     scale = rng.uniform(*config.scale)
     ratio = math.exp(rng.uniform(math.log(config.ratio[0]), math.log(config.ratio[1])))
     box_width = min(1.0, math.sqrt(scale * ratio)) * width
@@ -51,8 +52,10 @@ def reflect_border(image: np.ndarray, box: tuple[float, ...]) -> tuple[np.ndarra
     """Pads uint8 [H, W, 3] by reflection until `box` lies inside; returns the image and the moved box."""
     left, top, right, bottom = box
     height, width = image.shape[:2]
-    before_x, before_y = max(0, math.ceil(-left)), max(0, math.ceil(-top))
-    after_x, after_y = max(0, math.ceil(right - width)), max(0, math.ceil(bottom - height))
+    before_x = max(0, math.ceil(-left))
+    before_y = max(0, math.ceil(-top))
+    after_x = max(0, math.ceil(right - width))
+    after_y = max(0, math.ceil(bottom - height))
     if before_x or before_y or after_x or after_y:
         image = np.pad(image, ((before_y, after_y), (before_x, after_x), (0, 0)), mode="reflect")
     return image, (left + before_x, top + before_y, right + before_x, bottom + before_y)

@@ -118,7 +118,9 @@ def apply_changes(saved: IGCaptionerConfig, config: TrainConfig, changed: Sequen
     if not keys:
         return saved
     fresh = IGCaptionerConfig.from_pretrained(config.init_from) if config.init_from else IGCaptionerConfig()
-    given, defaults, values = flatten(config.model), flatten(fresh.to_dict()), saved.to_dict()
+    given = flatten(config.model)
+    defaults = flatten(fresh.to_dict())
+    values = saved.to_dict()
     for key in keys:
         set_nested(values, key, given.get(key, defaults.get(key)))
     return checked_config(values)

@@ -20,7 +20,9 @@ class TemplatedCaptions(Sequence[list[int]]):
     """
 
     def __init__(self, own: Sequence[list[int]], of_names: list[list[list[int]]], share: float) -> None:
-        self.own, self.of_names, self.share = own, of_names, share
+        self.own = own
+        self.of_names = of_names
+        self.share = share
 
     def __len__(self) -> int:
         return len(self.own)
@@ -47,7 +49,9 @@ class CaptionReader:
     """The captions of a source's samples. Texts of a name are encoded once and shared by all samples that have it."""
 
     def __init__(self, source: SourceConfig, encode: Encode) -> None:
-        self.encode, self.fields, self.share = encode, source.template_fields, source.template_share
+        self.encode = encode
+        self.fields = source.template_fields
+        self.share = source.template_share
         self.templates = [text for entry in source.templates for text in read_template_entry(entry)]
         self.encoded: dict[str, list[int]] = {}
         self.of_names: dict[str, list[list[int]]] = {}

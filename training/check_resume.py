@@ -95,12 +95,14 @@ def make_workspace(folder: Path, data: str, steps: int, workers: int, optimizer:
 
 def train_process(arguments: list[str]) -> None:
     """Trains, writes the keys of every step to `trace-RANK.jsonl`, and kills itself where the variable says."""
-    config, rank = load_config(arguments[0], arguments[1:]), int(os.environ["RANK"])
+    config = load_config(arguments[0], arguments[1:])
+    rank = int(os.environ["RANK"])
     kill_rank, kill_step, place = os.environ.get(KILL_VARIABLE, "-1 0 none").split()
     checkpoints = list_checkpoints(config.output_dir)
     step = itertools.count(step_of(checkpoints[-1]) + 1 if checkpoints else 1)
     trace = open(Path(config.output_dir).with_suffix(f".trace-{rank}.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
-    split, save = training.train.split_by_length, training.train.save_checkpoint
+    split = training.train.split_by_length
+    save = training.train.save_checkpoint
     current = 0
 
     def traced_split(batch: dict[str, Any], *arguments: Any) -> Any:
@@ -121,7 +123,8 @@ def train_process(arguments: list[str]) -> None:
 
         return save(output_dir, number, state, save_half, keep)
 
-    training.train.split_by_length, training.train.save_checkpoint = traced_split, killing_save
+    training.train.split_by_length = traced_split
+    training.train.save_checkpoint = killing_save
     training.train.train(config)
 
 
@@ -210,7 +213,8 @@ def check(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     config = make_workspace(folder, options.data, options.steps, options.workers, options.optimizer)
     rng = random.Random(options.seed)
     arguments = [str(config), "--output_dir"]
-    whole, killed = folder / "whole", folder / "killed"
+    whole = folder / "whole"
+    killed = folder / "killed"
     if not launch([*arguments, str(whole)], options.processes, options.torchrun, "-1 0 none"):
         raise SystemExit(f"the uninterrupted run failed:\n{output_file(arguments).read_text()[-5000:]}")
     kills = []

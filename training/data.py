@@ -91,12 +91,10 @@ class DrawSampler(Sampler[list[int]]):
     """Batches of draw numbers: of each global batch, every process takes its own part."""
 
     def __init__(self, first_draw: int, batch_size: int, process: int, processes: int) -> None:
-        self.first_draw, self.batch_size, self.process, self.processes = (
-            first_draw,
-            batch_size,
-            process,
-            processes,
-        )
+        self.first_draw = first_draw
+        self.batch_size = batch_size
+        self.process = process
+        self.processes = processes
 
     def __iter__(self) -> Iterator[list[int]]:
         start = self.first_draw + self.process * self.batch_size
@@ -376,8 +374,10 @@ def read_features(
     """
     decoded = DecodedSources()
     for name, source in config.sources.items():
-        store, read_captions = stores[name], CaptionReader(source, encode)
-        training, held_out = list[FeatureSample](), list[Sample]()
+        store = stores[name]
+        read_captions = CaptionReader(source, encode)
+        training = list[FeatureSample]()
+        held_out = list[Sample]()
         for row, record in enumerate(store.records):
             captions = read_captions(record.captions, record.metadata)
             if is_held_out(record.key, source.holdout_fraction) or is_left_out(record.metadata, source):

@@ -46,7 +46,8 @@ def evaluate_held_out(
         images = {name: tensor.to(device) for name, tensor in images.items()}
         output = model.score(images.pop("pixel_values", None), texts, **images)
         parts.append(output.caption_log_likelihood.float().cpu())
-    conditional, prior = torch.cat(parts), output.prior_log_likelihood.float().cpu()
+    conditional = torch.cat(parts)
+    prior = output.prior_log_likelihood.float().cpu()
     is_true = one_hot(target, len(captions)).bool()
 
     def ranks_at(weight: float) -> Tensor:

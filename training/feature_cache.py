@@ -78,8 +78,11 @@ class FeatureStore:
 
     def __init__(self, folder: Path) -> None:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        self.folder, self.dtype, self.views = folder, settings["dtype"], settings["views"]
-        self.records, self.skipped = list[Record](), list[Skipped]()
+        self.folder = folder
+        self.dtype = settings["dtype"]
+        self.views = settings["views"]
+        self.records = list[Record]()
+        self.skipped = list[Skipped]()
         with open(folder / SAMPLES, encoding="utf-8") as file:
             for line in file:
                 row = json.loads(line)
@@ -236,8 +239,12 @@ class ViewsDataset(Dataset):
         max_pixels: int,
         seed: int,
     ) -> None:
-        self.samples, self.views, self.augmentation = samples, views, augmentation
-        self.settings, self.max_pixels, self.seed = settings, max_pixels, seed
+        self.samples = samples
+        self.views = views
+        self.augmentation = augmentation
+        self.settings = settings
+        self.max_pixels = max_pixels
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -287,7 +294,8 @@ def compute(
     Raises:
         EmptySourceError: there is no usable sample.
     """
-    cache, views = config.data.feature_cache, wanted["views"]
+    cache = config.data.feature_cache
+    views = wanted["views"]
     shape = example_shape(encode, settings)
     lines, usable = cut_to_complete(folder, views * int(np.prod(shape)) * np.dtype(wanted["dtype"]).itemsize)
     with (
@@ -297,7 +305,8 @@ def compute(
     ):
         for path in paths:
             samples = list(read_shard(path))
-            done, lines = min(lines, len(samples)), max(0, lines - len(samples))
+            done = min(lines, len(samples))
+            lines = max(0, lines - len(samples))
             dataset = ViewsDataset(
                 samples[done:], views, source.augmentation, settings, config.data.max_image_pixels, wanted["seed"]
             )
@@ -340,11 +349,13 @@ def example_shape(encode: EncodeViews, settings: ImageSettings) -> tuple[int, in
 
 def cut_to_complete(folder: Path, bytes_per_sample: int) -> tuple[int, int]:
     """Cuts the files of an unfinished cache to what is whole in both; returns how many lines and usable samples."""
-    texts, features = folder / SAMPLES, folder / FEATURES
+    texts = folder / SAMPLES
+    features = folder / FEATURES
     for path in (texts, features):
         path.touch()
     available = features.stat().st_size // bytes_per_sample
-    kept, usable = list[bytes](), 0
+    kept = list[bytes]()
+    usable = 0
     with open(texts, "rb") as file:
         for line in file:
             is_usable = line.endswith(b"\n") and "skipped" not in json.loads(line)

@@ -109,7 +109,8 @@ class Collator:
     """Images with captions to `pixel_values` and `labels`, all the model needs: it makes its inputs of the labels."""
 
     def __init__(self, processor: IGCaptionerProcessor, max_length: int) -> None:
-        self.processor, self.max_length = processor, max_length
+        self.processor = processor
+        self.max_length = max_length
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         # Of several captions a random one; torch's generator is part of Trainer's checkpoints.
@@ -136,7 +137,8 @@ class CaptionMatch(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        exact, f1 = [], []
+        exact = []
+        f1 = []
         for prediction, reference in zip(predictions, references, strict=True):
             words = Counter(prediction.lower().split()), Counter(reference.lower().split())
             common = (words[0] & words[1]).total()

@@ -49,8 +49,10 @@ def decoder_flops(config: IGCaptionerConfig, length: int) -> int:
 
     The two paths share the text-only layers, unless some texts may be predicted in parallel.
     """
-    text, tokens = config.text_config, config.num_image_tokens
-    size, fusion_layers = text.hidden_size, text.num_hidden_layers - text.num_text_only_layers
+    text = config.text_config
+    tokens = config.num_image_tokens
+    size = text.hidden_size
+    fusion_layers = text.num_hidden_layers - text.num_text_only_layers
     text_only = text.num_text_only_layers * block_flops(text, length)
     if text.fusion == "prefix":
         reading = 2 * tokens * text.encoder_hidden_size * size
@@ -119,7 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak")
     options = parser.parse_args(arguments)
     config = load_config(options.config)
-    model, length = IGCaptionerConfig(**config.model), config.data.max_length
+    model = IGCaptionerConfig(**config.model)
+    length = config.data.max_length
     if config.steps is None:
         raise SystemExit(f"{options.config} ends by the clock: set max_steps or max_samples")
     samples = config.steps * config.batch_size

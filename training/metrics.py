@@ -73,7 +73,8 @@ def sums_by_source(caption: Tensor, prior: Tensor, labels: Tensor, source: Tenso
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a log. Lines that are none (a killed run wrote part of one, damage) are left out with a warning."""
-    rows, others = [], []
+    rows = []
+    others = []
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], start=1):
         if not line.strip():
             continue
@@ -110,7 +111,8 @@ class MetricsLog:
         self.encoder_passes = encoder_passes(frozen, config)
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.peak_flops = measure_peak_flops(accelerator.device, dtype)
-        self.path, self.accelerator = output_dir / "log.jsonl", accelerator
+        self.path = output_dir / "log.jsonl"
+        self.accelerator = accelerator
         kept = self.keep_rows(step) if accelerator.is_main_process else []
         self.evaluated_step = max((row["step"] for row in kept if "evaluation" in row), default=-1)
         (self.evaluated_step,) = broadcast_object_list([self.evaluated_step])  # all processes evaluate, or none
@@ -130,7 +132,8 @@ class MetricsLog:
         self.means: dict[str, Tensor] = {}  # of each, the weighted sum and the sum of the weights [2]
         self.sources: Tensor | None = None
         self.images, self.tokens, self.flops = 0, 0, 0
-        self.data_seconds, self.started = 0.0, time.perf_counter()
+        self.data_seconds = 0.0
+        self.started = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has been added since the last row, on this process."""
@@ -141,7 +144,8 @@ class MetricsLog:
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """From the states of all processes, of which there may have been another number."""
-        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        processes = self.accelerator.num_processes
+        index = self.accelerator.process_index
         same = len(states) == processes
         for name in states[0]["means"]:
             mean = states[index]["means"][name] if same else sum(state["means"][name] for state in states) / len(states)

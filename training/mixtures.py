@@ -74,7 +74,9 @@ class CachedSource:
     """Decoded samples of one shard set."""
 
     def __init__(self, name: str, samples: list[Sample], augmentation: AugmentationConfig) -> None:
-        self.name, self.samples, self.augmentation = name, samples, augmentation
+        self.name = name
+        self.samples = samples
+        self.augmentation = augmentation
 
     def item(self, index: int, settings: ImageSettings, rng: np.random.Generator) -> dict[str, Any]:
         return make_item(self.samples[index], self.augmentation, settings, rng)
@@ -84,7 +86,9 @@ class FeatureSource:
     """Samples of one shard set with the features of several views of each, [N, V, P, D]."""
 
     def __init__(self, name: str, samples: list[FeatureSample], store: FeatureStore) -> None:
-        self.name, self.samples, self.store = name, samples, store
+        self.name = name
+        self.samples = samples
+        self.store = store
 
     def item(self, index: int, settings: ImageSettings, rng: np.random.Generator) -> dict[str, Any]:
         """A drawn view of a sample, [P, D], with one of its texts."""
@@ -100,7 +104,9 @@ class CachedMixture(Dataset):
     def __init__(
         self, sources: Sequence[CachedSource | FeatureSource], weights: list[float], settings: ImageSettings, seed: int
     ) -> None:
-        self.sources, self.settings, self.seed = sources, settings, seed
+        self.sources = sources
+        self.settings = settings
+        self.seed = seed
         self.order = mixture_order(weights)
         self.counts = np.bincount(self.order, minlength=len(sources))
         self.ranks = np.zeros_like(self.order)  # how often the draw's source came before within the period
@@ -149,7 +155,11 @@ class StreamedSource:
     def __init__(
         self, name: str, paths: list[str], config: SourceConfig, data: DataConfig, encode: Encode, seed: int
     ) -> None:
-        self.name, self.paths, self.config, self.data, self.seed = name, paths, config, data, seed
+        self.name = name
+        self.paths = paths
+        self.config = config
+        self.data = data
+        self.seed = seed
         self.decode = sample_decoder(encode, data.max_image_pixels)
 
     def items(self, stream: int, streams: int, start: Position) -> Iterator[tuple[Sample | Skipped, Position]]:
@@ -163,7 +173,8 @@ class StreamedSource:
         """
         turn = start.turn
         while True:
-            usable, reasons = start.drawn > 0, Counter[str]()
+            usable = start.drawn > 0
+            reasons = Counter[str]()
             for shard, sample, block in self.blocks(turn, stream, streams, start):
                 rng = np.random.default_rng((self.seed, 0, stream, turn, shard, sample))
                 order = rng.permutation(len(block))
@@ -185,7 +196,8 @@ class StreamedSource:
     ) -> Iterator[tuple[int, int, list[RawSample | Skipped]]]:
         """(shard, sample, items) of one turn: `shuffle_buffer` items, still encoded, from that place on."""
         paths, parts = self.part(turn, stream, streams)
-        place, block = (start.shard, start.sample), list[RawSample | Skipped]()
+        place = (start.shard, start.sample)
+        block = list[RawSample | Skipped]()
         for shard in range(start.shard, len(paths)):
             first = start.sample if shard == start.shard else 0
             for sample, item in enumerate(islice(read_shard(paths[shard]), first, None), start=first):
@@ -195,7 +207,8 @@ class StreamedSource:
                     continue
                 if len(block) == self.data.shuffle_buffer:
                     yield *place, block
-                    place, block = (shard, sample), []
+                    place = (shard, sample)
+                    block = []
                 block.append(item)
         if block:
             yield *place, block
@@ -242,10 +255,15 @@ class StreamedMixture(IterableDataset):
         process: int = 0,
         processes: int = 1,
     ) -> None:
-        self.sources, self.settings, self.seed = sources, settings, seed
+        self.sources = sources
+        self.settings = settings
+        self.seed = seed
         self.order = mixture_order(weights)
-        self.streams, self.states, self.first_batch = streams, states, first_batch
-        self.process, self.processes = process, processes
+        self.streams = streams
+        self.states = states
+        self.first_batch = first_batch
+        self.process = process
+        self.processes = processes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()

@@ -71,7 +71,8 @@ class Muon(torch.optim.Optimizer):
 
     def momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """Adds the gradient to its running mean, and returns their Nesterov combination."""
-        state, gradient = self.state[parameter], parameter.grad
+        state = self.state[parameter]
+        gradient = parameter.grad
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])

@@ -76,7 +76,8 @@ def make_optimizers(
         if parameters
     ]
     if config.name == "adafactor":
-        momentum, cap = config.adafactor_momentum, config.adafactor_beta2_cap
+        momentum = config.adafactor_momentum
+        cap = config.adafactor_beta2_cap
         optimizers.append(Adafactor(others, lr=config.lr, momentum=momentum, beta2_cap=cap))
     else:
         optimizers.append(torch.optim.AdamW(others, lr=adamw_lr, betas=config.betas, eps=config.eps, fused=True))
@@ -92,7 +93,8 @@ def learning_rate_factor(progress: float, config: OptimizerConfig) -> float:
     `rsqrt` is big_vision's: the peak over the square root of progress in units of the warm-up, here at least 1 %.
     """
     progress = min(max(progress, 0.0), 1.0)
-    warmup, cooldown = config.warmup_fraction, config.cooldown_fraction
+    warmup = config.warmup_fraction
+    cooldown = config.cooldown_fraction
     if progress < warmup:
         return progress / warmup
     after_warmup = (progress - warmup) / max(1e-9, 1.0 - warmup)
@@ -120,7 +122,8 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
+        self.decay = decay
+        self.updates = 0
         self.average = {
             name: parameter.detach().float().clone()
             for name, parameter in model.named_parameters()

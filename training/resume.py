@@ -72,7 +72,8 @@ class Change(NamedTuple):
 
 def find_changes(saved: dict[str, Any], config: TrainConfig) -> list[Change]:
     """Settings that differ from those of a checkpoint and are not harmless; what a checkpoint lacks has its default."""
-    before, now = flatten(to_dict(from_dict(TrainConfig, saved))), flatten(to_dict(config))
+    before = flatten(to_dict(from_dict(TrainConfig, saved)))
+    now = flatten(to_dict(config))
     keys = [key for key in {**before, **now} if key not in HARMLESS]
     changes = [Change(key, before.get(key, NOT_SET), now.get(key, NOT_SET)) for key in keys]
     return [change for change in changes if change.before != change.now]

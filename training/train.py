@@ -67,7 +67,8 @@ def take_steps(run: Run, terminated: Callable[[], bool], bar: tqdm) -> bool:
 
     Process 0's clock decides for all.
     """
-    config, progress = run.config, run.progress
+    config = run.config
+    progress = run.progress
     run.wrapped.train()
     clock = time.perf_counter() - progress.seconds
     last_save = progress.seconds
@@ -114,7 +115,8 @@ def compute_gradients(run: Run, batch: dict[str, Any], with_sources: bool) -> tu
     Args:
         with_sources: whether the log is to have the losses of each source.
     """
-    config, accelerator = run.config, run.accelerator
+    config = run.config
+    accelerator = run.accelerator
     reduction = run.model.config.loss_reduction
     own_weight = weight_in_mean(batch["labels"], reduction).to(accelerator.device)
     whole = accelerator.reduce(own_weight, reduction="mean")
@@ -199,7 +201,8 @@ def save_model(run: Run, weights: dict[str, Tensor], folder: Path) -> None:
 
 def finish(run: Run) -> None:
     """Evaluates, writes the final model and the curves, and says where they are."""
-    output_dir, accelerator = Path(run.config.output_dir), run.accelerator
+    output_dir = Path(run.config.output_dir)
+    accelerator = run.accelerator
     if run.config.evaluation.every_steps and run.log.evaluated_step != run.progress.step:
         evaluate_held_out(run)
     if run.average:

@@ -67,7 +67,9 @@ class Runner:
     """Runs commands of this tree, some at a time; the output of each goes to a log."""
 
     def __init__(self, logs: Path, at_once: int, environment: dict[str, str]) -> None:
-        self.logs, self.places, self.environment = logs, Semaphore(at_once), environment
+        self.logs = logs
+        self.places = Semaphore(at_once)
+        self.environment = environment
         self.stopped = False
         logs.mkdir(parents=True, exist_ok=True)
         signal.signal(signal.SIGTERM, self.stop)  # as `timeout` sends to the commands as well
@@ -102,7 +104,8 @@ class Search:
     """The steps of the module's docstring; every run has a folder in `work`."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.work = options, options.work
+        self.options = options
+        self.work = options.work
         self.common = shlex.split(options.overrides)
         self.common += ["--tokenizer", str(self.work / "tokenizer")]
         self.common += ["--encoder_from", str(options.encoder)] if options.encoder else []

@@ -43,11 +43,15 @@ class Workshop:
     """
 
     def __init__(self, options: argparse.Namespace, recipe: Recipe):
-        self.options, self.recipe, self.folder = options, recipe, options.output_dir.resolve()
-        self.tokenizer, self.long_tail = self.folder / "tokenizer", self.folder / LONG_TAIL_SHARD
+        self.options = options
+        self.recipe = recipe
+        self.folder = options.output_dir.resolve()
+        self.tokenizer = self.folder / "tokenizer"
+        self.long_tail = self.folder / LONG_TAIL_SHARD
         self.holdout = recipe.train["data"]["sources"]["cifar10"]["holdout_fraction"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        content, kept = json.dumps(asdict(recipe)), self.folder / "recipe.json"
+        content = json.dumps(asdict(recipe))
+        kept = self.folder / "recipe.json"
         if kept.is_file() and kept.read_text() != content:
             raise ValueError(f"{kept} is another recipe than {options.recipe}: name another --output_dir")
         kept.write_text(content)

@@ -33,7 +33,8 @@ def clip_config(config: IGCaptionerConfig) -> CLIPConfig:
 
     CLIPTextModel pools at the end-of-sequence token, but with id 2, which is ours, at the largest id; this suits both.
     """
-    vision, text = config.vision_config, config.text_config
+    vision = config.vision_config
+    text = config.text_config
     shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     return CLIPConfig(
         vision_config={
@@ -56,7 +57,8 @@ class ClipInputs:
     """A captioner's processor, with the end-of-sequence id that `clip_config` gives."""
 
     def __init__(self, processor: IGCaptionerProcessor, config: CLIPConfig):
-        self.processor, self.old = processor, processor.tokenizer.eos_token_id
+        self.processor = processor
+        self.old = processor.tokenizer.eos_token_id
         self.new = config.text_config.eos_token_id
 
     def __call__(self, **inputs: Any) -> Any:
@@ -86,7 +88,8 @@ def train_contrastive(config: TrainConfig) -> tuple[ContrastiveModel, list[float
         data_root=config.data_root,
         seed=config.seed,
     )
-    optimizers, losses = make_optimizers(model, config.optimizer), []
+    optimizers = make_optimizers(model, config.optimizer)
+    losses = []
     batches = iter(data.loader)
     model.train()
     for step in range(config.steps):

@@ -79,7 +79,8 @@ def load_test_data(data_root: str, holdout: float, test_captions: int, reference
         for path in find_shards([shards], data_root):
             yield from (item[0] for item in read_shard(path) if not isinstance(item, Skipped))
 
-    sets, references = {}, []
+    sets = {}
+    references = []
     for name, decode in (("cifar10", decode_class), ("flickr8k", decode_caption)):
         trained = (key for key in keys(TRAIN_SHARDS[name]) if not is_held_out(key, holdout))
         chosen = first_by_hash(trained, reference_images // 2)
@@ -109,7 +110,8 @@ def evaluate_captioner(model: Any, processor: Any, data: TestData) -> dict[str, 
         return both | {f"{name}, per token": per_token(each) for name, each in both.items()}
 
     held_out, test = data.cifar10
-    images, labels = held_out.images + test.images, torch.tensor(held_out.labels + test.labels)
+    images = held_out.images + test.images
+    labels = torch.tensor(held_out.labels + test.labels)
     split = [*range(len(held_out.images))], [*range(len(held_out.images), len(images))]
     classified = scores(images, CLASS_TEXTS)
     tables: dict[str, list[Row]] = {

@@ -126,7 +126,8 @@ def comparison(results: list[Result], searched: list[Result], recipe: Recipe) ->
         lines.append(Line(arm, OWN, "likelihood"))
         for prior in (OWN, REFERENCES) if arm != "captioner" else (REFERENCES,):
             lines += [Line(arm, prior, row) for row in ("information gain", "tuned", "blind")]
-    tuned, plain = Line("IG captioner", OWN, "tuned"), Line("captioner", REFERENCES, "tuned")
+    tuned = Line("IG captioner", OWN, "tuned")
+    plain = Line("captioner", REFERENCES, "tuned")
     pairs = [("IG captioner tuned - CLIP", tuned, lines[0]), ("IG captioner tuned - captioner tuned", tuned, plain)]
     columns = [CLASSES, *TO_TEXT, TO_IMAGE]
     differences = [CLASSES, TO_TEXT[1], TO_IMAGE]

@@ -26,8 +26,10 @@ from .plan import Recipe, Run, training_config
 def execute(folder: Path) -> dict[str, Any]:
     """Returns what it writes to `metrics.json`."""
     order = json.loads((folder / "run.json").read_text())
-    run, recipe = Run(**order["run"]), from_dict(Recipe, order["recipe"])
-    tokenizer, long_tail = Path(order["tokenizer"]), Path(order["long_tail"])
+    run = Run(**order["run"])
+    recipe = from_dict(Recipe, order["recipe"])
+    tokenizer = Path(order["tokenizer"])
+    long_tail = Path(order["long_tail"])
     config = training_config(run, recipe, folder, tokenizer, long_tail, order["data_root"])
     holdout = recipe.train["data"]["sources"]["cifar10"]["holdout_fraction"]
     data = load_test_data(order["data_root"], holdout, recipe.test_captions, recipe.reference_images)

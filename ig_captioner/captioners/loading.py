@@ -60,7 +60,8 @@ def load_captioner(
     """
     if device is not None and kwargs.get("device_map") is not None:
         raise ValueError(f"device {device!r} and device_map {kwargs['device_map']!r} were both given")
-    name, hub = os.fspath(name), hub_options(kwargs)
+    name = os.fspath(name)
+    hub = hub_options(kwargs)
     described = PreTrainedConfig.get_config_dict(name, **hub)[0]
     if not described:
         raise OSError(f"there is no model in {name!r}: it has no config.json")
@@ -120,7 +121,8 @@ def _why_wrong_class(config: dict[str, Any], expected: str) -> str | None:
 
 def auto_class_for(config: dict[str, Any]) -> Any:
     """The Auto class under which transformers, or the repository's own code, files a captioner."""
-    model_type, own_code = config.get("model_type"), config.get("auto_map") or {}
+    model_type = config.get("model_type")
+    own_code = config.get("auto_map") or {}
     if model_type in CAUSAL_CAPTIONERS:
         return AutoModelForCausalLM
     if model_type not in CONFIG_MAPPING and "AutoModelForImageTextToText" not in own_code:

@@ -24,7 +24,8 @@ class OwnCaptionScorer(CaptionScorer):
     """A captioner of this package: trained with and without images, so it has no prompt and its own log P(T)."""
 
     def __init__(self, model: IGCaptionerForConditionalGeneration, processor: Any):
-        self.model, self.processor = model, processor
+        self.model = model
+        self.processor = processor
         self.default_prior_source = model.config.prior_source
         self.default_prior_weight = model.config.prior_weight
         self.default_templates = default_templates(model.config)

@@ -87,7 +87,9 @@ class Prompt:
     token_fields: tuple[str, ...] = TOKEN_FIELDS
 
     def __init__(self, model: PreTrainedModel, processors: Processors, instruction: str):
-        self.model, self.processors, self.instruction = model, processors, instruction
+        self.model = model
+        self.processors = processors
+        self.instruction = instruction
         self.tokenizer = processors.tokenizer
         before, self.lead, self.end_token_id = self._continuation()
         if before.rstrip().endswith("<think>"):
@@ -163,7 +165,8 @@ class Prompt:
         if not self._has_template:
             context = self.context
             return context, "" if not context or context[-1].isspace() else " ", self.default_end_token_id
-        context, answered = self.context, self._rendered(with_image=True, answer=ANSWER)
+        context = self.context
+        answered = self._rendered(with_image=True, answer=ANSWER)
         before, _, after = answered.rpartition(ANSWER)
         lead = before[len(context) :] if before.startswith(context) else ""
         return context, lead, self._end_of_turn(after)

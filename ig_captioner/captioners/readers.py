@@ -35,11 +35,14 @@ def read_tree(family: Family, prefix: Prefix, trie: TextTrie) -> Tensor:
     """
     edges = _edges_of_root(prefix, trie)
     for block in range(len(trie.tokens) if trie.tokens.shape[1] > 1 else 0):
-        first, last = max(1, trie.first_nodes[block]), trie.first_nodes[block + 1]
+        first = max(1, trie.first_nodes[block])
+        last = trie.first_nodes[block + 1]
         at = trie.nodes[first:last] - block * trie.tokens.shape[1] - 1
         edge_slice = slice(trie.first_edges[first], trie.first_edges[last])
-        from_node, token = trie.edge_nodes[edge_slice] - first, trie.edge_tokens[edge_slice]
-        tokens, depths = trie.tokens[block, 1:], trie.depths[block, 1:] - 1
+        from_node = trie.edge_nodes[edge_slice] - first
+        token = trie.edge_tokens[edge_slice]
+        tokens = trie.tokens[block, 1:]
+        depths = trie.depths[block, 1:] - 1
         mask = _tree_mask(trie.ends[block, 1:] - 1, prefix)
         for images in torch.arange(len(prefix)).split(_rows_per_pass(prefix, len(tokens))):
             rows = prefix.expand(images)
@@ -81,7 +84,8 @@ def read_rows(family: Family, prefix: Prefix, trie: TextTrie) -> Tensor:
             length = int(trie.lengths[texts].max())
             if length < 2:
                 continue
-            read, predicted = tokens[texts, : length - 1], tokens[texts, 1:length]
+            read = tokens[texts, : length - 1]
+            predicted = tokens[texts, 1:length]
             rows = prefix.expand(torch.full((len(texts),), image))
             positions = rows.positions[:, None] + torch.arange(length - 1, device=rows.positions.device)
             logits = family.read(rows, read, positions).float()
@@ -130,7 +134,8 @@ class _Forced(LogitsProcessor):
     """Makes the tokens of a text, one after the other, the only possible ones."""
 
     def __init__(self, text: list[int]):
-        self.text, self.step = text, 0
+        self.text = text
+        self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         forced = torch.full_like(scores, float("-inf"))

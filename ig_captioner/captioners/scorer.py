@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint import MAX_CAPTION_TOKENS, folder_or_repository, is_own
-from ..compiled_labels import CompiledLabels, CompiledTexts, checksum, is_compiled
+from ..compiled_labels import CompiledLabels, CompiledTexts, checksum, is_compiled, refuse_prior
 from ..information_gain import (
     information_gain,
     label_log_prior,
@@ -93,7 +93,9 @@ class CaptionScorer:
             raise ValueError(f"reading_mode must be one of {READING_MODES}, got {reading_mode!r}")
         if model.training:
             raise ValueError(f"{type(model).__name__} is in training mode, where dropout changes scores: call eval()")
-        self.model, self.processors, self.batch_size = model, processors, batch_size
+        self.model = model
+        self.processors = processors
+        self.batch_size = batch_size
         self.family = family_of(model)
         instruction = self.family.prompt if prompt is None else prompt
         self.prompt = self.family.prompt_class(model, processors, instruction)
@@ -182,20 +184,21 @@ class CaptionScorer:
         """
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-        num_templates, labels = 1, as_compiled(texts)
+        num_templates = 1
+        labels = as_compiled(texts)
         if labels is not None:
-            given = {"prior_source": prior_source, "reference_images": reference_images}
-            if named := [name for name, value in given.items() if value is not None]:
-                raise ValueError(f"compiled labels have their prior already, but {named[0]} came with them")
+            refuse_prior(prior_source=prior_source, reference_images=reference_images)
             trie, dropped = self._checked(labels)
-            prior_log_likelihood, num_templates = labels.texts.prior_log_likelihood.cpu(), len(labels.templates)
+            prior_log_likelihood = labels.texts.prior_log_likelihood.cpu()
+            num_templates = len(labels.templates)
         else:
             trie, dropped = self._trie_of(list(texts))  # type: ignore[arg-type]
             prior_log_likelihood = self._prior(trie, dropped, prior_source, reference_images, reference_mean)
         caption = trie.to("cpu").sum_over_texts(self._edges(trie, as_images(images), dropped))
         if reduction == "mean":
             lengths = trie.lengths.cpu()
-            caption, prior_log_likelihood = caption / lengths, prior_log_likelihood / lengths
+            caption = caption / lengths
+            prior_log_likelihood = prior_log_likelihood / lengths
         caption, prior_log_likelihood = (
             mean_over_templates(values, num_templates) for values in (caption, prior_log_likelihood)
         )
@@ -249,7 +252,8 @@ class CaptionScorer:
         texts = format_labels(labels.labels, labels.templates)
         self._verify(texts)
         encoded = self.prompt.encode(texts)
-        own, theirs = json.loads(self.fingerprint()), _fingerprint_of(labels)
+        own = json.loads(self.fingerprint())
+        theirs = _fingerprint_of(labels)
         different = [f"{name} {theirs.get(name)!r}, not {own[name]!r}" for name in own if own[name] != theirs.get(name)]
         if different:
             raise ValueError(f"these labels were compiled for {'; '.join(different)}: compile them again")
@@ -266,7 +270,8 @@ class CaptionScorer:
         tokens = [
             ids[mask.bool()].tolist() for ids, mask in zip(encoded.input_ids, encoded.attention_mask, strict=True)
         ]
-        own, branching = tokens[: len(texts)], tokens[len(texts) :]
+        own = tokens[: len(texts)]
+        branching = tokens[len(texts) :]
         chosen = EncodedTexts.padded([*texts_to_compare(own), *branching], encoded.dropped)
         self.verification = verify(self.family, self._test_prompts(encoded.dropped), self._trie(chosen))
 
@@ -313,7 +318,8 @@ class CaptionScorer:
     @torch.no_grad()
     def caption(self, images: Any, max_new_tokens: int | None = None, **options: Any) -> list[str]:
         """Writes a caption for each image with the model's own `generate()`; `options` are its settings."""
-        captions, max_new_tokens = [], max_new_tokens or MAX_CAPTION_TOKENS
+        captions = []
+        max_new_tokens = max_new_tokens or MAX_CAPTION_TOKENS
         for image in as_images(images):
             inputs = self._to_device(self.prompt.inputs(image))
             written = self.family.generate(inputs, max_new_tokens=max_new_tokens, **options)[0].tolist()
@@ -448,7 +454,8 @@ class CaptionScorer:
 
 def text_tokens(trie: TextTrie, caption: Tensor, without: Tensor) -> list[TextTokens]:
     """The tokens of each text of a trie, from log P of its edges [E], and under R references [R, E]."""
-    tokens, found = trie.edge_tokens.cpu(), []
+    tokens = trie.edge_tokens.cpu()
+    found = []
     for edges, length in zip(trie.text_edges.cpu(), trie.lengths.tolist(), strict=True):
         own = edges[:length]
         prior = token_means_over_references(without[:, own])

@@ -107,7 +107,8 @@ def verify(family: Family, prompts: Sequence[dict[str, Tensor]], texts: TextTrie
     """
     errors: dict[str, float] = {}
     reasons: dict[str, str] = {}
-    longest, dtype = int(texts.lengths.max()), torch.float32
+    longest = int(texts.lengths.max())
+    dtype = torch.float32
     for inputs in prompts:
         read: dict[str, Tensor] = {}
         try:

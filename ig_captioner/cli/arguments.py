@@ -68,7 +68,8 @@ def add_command(
         model_help: of `--model`, which the command does not have without.
         check: raises UsageError for arguments that do not go together, before anything slow is imported.
     """
-    name, usage = run.__name__.replace("_", "-"), " ".join(["%(prog)s", *usage.split(), "[options]"])
+    name = run.__name__.replace("_", "-")
+    usage = " ".join(["%(prog)s", *usage.split(), "[options]"])
     parser = commands.add_parser(name, usage=usage, help=summary, description=summary, epilog=examples)
     parser.set_defaults(run=run, check=check)
     if model_help is not None:
@@ -297,10 +298,12 @@ def find_photos(name: str, on_error: Callable[[OSError], None]) -> list[str]:
     from ..data.folders import is_image, list_images
 
     if os.path.isdir(name):
-        found, kind = list_images(name, on_error), "folder"
+        found = list_images(name, on_error)
+        kind = "folder"
     elif glob.has_magic(name) and not os.path.lexists(name) and "://" not in name:
         places = glob.glob(os.path.expanduser(name), recursive=True)
-        found, kind = sorted(place for place in places if is_image(place) and os.path.isfile(place)), "pattern"
+        found = sorted(place for place in places if is_image(place) and os.path.isfile(place))
+        kind = "pattern"
     else:
         return [name]
     if not found:

@@ -49,7 +49,10 @@ class Results:
     """
 
     def __init__(self, form: str, about: str, rows: str | None, note: str):
-        self.form, self.about, self.rows, self.note = form, about, rows, note
+        self.form = form
+        self.about = about
+        self.rows = rows
+        self.note = note
         self.is_first = True
 
     def add(self, name: str, rows: list[Fields]) -> None:
@@ -229,7 +232,8 @@ def quiet(strict: bool = False) -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    hub_verbosity, verbosity = hub_logging.get_verbosity(), logging.get_verbosity()
+    hub_verbosity = hub_logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     bar = logging.is_progress_bar_enabled()
     levels = {name: getLogger(name).level for name in QUIET_LOGGERS}
     for name in QUIET_LOGGERS:

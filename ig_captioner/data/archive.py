@@ -53,7 +53,8 @@ class ForwardFile:
     """What `tarfile` needs of a file that can be searched, over one that can only be read on."""
 
     def __init__(self, file: Any) -> None:
-        self.file, self.position = file, 0
+        self.file = file
+        self.position = 0
 
     def tell(self) -> int:
         return self.position

@@ -21,7 +21,9 @@ class HashingFile(io.RawIOBase):
     """The bytes of a file, counted and hashed as they are read."""
 
     def __init__(self, file: Any) -> None:
-        self.file, self.size, self.hash = file, 0, hashlib.sha256()
+        self.file = file
+        self.size = 0
+        self.hash = hashlib.sha256()
 
     def readable(self) -> bool:
         return True
@@ -55,7 +57,8 @@ def compare_shards(before: list[Fingerprint], now: list[Fingerprint]) -> list[st
     A size or hash that was not known before, or is not asked for now, is no difference; a shard whose hash was known
     and that could not be read at all now is one.
     """
-    old, new = [shard.name for shard in before], [shard.name for shard in now]
+    old = [shard.name for shard in before]
+    new = [shard.name for shard in now]
     differences = [f"{name} is gone" for name in old if name not in new]
     differences += [f"{name} is new" for name in new if name not in old]
     if not differences and old != new:

@@ -66,7 +66,8 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, url: str) -> None:
-        self.url, self.position = url, 0
+        self.url = url
+        self.position = 0
         self.size: int | None = None
         self.stream: Any = None
         self.server = "{0.scheme}://{0.netloc}".format(urlsplit(url))
@@ -196,7 +197,8 @@ class RemoteFile(io.RawIOBase):
             raise ChangedError(f"changed while it was read: its first {self.position} bytes are others")
 
     def _drop(self) -> None:
-        stream, self.stream = self.stream, None
+        stream = self.stream
+        self.stream = None
         if stream is not None:
             stream.close()
 
@@ -221,7 +223,8 @@ class Rate:
 
     def add(self, count: int, seconds: float) -> None:
         """Counts a read. Raises SlowServerError where `TIMEOUT` seconds have given too little."""
-        self.count, self.seconds = self.count + count, self.seconds + seconds
+        self.count = self.count + count
+        self.seconds = self.seconds + seconds
         if self.seconds < TIMEOUT:
             return
         rate = self.count / self.seconds

@@ -167,7 +167,8 @@ class Samples(Iterable[T]):
     """
 
     def __init__(self, data: str, decode: Callable[[str, dict[str, bytes]], T], limit: int | None = None):
-        self.data, self.decode = data, decode
+        self.data = data
+        self.decode = decode
         self.keys: list[str] = []
         self.skipped: Counter[str] = Counter()
         self.chosen: set[str] | None = None
@@ -175,7 +176,8 @@ class Samples(Iterable[T]):
             self.chosen = first_by_hash((item[0] for item in read_source(data) if not isinstance(item, Skipped)), limit)
 
     def __iter__(self) -> Iterator[T]:
-        self.keys, self.skipped = [], Counter()
+        self.keys = []
+        self.skipped = Counter()
         without: list[str] = []
         remarks = Remarks()
         for item in read_source(self.data):
@@ -235,7 +237,8 @@ def label_from_field(class_names: Sequence[str], field: str = "class_name") -> F
 
     def find_label(files: dict[str, bytes]) -> int:
         metadata = read_metadata(files)
-        value, folders = metadata.get(field), metadata.get("class_folders", len(class_names))
+        value = metadata.get(field)
+        folders = metadata.get("class_folders", len(class_names))
         if field == "class_id" and folders != len(class_names):
             raise ValueError(
                 f"class_id is a place among {folders} folders, but there are {len(class_names)} class names: use names "

@@ -65,7 +65,8 @@ class EncodedCaptions(Sequence[list[int]]):
     """Captions that become token ids when they are asked for: a stream uses one of each sample's."""
 
     def __init__(self, texts: list[str], encode: Encode):
-        self.texts, self.encode = texts, encode
+        self.texts = texts
+        self.encode = encode
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -135,7 +136,8 @@ def read_shard(path: str, fingerprints: list[Fingerprint] | None = None) -> Iter
     Args:
         fingerprints: gets that of the shard when it has been read.
     """
-    last, name = "", os.path.basename(path)
+    last = ""
+    name = os.path.basename(path)
     hashing = None
 
     def members(archive: Archive) -> Iterator[Member]:
@@ -233,9 +235,11 @@ def _samples_of(group: list[File]) -> Iterator[RawSample | Skipped]:
     samples: dict[str, dict[str, bytes]] = {}
     refused: dict[str, str] = {}
     for file in group:
-        key, extension = file.stem, file.extension
+        key = file.stem
+        extension = file.extension
         if whole is not None and file.stem != whole:
-            key, extension = whole, f"{file.stem[len(whole) + 1 :]}.{extension}"
+            key = whole
+            extension = f"{file.stem[len(whole) + 1 :]}.{extension}"
         files = samples.setdefault(key, {})
         if file.refused or extension in files:
             refused[key] = file.refused or "two files of one name"

@@ -102,7 +102,9 @@ class Handlers:
     """Handlers of the page's events: from values of its components to values of its components."""
 
     def __init__(self, captioner: Captioner) -> None:
-        self.captioner, self.lanes, self.examples = captioner, Lanes(), example_photos()
+        self.captioner = captioner
+        self.lanes = Lanes()
+        self.examples = example_photos()
 
     @shows_errors
     def read(self, upload: dict[str, Any] | None) -> tuple[Tensor, PIL.Image.Image]:
@@ -146,7 +148,8 @@ class Handlers:
         self, pixel_values: Tensor | None, text: str, sentences: str, prior_weight: float, picked: str | None = None
     ) -> tuple:
         """Scores to be kept; bars, code, choice of labels and tokens to be shown."""
-        labels, templates = parse_labels(text), parse_templates(sentences)
+        labels = parse_labels(text)
+        templates = parse_templates(sentences)
         check_number(labels, templates)
         check_characters(labels, templates)
         with self.lanes.enter(len(labels) * len(templates)):
@@ -389,7 +392,8 @@ def _connect_photo(handlers: Handlers, parts: dict[str, Any]) -> None:
 def _connect_results(handlers: Handlers, parts: dict[str, Any]) -> None:
     """Labels, sentence, slider and word picker."""
     texts = (parts["labels"], parts["template"])
-    classify, changed = _classify(handlers, parts), _changed(handlers, parts)
+    classify = _classify(handlers, parts)
+    changed = _changed(handlers, parts)
     classified = gr.on([parts["run"].click, *(text.submit for text in texts)], **classify)
     classified.success(**changed)
     classified.success(**_event(handlers.remember, parts, "labels", "kept_labels", **AT_ONCE))

@@ -98,7 +98,8 @@ def check_number(labels: Sequence[str], templates: Sequence[str]) -> None:
 
 def check_characters(labels: Sequence[str], templates: Sequence[str]) -> None:
     """Raises InputError if labels in sentences make more text than a request may ask for."""
-    in_labels, characters = sum(map(len, labels)), 0
+    in_labels = sum(map(len, labels))
+    characters = 0
     for template in templates:
         places = template.count("{}")
         characters += len(labels) * (len(template) - 2 * places) + places * in_labels

@@ -15,7 +15,8 @@ class Lanes:
     """Two queues for one model."""
 
     def __init__(self) -> None:
-        self._short, self._long = Lock(), Lock()
+        self._short = Lock()
+        self._long = Lock()
 
     @contextmanager
     def enter(self, texts: int = 1) -> Iterator[None]:

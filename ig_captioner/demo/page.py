@@ -148,12 +148,17 @@ def label_bars(rows: Sequence[RankedLabel], num_labels: int, prior_weight: float
     """
     floor = FLOOR * min(min(row.caption_log_likelihood, row.prior_log_likelihood) for row in rows)
     gains = [row.information_gain for row in rows]
-    low, high = min(0.0, *gains), max(0.0, *gains)
-    best_gain, best_caption = max(gains), max(row.caption_log_likelihood for row in rows)
+    low = min(0.0, *gains)
+    high = max(0.0, *gains)
+    best_gain = max(gains)
+    best_caption = max(row.caption_log_likelihood for row in rows)
     lines = [_titles()]
     for row in rows:
-        caption, prior, gain = row.caption_log_likelihood, row.prior_log_likelihood, row.information_gain
-        sign, is_best = "ig-below" if gain < 0 else "", gain == best_gain
+        caption = row.caption_log_likelihood
+        prior = row.prior_log_likelihood
+        gain = row.information_gain
+        sign = "ig-below" if gain < 0 else ""
+        is_best = gain == best_gain
         cells = [
             _cell("ig-score", f"{row.score:.0%}", _bar(0, row.score, 0, 1), is_best),
             _cell("ig-gain", number(gain), _bar(min(0, gain), max(0, gain), low, high, sign, zero=True), is_best),
@@ -252,7 +257,8 @@ def _token_table(pieces: Sequence[Piece]) -> str:
 
 def caption_view(caption: Caption, pieces: Sequence[Piece]) -> str:
     """A caption, how sure the model is of it, and its tokens."""
-    text, tokens = caption.text or "(the model wrote nothing)", caption.tokens
+    text = caption.text or "(the model wrote nothing)"
+    tokens = caption.tokens
     confidence = note(
         f"Confidence {tokens.confidence:.0%} per token (geometric mean of their probabilities under the image), "
         f"log P(T|I) {number(sum(tokens.conditional))}, log P(T) {number(sum(tokens.unconditional))}, "

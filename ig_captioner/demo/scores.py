@@ -155,7 +155,8 @@ class Captioner:
         """Scores of the large set of names, whose texts are compiled once per set of templates."""
         compiled = self.compile_large_set(tuple(templates))
         scores = self.scorer.score(image, compiled)
-        caption, prior = scores.caption_log_likelihood[0].tolist(), scores.prior_log_likelihood.tolist()
+        caption = scores.caption_log_likelihood[0].tolist()
+        prior = scores.prior_log_likelihood.tolist()
         return Scores(compiled.labels, compiled.templates, caption, prior, **self.settings)
 
     def _compile_large_set(self, templates: tuple[str, ...]) -> CompiledLabels:
@@ -172,7 +173,9 @@ class Captioner:
 
     def pieces(self, tokens: TextTokens) -> list[Piece]:
         """Tokens as text, the end of the sequence last. Those that make no whole character are taken together."""
-        pieces, start, before = [], 0, ""
+        pieces = []
+        start = 0
+        before = ""
         last = len(tokens.ids) - 1
         for end in range(1, last + 1):
             now = self.scorer.tokenizer.decode(tokens.ids[:end])
@@ -181,7 +184,8 @@ class Captioner:
             if is_whole or end == last or end - start == MAX_TOKENS_PER_CHARACTER:
                 group = slice(start, end)
                 pieces.append(Piece(text, sum(tokens.conditional[group]), sum(tokens.unconditional[group])))
-                start, before = end, now
+                start = end
+                before = now
         return [*pieces, Piece("", tokens.conditional[last], tokens.unconditional[last])]
 
 

@@ -291,7 +291,8 @@ class Calibration(NamedTuple):
     @property
     def doubts(self) -> list[str]:
         """Why what was fitted should not be used, if there is a reason."""
-        doubts, number = [], len(self.held_out.is_right)
+        doubts = []
+        number = len(self.held_out.is_right)
         if number < FEWEST_HELD_OUT:
             doubts.append(f"Only {number} images are held out: a calibration is fitted to at least {FEWEST_HELD_OUT}.")
         if any(math.isclose(self.temperature, end, rel_tol=1e-6) for end in TEMPERATURES):
@@ -326,7 +327,8 @@ def calibrate(
         name: bin_by_score(Answers(confidence(test[0], temperature), is_right(*test)))
         for name, temperature in temperatures.items()
     }
-    ways, by_gain = ways_to_abstain(*test, fitted), Answers(held_out[0].amax(dim=1), is_right(*held_out))
+    ways = ways_to_abstain(*test, fitted)
+    by_gain = Answers(held_out[0].amax(dim=1), is_right(*held_out))
     coverage = {name: answers for name, (answers, _) in ways.items()}
     tables = {
         "Calibration": calibration_rows(matrix, labels, split, tuned, given),

@@ -215,5 +215,6 @@ def _bleu(statistics: Tensor) -> float:
     from sacrebleu.metrics import BLEU
 
     length, reference_length, *counts = statistics.tolist()
-    correct, total = counts[:LONGEST], counts[LONGEST:]
+    correct = counts[:LONGEST]
+    total = counts[LONGEST:]
     return BLEU.compute_bleu(correct, total, length, reference_length, smooth_method="none").score / 100

@@ -109,7 +109,8 @@ def score_items(
         name = find_name(key, names)
         return name, None if name is None else image_of(files)
 
-    samples, size = Samples(arguments.data, decode), arguments.batch_size
+    samples = Samples(arguments.data, decode)
+    size = arguments.batch_size
     all_scores = score_images(items, samples, lambda asked: score_own_texts(model, processor, asked, size))
     there = [index for index, scores in enumerate(all_scores) if scores is not None]
     if not there:
@@ -246,7 +247,8 @@ def score_own_texts(model: Any, processor: Any, questions: Iterable[Question], b
         images, texts = zip(*batch, strict=True)
         counts = [len(own) for own in texts]
         encoded = encode_for(model, processor.tokenizer, [text for own in texts for text in own])
-        ids, mask = encoded["input_ids"], encoded["attention_mask"]
+        ids = encoded["input_ids"]
+        mask = encoded["attention_mask"]
         image_of_text = torch.arange(len(images)).repeat_interleave(torch.tensor(counts)).to(ids.device)
         with torch.no_grad():
             key_values, _ = model.model.encode_image(to_pixels(model, processor, list(images)))
@@ -256,7 +258,8 @@ def score_own_texts(model: Any, processor: Any, questions: Iterable[Question], b
                 image_key_values=[(key[image_of_text], value[image_of_text]) for key, value in key_values],
                 use_cache=False,
             ).last_hidden_state
-            labels, head = ids.masked_fill(mask == 0, IGNORE_INDEX), model.lm_head
+            labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
+            head = model.lm_head
             weights = torch.ones(labels.shape, device=ids.device)  # float32, whatever the model is in
             _, token_scores = linear_loss(states, head.weight, head.bias, labels, weights)
         return list(token_scores.float().sum(dim=-1).cpu().split(counts))

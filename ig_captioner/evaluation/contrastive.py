@@ -25,7 +25,8 @@ class ContrastiveModel:
         """Raises ValueError for a model that does not embed images and texts."""
         if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
             raise ValueError(f"{type(model).__name__} is no dual encoder: it has no features of images and of texts")
-        self.model, self.processor = model.eval(), processor
+        self.model = model.eval()
+        self.processor = processor
 
     @classmethod
     def load(cls, name: str, device: torch.device | str = "cpu") -> "ContrastiveModel":

@@ -110,7 +110,8 @@ def fit(features: Tensor, labels: Tensor, num_classes: int, penalty: float) -> L
         features: [S, E].
         labels: int [S].
     """
-    mean, scale = features.double().mean(dim=0), features.double().std(dim=0, correction=0).clamp(min=1e-6)
+    mean = features.double().mean(dim=0)
+    scale = features.double().std(dim=0, correction=0).clamp(min=1e-6)
     scaled = (features.double() - mean) / scale
     targets = F.one_hot(labels, num_classes).double()
     average = targets.mean(dim=0)
@@ -141,7 +142,8 @@ def probe_row(
 
     held_out, test = split
     penalty = best_of_grid(PENALTIES, lambda value: share_found_first(wrong_before(value, held_out)))
-    found, true = wrong_before(penalty, test), labels[test]
+    found = wrong_before(penalty, test)
+    true = labels[test]
     probe = Contender(name, found, baseline=baseline)
     return make_row(probe, lambda drawn: accuracies(found[drawn], true[drawn]), len(true), penalty=penalty)
 

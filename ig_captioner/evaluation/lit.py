@@ -123,7 +123,8 @@ def measure_retrieval(
 def measure_classification(
     arguments: argparse.Namespace, model, processor, tower: "DualEncoder", data: dict
 ) -> dict[str, list]:
-    class_names, templates = read_class_names(arguments.class_names), choose_templates(arguments, model.config)
+    class_names = read_class_names(arguments.class_names)
+    templates = choose_templates(arguments, model.config)
     samples = labelled_samples(arguments, arguments.labelled, class_names, arguments.limit)
     images, labels = separate(samples)
     features = pooled_features(model, processor, images, tower.recipe.pooling)
@@ -170,7 +171,9 @@ class DualEncoder(nn.Module):
     def __init__(self, tokenizer: Any, features: Tensor, recipe: Recipe):
         """`features`: of the training images; they are scaled to mean 0 and variance 1 over these."""
         super().__init__()
-        self.tokenizer, self.recipe, width = tokenizer, recipe, recipe.width
+        self.tokenizer = tokenizer
+        self.recipe = recipe
+        width = recipe.width
         self.register_buffer("mean", features.mean(dim=0))
         self.register_buffer("scale", features.std(dim=0, correction=0).clamp(min=1e-6))
         config = CLIPTextConfig(
@@ -283,7 +286,8 @@ def _batches(
     """Endless batches of pairs, for each image one of its captions, drawn."""
     input_ids, mask = model.encode([caption for own in pairs.captions for caption in own])
     counts = torch.tensor([len(own) for own in pairs.captions])
-    firsts, features = counts.cumsum(dim=0) - counts, pairs.features.to(model.mean.device)
+    firsts = counts.cumsum(dim=0) - counts
+    features = pairs.features.to(model.mean.device)
     for rows in _draw(len(features), recipe.batch_size, generator):
         texts = firsts[rows] + (torch.rand(len(rows), generator=generator) * counts[rows]).long()
         length = int(mask[texts].sum(dim=-1).max())
@@ -346,7 +350,8 @@ def choose_tower(
 
     Also a row for each on these pairs, image to text.
     """
-    rows, best = [], None
+    rows = []
+    best = None
     for recipe in recipes:
         model = train(pairs, tokenizer, recipe, device)
         found = rank_captions(model, held_out)

@@ -40,7 +40,8 @@ def draw_reliability(path: Path, pictures: dict[str, Bins]) -> bool:
         return False
     figure, panels = drawing
     for axes, (title, bins) in zip(panels, pictures.items(), strict=True):
-        images, width = bins.images.tolist(), 1 / len(bins.images)
+        images = bins.images.tolist()
+        width = 1 / len(bins.images)
         counts = axes.twinx()
         left = [index * width for index in range(len(images))]
         counts.bar(left, images, width, align="edge", color="0.85", edgecolor="white")

@@ -61,7 +61,8 @@ def map_batches(function: Callable[[list[T]], R], items: Iterable[T], batch_size
     """
     if batch_size < 1:
         raise ValueError(f"a batch holds at least one item, got batch_size {batch_size}")
-    (own, processes), iterator = place(), iter(items)
+    (own, processes) = place()
+    iterator = iter(items)
     results: list[R] = []
     batches = 0
     while batch := list(islice(iterator, batch_size)):

@@ -84,7 +84,8 @@ def git_commit() -> str:
     """Commit of the code, "-dirty" if a tracked file was changed; "unknown" where it is in no repository."""
 
     def git(*arguments: str) -> str:
-        command, folder = ["git", *arguments], Path(__file__).parent
+        command = ["git", *arguments]
+        folder = Path(__file__).parent
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..captioners.scorer import CaptionScorer, as_compiled, as_images
-from ..compiled_labels import CompiledLabels, encode_for, is_compiled
+from ..compiled_labels import CompiledLabels, encode_for, is_compiled, refuse_prior
 from ..data.samples import separate
 from ..information_gain import information_gain, mean_over_templates
 from ..processing_ig_captioner import default_templates, format_labels
@@ -74,8 +74,7 @@ def text_scorer(
         raise ValueError(f"there must be at least one text, got {len(texts)} texts")
     given: Any = texts
     if is_compiled(given):
-        if prior:
-            raise ValueError(f"compiled labels have their prior already, got {prior!r} with them")
+        refuse_prior(**prior)
         given.check_tokenizer(model, processor.tokenizer)
         compiled = given.texts.verified_for(model).to(model.device)
     else:

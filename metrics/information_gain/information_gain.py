@@ -63,7 +63,8 @@ class InformationGain(evaluate.Metric):
         return super().add(prediction=prediction, reference=reference, num_tokens=num_tokens, **kwargs)
 
     def _compute(self, predictions, references, num_tokens, prior_weight: float = 1.0) -> dict[str, float]:
-        gain, tokens = np.asarray(predictions) - prior_weight * np.asarray(references), np.asarray(num_tokens)
+        gain = np.asarray(predictions) - prior_weight * np.asarray(references)
+        tokens = np.asarray(num_tokens)
         if (tokens == UNKNOWN).all():
             return {"information_gain": float(gain.mean())}
         if not (tokens > 0).all():
