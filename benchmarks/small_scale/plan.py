@@ -134,7 +134,7 @@ def design_runs(recipe: Recipe, cpu_seconds: dict[str, float]) -> list[Run]:
     Args:
         cpu_seconds: of a training step of each design.
     """
-    samples = {name: recipe.design_samples for name in DESIGNS}
+    samples = dict.fromkeys(DESIGNS, recipe.design_samples)
     ratio = cpu_seconds[PRESENT_DESIGN] / cpu_seconds[CHEAPEST_DESIGN]
     samples[CHEAPEST_DESIGN + SAME_TIME] = round(recipe.design_samples * ratio)
     return [
