@@ -94,7 +94,7 @@ def test_the_best_held_out_rate_is_chosen():
 def test_designs_run_with_equal_samples_and_with_equal_cpu_time(tmp_path):
     recipe = load_recipe(RECIPES / "cpu.yaml")
     costs = {name: 1.0 if name == PRESENT_DESIGN else 0.5 for name in DESIGNS}
-    runs = design_runs(recipe, costs)
+    runs = design_runs(recipe, costs, recipe.seeds)
     assert len({run.name for run in runs}) == len(runs) == len(recipe.seeds) * (len(DESIGNS) + 1)
     samples = recipe.design_samples
     for run in runs:

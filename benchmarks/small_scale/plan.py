@@ -128,7 +128,7 @@ def long_tail_runs(recipe: Recipe) -> list[Run]:
     return [Run(arm, "captioner", "long_tail", ARMS[arm], seed) for arm in arms for seed in recipe.seeds]
 
 
-def design_runs(recipe: Recipe, cpu_seconds: dict[str, float]) -> list[Run]:
+def design_runs(recipe: Recipe, cpu_seconds: dict[str, float], seeds: list[int]) -> list[Run]:
     """Every design with `design_samples`, and the cheapest also with as many as take the present design's CPU time.
 
     Args:
@@ -139,7 +139,7 @@ def design_runs(recipe: Recipe, cpu_seconds: dict[str, float]) -> list[Run]:
     samples[CHEAPEST_DESIGN + SAME_TIME] = round(recipe.design_samples * ratio)
     return [
         Run(arm, "captioner", "mixture", {**DESIGNS[arm.removesuffix(SAME_TIME)], "max_samples": number}, seed)
-        for seed in recipe.seeds
+        for seed in seeds
         for arm, number in samples.items()
     ]
 
