@@ -1,6 +1,7 @@
 """Photos on a Ray cluster, without one: what its tasks and actors do, called here; and who gets which CPUs."""
 
 import io
+import json
 import pickle
 import sys
 import threading
@@ -30,8 +31,8 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow import fs, parquet
 
+from ig_captioner.data.ray import batch, scoring
 from ig_captioner.data.ray import photos as reading
-from ig_captioner.data.ray import scoring
 from ig_captioner.data.ray.output import ParquetFolder
 from ig_captioner.data.ray.photos import Photo, as_table, digests, is_done, key_of
 from ig_captioner.data.ray.places import Place
@@ -400,6 +401,15 @@ def test_the_end_misses_files_and_deletes_what_nobody_has_reported(output):
     assert set(output.names()) == {first, second, own}
     with pytest.raises(OSError, match="1 of 2 files of results are not in .*share"):
         after.end({own, "part-of-another-node.parquet"})
+
+
+def test_settings_are_what_was_chosen_and_has_an_effect():
+    prepared = scoring.Prepared(None, None, "weights", "tokens", 1)
+    chosen = {"top_k": None, "multi_label": False, "prior_weight": 0.0, "label_prior": (1, 2), "batch_size": 8}
+    settings = batch._settings(prepared, 2, {"reference_images": ["a.png"]}, chosen)
+    assert settings == json.loads(json.dumps(settings))
+    assert set(settings) == {"labels", "fingerprint", "tokens_sha256", "prior", "prior_weight", "label_prior"}
+    assert settings["prior"] == {"reference_images": "['a.png']"} and settings["prior_weight"] == 0.0
 
 
 def test_results_are_never_mixed(output):

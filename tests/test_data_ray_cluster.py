@@ -160,7 +160,7 @@ def test_a_killed_driver_is_resumed(cluster, model, table, expected, tmp_path, m
     assert main(command) == 1
     assert "holds" in capsys.readouterr().err
     assert main([*command, "--top-k", "2", "--resume"]) == 1
-    assert "top_k None, not 2" in capsys.readouterr().err
+    assert "made with top_k None, not 2" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     assert "were there before" in capsys.readouterr().out
     check_results(output, expected)

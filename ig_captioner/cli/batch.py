@@ -118,6 +118,7 @@ def _ray(address: str | None) -> Iterator[Any]:
         ValueError: Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of this command reports nothing
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # on stderr; Python raises what concerns the command
     try:
         from ..data import ray as ray_data
     except ImportError as error:

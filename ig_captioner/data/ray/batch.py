@@ -12,7 +12,7 @@ import ray.data
 from ...compiled_labels import CompiledLabels, is_compiled
 from .output import ParquetFolder
 from .photos import read_photos
-from .scoring import Captioner, classify_dataset, prepare, shares_of_cluster
+from .scoring import Captioner, Prepared, classify_dataset, prepare, shares_of_cluster
 
 
 @dataclass
@@ -75,7 +75,8 @@ def classify_photos(
     captioner = Captioner.named(model, model_options, num_gpus)
     prepared = prepare(captioner, labels, templates, prior or {}, shares, num_gpus)
     folder = ParquetFolder.find(output, output_filesystem)
-    finished = folder.begin(_settings(prepared, labels, templates, options), resume)
+    number = len(labels.labels if is_compiled(labels) else labels)
+    finished = folder.begin(_settings(prepared, number, prior or {}, options), resume)
     columns = {"key_column": key_column, "image_column": image_column}
     done = ray.put(finished.keys) if finished.photos else None
     photos = read_photos(location, filesystem=input_filesystem, **columns, num_cpus=shares.reader, done=done)
@@ -96,15 +97,20 @@ def classify_photos(
     return summary
 
 
-def _settings(prepared: Any, labels: Any, templates: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """What the results depend on."""
+def _settings(prepared: Prepared, number: int, prior: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What the results depend on: the model, labels and their prior, and what becomes of scores.
+
+    Args:
+        number: of labels.
+    """
     without_effect = ("batch_size",)
-    chosen = {name: value for name, value in options.items() if name not in without_effect}
-    number = len(labels.labels if is_compiled(labels) else labels)
+    given = {name: value for name, value in options.items() if name not in without_effect}
+    chosen = {name: value for name, value in given.items() if value is not None and value is not False}
     return {
         "labels": number,
         "fingerprint": prepared.fingerprint,
         "tokens_sha256": prepared.tokens_sha256,
+        "prior": {name: str(value) for name, value in prior.items()},
         **{name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()},
     }
 
