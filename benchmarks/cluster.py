@@ -132,6 +132,8 @@ def gains_of(predictions: list[dict[str, Any]]) -> dict[str, float]:
 def classified_by_cluster(output: Path) -> tuple[Gains, int]:
     """What is in a folder of results, by the names of photos; and how many keys are there twice."""
     rows = parquet.read_table(output).to_pylist()
+    if errors := [f"{each['key']}: {each['error']}" for each in rows if each["error"] is not None]:
+        raise RuntimeError(f"{len(errors)} photos without scores, the first: {errors[0]}")
     keys = Counter(each["key"] for each in rows)
     found = {
         Path(each["key"].rpartition(":")[2]).stem: dict(zip(each["labels"], each["information_gain"], strict=True))
