@@ -27,13 +27,13 @@ def function_lengths(tree: ast.AST) -> Iterator[int]:
 
 
 def packed_assignments(tree: ast.AST) -> int:
-    """How many assignments have several targets and several values, one each."""
+    """Counts the assignments of several values to several targets, one each."""
     assignments = (node for node in ast.walk(tree) if isinstance(node, ast.Assign))
     return sum(isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple) for node in assignments)
 
 
 def comment_lines(text: str) -> int:
-    """How many lines hold a comment and nothing else."""
+    """Counts the lines that hold a comment and nothing else."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     comments = (token for token in tokens if token.type == tokenize.COMMENT)
     return sum(token.line[: token.start[1]].strip() == "" for token in comments)

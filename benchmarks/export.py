@@ -9,7 +9,7 @@ graphs of `ig_captioner.export` in onnxruntime, in float32 and after its own `qu
     B/16    the design "fast" of `benchmarks.scoring`, ViT-B/16 at 224 pixels, random weights: size and speed only
 
 Speed is one call with one image and 100 labels compiled beforehand. Shift is |difference| of information gain in nats:
-over scikit-image's photos and the demo's labels, and with `--data_root` over N photos of CIFAR-10 test and its classes,
+over the demo's photos and labels, and with `--data_root` over N photos of CIFAR-10 test and its classes,
 where accuracy is compared, too.
 """
 
@@ -27,19 +27,19 @@ from typing import Any
 import onnxruntime
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from PIL import Image
-from skimage import data
 from torch import Tensor
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, TorchAoConfig
 
 from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerImageProcessor
 from ig_captioner.compiled_labels import encode_for
+from ig_captioner.data.prompts import load_prompts
+from ig_captioner.data.samples import Samples, label_from_field, labelled_decoder
+from ig_captioner.demo.examples import LABEL_OF, example_photos
 from ig_captioner.export import TRIE_FIELDS, export_onnx
 from ig_captioner.label_trie import build_trie
 from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 
-from .evaluate_checkpoint import CIFAR10_CLASSES, CIFAR10_TEMPLATE, load, read_labelled
 from .measure import Measurement, circumstances, row, take_turns, time_rows, write_report
 from .scoring import captioner, imagenet_labels
 
@@ -53,8 +53,7 @@ OPTIONS = {
         "quantization_config": TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
     },
 }
-PHOTOS = ("astronaut", "camera", "cat", "coffee", "rocket")
-LABELS = ["cat", "dog", "woman", "man with a camera", "cup of coffee", "rocket", "motorcycle", "a horse in a field"]
+LABELS = list(LABEL_OF.values())
 
 Call = Callable[[Tensor], Tensor]
 """Information gain [B, C] of `pixel_values`."""
@@ -167,17 +166,19 @@ def tiny_rows(options: argparse.Namespace, folder: Path) -> list[Measurement]:
         tokens = tokens_of(DEFAULT_CHECKPOINT, model, labels, template)
         return {name: make(tokens) for name, (make, _) in made.items()}
 
-    photos = processor(images=[Image.fromarray(getattr(data, name)()) for name in PHOTOS], return_tensors="pt")
+    photos = processor(images=example_photos(), return_tensors="pt")
     photos = photos["pixel_values"]
     sizes = {name: size for name, (_, size) in made.items()}
     rows = size_and_speed("tiny", calls(imagenet_labels(100)), sizes, photos[:1], options.rounds)
     scores = {name: call(photos) for name, call in calls(LABELS, "a {}").items()}
-    rows += shifts(f"tiny, {len(PHOTOS)} photos x {len(LABELS)} labels", scores)
+    rows += shifts(f"tiny, {len(photos)} photos x {len(LABELS)} labels", scores)
     if options.data_root:
-        limited = argparse.Namespace(data_root=options.data_root, limit=options.images)
-        images, labels = zip(*load("cifar10_test", limited, read_labelled), strict=True)
+        class_names = list(load_prompts("cifar10").class_names)
+        decode = labelled_decoder(label_from_field(class_names))
+        shards = os.path.join(options.data_root, "cifar10-test-*.tar.gz")
+        images, labels = zip(*Samples(shards, decode, options.images), strict=True)
         pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
-        scores = {n: scores_of(call, pixels) for n, call in calls(CIFAR10_CLASSES, CIFAR10_TEMPLATE).items()}
+        scores = {name: scores_of(call, pixels) for name, call in calls(class_names).items()}
         rows += shifts(f"tiny, {len(images)} photos of CIFAR-10 x 10 labels", scores)
         rows += accuracies(scores, torch.tensor(labels))
     return rows

@@ -1,4 +1,4 @@
-"""What a converter does once it has a plan: fill, verify, save, reload and describe a model; and its command line."""
+"""The part of converters after the plan: fill, verify, save, reload and describe a model; and the command line."""
 
 import argparse
 import json
@@ -69,7 +69,7 @@ def make_plan(
     facts: dict[str, str],
     constants: dict[str, np.ndarray],
 ) -> Plan:
-    """What all converters end their planning with. Raises ConversionError if there are more tokens than embeddings."""
+    """Ends the planning of every converter. Raises ConversionError if there are more tokens than embeddings."""
     if checkpoint.skipped:
         notes = [*notes, f"{len(checkpoint.skipped)} leaves are not of this model: {checkpoint.skipped[0]}, ..."]
     if tokenizer is None:
@@ -84,7 +84,7 @@ def make_plan(
 
 @dataclass
 class Report:
-    """What was converted. differences: reference output -> largest absolute difference, in float32 and as stored."""
+    """A record of a conversion. differences: reference output -> largest absolute one, in float32 and as stored."""
 
     directory: Path
     sha256: str
@@ -141,7 +141,7 @@ def convert_with(
 
 
 def _facts(plan: Plan, report: Report, dtype: str, license: str | None) -> dict[str, str]:
-    """What the card tells about the source."""
+    """Facts about the source, for the card."""
     facts = {
         "converted from": f"`{plan.checkpoint.store.path.name}`, {report.num_leaves} leaves, each read once",
         "sha256 of the source": f"`{report.sha256}`",

@@ -34,7 +34,7 @@ OUTER_FIXED = {
 
 @dataclass
 class Given:
-    """What a user states, from `--config` and options: upstream's model arguments, and what goes with them."""
+    """Settings that a user states, from `--config` and options: upstream's model arguments, and what goes with them."""
 
     model: dict = field(default_factory=dict)
     image_size: tuple[int, int] | None = None

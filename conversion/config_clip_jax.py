@@ -80,7 +80,7 @@ def _check_supported(text: dict, vision: dict, file: str) -> None:
 
 
 def find_structure(config: dict) -> Structure:
-    """Which leaves the checkpoint has, from [`read_config`]."""
+    """Leaves that the checkpoint has, from [`read_config`]."""
     text = config["text"]
     vision = config["vision"]
     kinds = {"learnt": "factorized" if vision["position_embedding_factorized"] else "learned"}
@@ -195,7 +195,7 @@ def build_config(config: dict, structure: Structure, sizes: dict[str, int], grid
 
 
 def _tower_config(config: dict, tower: Tower) -> dict:
-    """What both towers share."""
+    """Fields that both towers share."""
     return {
         "hidden_size": config["hidden_size"],
         "intermediate_size": config["mlp_dim"],

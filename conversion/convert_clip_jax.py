@@ -81,7 +81,7 @@ def plan(
     if unused:
         notes.append(f"{' and '.join(unused)} belong to a contrastive loss that a captioner does not have: left out")
     if text["mlp_dropout_rate"] or upstream["vision"]["mlp_dropout_rate"]:
-        notes.append("mlp_dropout_rate is left out: here dropout stands behind each sub-layer, not within the MLP")
+        notes.append("mlp_dropout_rate is left out: here dropout is applied after each sub-layer, not within the MLP")
     text_tokenizer = None if tokenizer is None else read_tokenizer(tokenizer, text)
     parts = (opened, table, model_config, image_processor, text_tokenizer)
     return make_plan(*parts, notes=notes, facts=facts, constants=constants(structure, sizes))

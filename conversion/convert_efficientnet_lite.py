@@ -73,7 +73,7 @@ GOOGLE = "https://github.com/tensorflow/tpu/tree/master/models/official/efficien
 
 @dataclass
 class Report:
-    """What was written. difference: of features from the original code's, relative to the largest one, if compared."""
+    """A record of a conversion. difference: of features from the original code's, over the largest one, if compared."""
 
     directory: Path
     parameters: int

@@ -61,7 +61,7 @@ def _check_fixed_positions(positions: torch.Tensor) -> None:
 
 
 def upstream_config(config: IGCaptionerConfig) -> dict:
-    """What `convert_big_vision --config` reads: upstream's model arguments, and what goes with them."""
+    """Configuration for `convert_big_vision --config`: upstream's model arguments, and what goes with them."""
     structure, sizes = export_plan(config, scan=False)
     model = infer_model(structure, sizes)
     # upstream keeps an embedding for the mask token where this is positive; 0.75 is CapPa's

@@ -42,7 +42,7 @@ SUMMARY = "Parts of these weights come from elsewhere; the whole has to be train
 
 @dataclass
 class Report:
-    """What was taken from where. new: names of our weights that are random."""
+    """A record of what was taken from where. new: names of our weights that are random."""
 
     directory: Path
     encoder: Taken = field(default_factory=lambda: Taken("", [], []))
@@ -165,7 +165,7 @@ def init_from_pretrained(
 
 
 def _facts(report: Report) -> dict[str, str]:
-    """What the card tells about the sources."""
+    """Facts about the sources, for the card."""
     decoder = report.decoder
     return {
         "encoder": f"`{report.encoder.source}`, {len(report.encoder.loaded)} tensors",

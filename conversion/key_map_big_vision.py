@@ -99,7 +99,7 @@ ENCODER_STACK, DECODER_STACK = "encoder/Transformer/encoderblock", "decoder/EncD
 
 @dataclass(frozen=True)
 class Structure:
-    """What the names of the leaves tell."""
+    """Structure of a checkpoint, as the names of its leaves tell it."""
 
     encoder_layers: int
     decoder_layers: int
@@ -201,7 +201,7 @@ def find_structure(leaves: dict[str, Leaf]) -> Structure:
 
 
 def _count_layers(leaves: dict[str, Leaf], stack: str, separator: str, scan_axis: int) -> tuple[bool, int]:
-    """Whether a stack is scanned, and its layers; (False, 0) if there is none."""
+    """Tells whether a stack is scanned, and how many layers it has; (False, 0) if there is none."""
     for name, leaf in leaves.items():
         if name.startswith(f"{stack}/"):
             return True, leaf.shape[scan_axis] if len(leaf.shape) > scan_axis else 0

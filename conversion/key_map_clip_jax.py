@@ -34,7 +34,7 @@ TEXT_AXES = Axes("D", "H", "G", "F")
 
 @dataclass(frozen=True)
 class Tower:
-    """What upstream's configuration of a tower says about its leaves."""
+    """Facts about the leaves of a tower, from upstream's configuration."""
 
     layers: int
     gated: bool
@@ -52,7 +52,7 @@ class Tower:
 
     @property
     def norm_scale(self) -> bool:
-        """Whether norms have a scale here: a LayerNorm with a bias has one, of ones where upstream has none."""
+        """Tells whether norms have a scale here: a LayerNorm with a bias has one, of ones where upstream has none."""
         return self.scale or self.norm_bias
 
 

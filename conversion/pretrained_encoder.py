@@ -28,7 +28,7 @@ MAX_DIFFERENCE = 1e-3  # of outputs, relative to the largest one
 
 @dataclass
 class Taken:
-    """What was taken from a source. loaded and dropped: its names.
+    """A record of what was taken from a source. loaded and dropped: its names.
 
     difference: of outputs, relative to the largest one; None where nothing was rewritten.
     """
@@ -41,7 +41,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Family:
-    """How transformers names the parts of an encoder. Modules are source -> ours; `dropped` are prefixes.
+    """Names that transformers gives the parts of an encoder. Modules are source -> ours; `dropped` are prefixes.
 
     unapplied_norm: a final norm that the source does not apply to its patches. fields: of our configuration.
     """

@@ -131,7 +131,7 @@ def _import_tensorstore(path: Path) -> Any:
 
 
 def _zarr_leaf(metadata: bytes, name: str) -> Leaf:
-    """What the metadata of a zarr array (version 2 or 3) tells."""
+    """Facts in the metadata of a zarr array (version 2 or 3)."""
     try:
         content = json.loads(metadata)
         dtype = content["dtype"] if "dtype" in content else content["data_type"]

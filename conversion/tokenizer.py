@@ -125,7 +125,7 @@ def load_tokenizer(
     eos_token_id: int | None = None,
     bos_token_id: int | None = None,
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer in scored form (EOS behind every text, nothing in front) for texts of `max_length` tokens.
+    """A tokenizer in scored form (EOS after every text, nothing in front) for texts of `max_length` tokens.
 
     Args:
         path: a SentencePiece `.model`, a `tokenizer.json`, or a folder with either.
@@ -169,7 +169,7 @@ def load_for_decoder(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a language model in scored form; where none is named, padding is the EOS token (GPT-2).
 
     Raises:
-        ConversionError: no EOS token, or no way to put it behind every text.
+        ConversionError: no EOS token, or no way to put it after every text.
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:

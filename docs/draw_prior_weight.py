@@ -2,7 +2,7 @@
 
     python docs/draw_prior_weight.py
 
-The photos are those of scikit-image (`examples/demo.py`), the model the shipped checkpoint.
+Photos and labels are those of `examples/demo.py`, the model is the shipped checkpoint.
 """
 
 import argparse
@@ -15,14 +15,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from PIL import Image
-from skimage import data
 from transformers import pipeline
 
 from ig_captioner import DEFAULT_CHECKPOINT, IGZeroShotImageClassificationPipeline
+from ig_captioner.demo.examples import LABEL_OF, load_photo
 
 
-LABELS = ["cat", "dog", "woman", "cup of coffee", "rocket", "motorcycle"]
+PHOTOS, LABELS = ("cat", "bee"), list(LABEL_OF.values())
 WEIGHTS = np.linspace(0.0, 1.5, 301)
 
 
@@ -59,11 +58,10 @@ def main() -> None:
     classify = pipeline(
         "zero-shot-image-classification", model=DEFAULT_CHECKPOINT, pipeline_class=IGZeroShotImageClassificationPipeline
     )
-    photos = {"cat": data.chelsea(), "motorcycle": data.stereo_motorcycle()[0]}
-    settings = {"candidate_labels": LABELS, "hypothesis_template": "a {}", "return_log_likelihoods": True}
+    settings = {"candidate_labels": LABELS, "return_log_likelihoods": True}
     figure, panels = plt.subplots(1, 2, figsize=(11.5, 4.2), sharey=True, layout="constrained")
-    for axes, (name, photo) in zip(panels, photos.items(), strict=True):
-        draw(axes, name, classify(Image.fromarray(photo), **settings))
+    for axes, name in zip(panels, PHOTOS, strict=True):
+        draw(axes, name, classify(load_photo(name), **settings))
     panels[0].set_ylabel("log P(T|I) - weight * log P(T), nats")
     panels[1].legend(loc="lower right", fontsize=9, frameon=False)
     figure.savefig(options.output, dpi=90)

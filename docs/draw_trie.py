@@ -2,7 +2,7 @@
 
     python docs/draw_trie.py
 
-The photo is the CC0 cat of scikit-image, the model the shipped checkpoint.
+The photo is the cat of `examples/demo.py`, the model the shipped checkpoint.
 """
 
 import argparse
@@ -18,11 +18,11 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
-from skimage import data
 from torch import Tensor
 from transformers import AutoProcessor
 
 from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForZeroShotImageClassification, compile_labels
+from ig_captioner.demo.examples import load_photo
 from ig_captioner.demo.page import LESS_LIKELY, LIKELIER
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)
     model = IGCaptionerForZeroShotImageClassification.from_pretrained(DEFAULT_CHECKPOINT).eval()
     labels = compile_labels(model, processor.tokenizer, LABELS, TEMPLATE)
-    pixel_values = processor(images=data.chelsea(), return_tensors="pt")["pixel_values"]
+    pixel_values = processor(images=load_photo("cat"), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         with_image = model.edge_log_likelihoods(labels.texts, pixel_values)[0]
         without = model.edge_log_likelihoods(labels.texts)[0]

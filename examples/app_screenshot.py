@@ -2,23 +2,16 @@
 
     python examples/app_screenshot.py --output docs/images/app.png
 
-Needs the extras `app` and `demo`, playwright and a Chromium. The photo is the CC0 one inside scikit-image's wheel.
+Needs the extra `app`, playwright and a Chromium. The photo is the first of the examples.
 """
 
 import argparse
-import io
 import shutil
 from pathlib import Path
 
-from PIL import Image
 from playwright.sync_api import sync_playwright
-from skimage import data
 
 from ig_captioner import DEFAULT_CHECKPOINT, demo
-
-
-LABELS = ["cat", "dog", "woman", "cup of coffee", "rocket", "motorcycle"]
-TEMPLATE = "a {}"
 
 
 def main() -> None:
@@ -27,17 +20,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1100, help="of the window, in pixels; 390 is a phone's")
     options = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    file = io.BytesIO()
-    Image.fromarray(data.chelsea()).save(file, "PNG")
-    photo = {"name": "chelsea.png", "mimeType": "image/png", "buffer": file.getvalue()}
     app = demo.build_app(DEFAULT_CHECKPOINT)
     with sync_playwright() as running:
         browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": options.width, "height": 800})
         page.goto(demo.serve(app))
-        page.fill("#labels textarea", "\n".join(LABELS))
-        page.fill("#template textarea, #template input", TEMPLATE)
-        page.set_input_files("#photo input[type=file]", photo)
+        page.locator("#examples .gallery-item").first.click()
         page.wait_for_selector("#tokens .ig-token")
         page.evaluate("document.fonts.ready")
         page.evaluate("document.activeElement.blur()")

@@ -3,7 +3,7 @@
     python examples/finetune_trainer.py PHOTOS OUTPUT_DIR --epochs 3
 
 PHOTOS holds `cat/1.jpg`, `sports_car/2.jpg`, ...; captions are "a photo of a cat.", "a photo of a sports car.".
-OUTPUT_DIR is then a checkpoint. Needs `pip install 'ig_captioner[finetune]'`.
+OUTPUT_DIR is then a checkpoint. Needs `pip install '.[finetune]'`.
 """
 
 import argparse

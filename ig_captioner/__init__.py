@@ -1,7 +1,7 @@
 """Image captioners as zero-shot classifiers that rank texts by information gain, `log P(T|I) - log P(T)`.
 
 Importing the package registers its classes with the Auto classes of transformers, so that saved models load without
-`trust_remote_code`. The files that end in `_ig_captioner.py`, and `information_gain.py`, also travel with each
+`trust_remote_code`. The files listed in `REMOTE_CODE_FILES` of `configuration_ig_captioner.py` also travel with each
 checkpoint as remote code.
 """
 

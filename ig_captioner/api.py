@@ -1,4 +1,4 @@
-"""What the package offers by name, registered with the Auto classes of transformers.
+"""The public names of the package; importing this registers its classes with the Auto classes of transformers.
 
 The package's `__init__.py` imports this, but for the command line, whose commands import what they need.
 """

@@ -92,7 +92,7 @@ def folder_or_repository(model: str | Path) -> str:
 
 
 def is_own(name: str, **hub: Any) -> bool:
-    """Whether a folder or repository holds a checkpoint of this package. `hub`: `revision`, `token` and so on."""
+    """Tells whether a folder or repository holds a checkpoint of this package. `hub`: `revision`, `token` and so on."""
     config, _ = IGCaptionerConfig.get_config_dict(name, **hub)
     return config.get("model_type") == IGCaptionerConfig.model_type
 

@@ -29,7 +29,7 @@ JSON_FILE = "labels.json"
 TENSOR_FILE = "labels.safetensors"
 FORMAT = 2  # of a folder of compiled labels; others are refused, as compiling again is cheap
 READING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError)
-WORDS_PER_SUM = 1024  # of 8 bytes, in `checksum`
+WORDS_PER_SUM = 64  # of 8 bytes, in `checksum`: less than a row of most weights, so that rows that change places show
 # Fields that say nothing of the architecture; some are set when a configuration is loaded or saved.
 NOT_ARCHITECTURE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 

@@ -17,7 +17,8 @@ from transformers.activations import ACT2FN
 from .vision_ig_captioner import ImageLayout, layout_of, size_of, vision_part
 
 
-# Every checkpoint carries its code: these files, and `file.Class` of what stands in them, as transformers resolves it.
+# Every checkpoint carries its code: these files. The two tables after them tell transformers, as `file.Class`, which
+# class to take for which Auto class and which pipeline.
 REMOTE_CODE_FILES = (
     "compat_ig_captioner.py",
     "input_rules.py",
@@ -50,15 +51,14 @@ CUSTOM_PIPELINES = {
     }
 }
 
-
 PRIOR_SOURCES = ("unconditional", "reference_images")
 
 
 def copy_remote_code(directory: str | Path) -> list[str]:
-    """Copies the Python files a saved model refers to, which stand beside this one. Returns their names."""
+    """Copies the Python files that a saved model refers to from the folder of this one. Returns their names."""
     here = Path(__file__).parent
-    for name in REMOTE_CODE_FILES:
-        if here.resolve() != Path(directory).resolve():
+    if here.resolve() != Path(directory).resolve():
+        for name in REMOTE_CODE_FILES:
             shutil.copyfile(here / name, Path(directory) / name)
     return list(REMOTE_CODE_FILES)
 
@@ -72,10 +72,11 @@ def as_height_width(size: int | list[int] | tuple[int, int], name: str) -> tuple
 
 
 def _check_blocks(config: "IGCaptionerVisionConfig | IGCaptionerTextConfig") -> None:
-    """What encoder and decoder have in common. Raises ValueError naming field and value."""
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
-    for name in (*sizes, "vocab_size", "max_position_embeddings"):
-        if getattr(config, name, 1) < 1:
+    """Checks the fields that encoder and decoder share. Raises ValueError naming field and value."""
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    of_one = ("num_channels", "vocab_size", "max_position_embeddings")  # of the encoder, or of the decoder
+    for name in (*sizes, *of_one):
+        if hasattr(config, name) and getattr(config, name) < 1:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
     for name in ("dropout", "attention_dropout"):
         if not 0 <= getattr(config, name) < 1:
@@ -110,7 +111,7 @@ class IGCaptionerVisionConfig(PreTrainedConfig):
         norm (`"layernorm"` or `"rmsnorm"`), norm_eps, norm_bias, norm_scale: the norms of the blocks and the final one;
             RMSNorm has no bias. Without scale and bias norms have no parameters.
         post_attention_norm: normalises what attention returns, too, before it is added; always with a scale.
-        mid_mlp_norm: normalises between the projections of the MLP, behind the gate (with `post_attention_norm`:
+        mid_mlp_norm: normalises between the projections of the MLP, after the gate (with `post_attention_norm`:
             NormFormer, arXiv 2110.09456).
         qk_norm: RMSNorm of the queries and the keys of each head, with a scale, before rotary positions.
         patch_bias, attention_bias, mlp_bias: whether those projections have biases.
@@ -183,7 +184,8 @@ class IGCaptionerTextConfig(PreTrainedConfig):
         fusion (`"prefix"` or `"cross_attention"`): projected image tokens in front of the text, seen by all of it and
             by one another (prefix-LM); or a cross-attention sub-layer in each block (CapPa).
         num_text_only_layers (`int`): this many lower layers never see the image, so that log P(T|I) and log P(T)
-            share them.
+            share them. The more of the layers, the less a node of a trie costs per image (see `docs/scoring.md`); so do
+            a small `hidden_size`, `vocab_size` and `embedding_size`.
         encoder_hidden_size (`int`, *optional*): width of the image tokens; taken from the vision config.
         embedding_size (`int`, *optional*): width of the token embedding and of the head, with a projection between it
             and `hidden_size` on either side (factorised, as in ALBERT, arXiv 1909.11942, and ELECTRA); by default both
@@ -299,13 +301,13 @@ class IGCaptionerConfig(PreTrainedConfig):
         parallel_prediction_prob (`float`): share of training examples whose text is predicted in parallel, from mask
             tokens and the image alone (CapPa, arXiv 2306.07915: 0.75; 0 switches it off).
         label_smoothing (`float`): share of each target of CE(T|I) that is spread evenly over the vocabulary, in
-            training mode only. CE(T), and the losses that are reported beside the whole one, stay as they are.
+            training mode only. CE(T) stays as it is, and so do the losses that are reported beside `loss`.
         loss_reduction (`"token"` or `"sequence"`): mean over all tokens of a batch, as everywhere in transformers, or
             the mean over texts of each text's mean, as big_vision and clip-jax train.
         prior_weight (`float`): weight of log P(T) in the score; 0 ranks by likelihood, 1 by information gain.
         prior_source (`"unconditional"` or `"reference_images"`): where log P(T) comes from: the decoder without an
             image, or, for models that were never trained so, the mean of P(T|I) over reference images (VisualGPTScore,
-            arXiv 2306.01879). Calls may bring those; three plain images, black, grey and white, take their place.
+            arXiv 2306.01879). A call may give those; by default they are three plain images, black, grey and white.
         score_temperature (`float`): what the pipeline divides information gains by before their softmax or sigmoid; 1
             leaves them as they are, fitted values make scores agree with how often they are right. It moves no ranking.
             Not named `temperature`, which transformers would take for the one of sampling.
@@ -319,7 +321,7 @@ class IGCaptionerConfig(PreTrainedConfig):
 
     model_type = "ig_captioner"
     sub_configs = {"vision_config": IGCaptionerVisionConfig, "text_config": IGCaptionerTextConfig}
-    # so that Trainer's predictions are the logits alone
+    # so that Trainer's predictions are the logits only
     keys_to_ignore_at_inference = [
         "cache",
         "past_key_values",
@@ -366,20 +368,18 @@ class IGCaptionerConfig(PreTrainedConfig):
 
     def _vision_config(self) -> PreTrainedConfig:
         """Our encoder's configuration, unless another `model_type` is given."""
-        value = self.vision_config
-        if value is not None and not isinstance(value, (dict, PreTrainedConfig)):
+        value, own_type = self.vision_config, IGCaptionerVisionConfig.model_type
+        if isinstance(value, PreTrainedConfig):
+            return value if value.model_type == own_type else vision_part(value)
+        if value is not None and not isinstance(value, dict):
             raise TypeError(f"vision_config must be a dict or a config, got {value!r}")
-        if not isinstance(value, PreTrainedConfig):
-            value = value or {}
-            if value.get("model_type", IGCaptionerVisionConfig.model_type) == IGCaptionerVisionConfig.model_type:
-                return IGCaptionerVisionConfig(**value)
-        elif value.model_type == IGCaptionerVisionConfig.model_type:
-            return value
-        return vision_part(value)
+        fields = value or {}
+        is_own = fields.get("model_type", own_type) == own_type
+        return IGCaptionerVisionConfig(**fields) if is_own else vision_part(fields)
 
     @property
     def has_own_encoder(self) -> bool:
-        """Whether the encoder is this package's ViT."""
+        """Tells whether the encoder is this package's ViT."""
         return self.vision_config.model_type == IGCaptionerVisionConfig.model_type
 
     @property
@@ -393,20 +393,21 @@ class IGCaptionerConfig(PreTrainedConfig):
 
     @property
     def image_layout(self) -> ImageLayout:
-        """What the encoder returns for one image of `image_size`."""
+        """Layout of what the encoder returns for one image of `image_size`."""
         return self.vision_config.layout if self.has_own_encoder else layout_of(self.vision_config)
 
     @property
     def num_image_tokens(self) -> int:
-        """How many tokens the decoder reads of one image of `image_size`."""
+        """Number of tokens that the decoder reads of one image of `image_size`."""
         if self.image_token_grids is None:
             return self.image_layout.tokens
         return sum(grid**2 for grid in self.image_token_grids)
 
     def validate_image_tokens(self):
         """Part of `@strict`: called when the object is built and when it is saved."""
-        if self.image_token_grids is not None and not all(grid >= 1 for grid in self.image_token_grids or [0]):
-            raise ValueError(f"image_token_grids must be None or positive numbers, got {self.image_token_grids}")
+        grids = self.image_token_grids
+        if grids is not None and (not grids or min(grids) < 1):
+            raise ValueError(f"image_token_grids must be None or positive numbers, got {grids}")
         width = self.text_config.encoder_hidden_size
         if self.image_position_embedding == "sincos2d" and width % 4:
             raise ValueError(
@@ -452,6 +453,8 @@ class IGCaptionerConfig(PreTrainedConfig):
 
 
 def _of_text_config(name: str) -> property:
+    """Makes a property that reads and writes a field of `text_config`."""
+
     def get(self: IGCaptionerConfig) -> int | list[int] | None:
         return getattr(self.text_config, name)
 
@@ -466,7 +469,7 @@ def _of_text_config(name: str) -> property:
 for _name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "mask_token_id"):
     setattr(IGCaptionerConfig, _name, _of_text_config(_name))
 
-IGCaptionerVisionConfig.register_for_auto_class("AutoConfig")  # an encoder saved alone brings its code along
+IGCaptionerVisionConfig.register_for_auto_class("AutoConfig")  # an encoder saved by itself brings its code along
 
 
 __all__ = ["IGCaptionerConfig", "IGCaptionerTextConfig", "IGCaptionerVisionConfig"]

@@ -10,7 +10,9 @@ bidirectional prefix, which never sees the text, and they stand in front of the 
     parallel       mask tokens only, no causal mask     CapPa's parallel prediction (arXiv 2306.07915)
 
 The lower `num_text_only_layers` layers never see the image: `read_text` runs them, `fuse` the rest, so that several
-images, or log P(T|I) and log P(T), share what `read_text` returns.
+images, or log P(T|I) and log P(T), share what `read_text` returns. Under many images they cost nothing per image.
+
+B images may have N texts: the first N / B texts see the first image, the next N / B the second, and so on.
 
 Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E encoder width, D decoder width, H heads,
 V vocabulary, W width of the token embedding and of the head (D, unless `embedding_size` says otherwise).
@@ -47,8 +49,12 @@ from .encoder_ig_captioner import (
 class TextStates:
     """Texts after embedding and the text-only layers: all that the fusion layers need to know of them.
 
-    hidden_states [N, L, D]; mask as the attention implementation takes it (None, [N, S] or [N, 1, L, S]); rotary
-    cosines and sines [N, 1, L, head]; is_causal is False for parallel prediction and for tries.
+    Args:
+        hidden_states: [N, L, D].
+        mask: as the attention implementation takes it: None, [N, S] or [N, 1, L, S].
+        rotary: cosines and sines [N, 1, L, head]; None where positions are learned.
+        is_causal: whether a text sees only what is before it, where `mask` does not say so (None, [N, S]); False for
+            parallel prediction and for tries.
     """
 
     hidden_states: Tensor
@@ -68,7 +74,7 @@ class TextStates:
 
 
 def tree_mask(ends: Tensor) -> Tensor:
-    """Who sees whom in blocks of a trie, bool [G, 1, Q, Q]: every position its ancestors and itself.
+    """Attention mask of blocks of a trie, bool [G, 1, Q, Q]: every position sees its ancestors and itself.
 
     Args:
         ends: [G, Q], one past the last descendant of each position (see `TextTrie`).
@@ -85,6 +91,11 @@ def with_visible_prefix(mask: Tensor | None, length: int) -> Tensor | None:
     if mask is None:
         return None
     return F.pad(mask, (length, 0), value=0.0 if mask.is_floating_point() else 1)
+
+
+def repeat_rows(states: Tensor, times: int) -> Tensor:
+    """Repeats each row of `states` [B, H, P, head]: [B * times, H, P, head]."""
+    return states[:, None].expand(-1, times, -1, -1, -1).flatten(0, 1) if times > 1 else states
 
 
 @dataclass
@@ -124,12 +135,10 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
         cache: Cache | None = None,
         **kwargs,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Text [N, L, D], or with `reads_image` image tokens [B, P, *], through the block.
+        """Takes text [N, L, D], or with `reads_image` image tokens [B, P, *], through the block.
 
-        Where there are fewer images than texts, the first N / B texts see the first image, and so on.
-
-        Both go through `forward`, so that wrappers around a layer (checkpointing, sharding) see every use of it; what
-        needs a gradient is positional for the same reason.
+        Both go through `forward`, so that wrappers around a layer (checkpointing, sharding) see every use of it. What
+        needs a gradient is positional, since reentrant checkpointing loses the gradients of keyword arguments.
 
         Returns:
             The new states; for image tokens also their keys and values [B, H, P, head].
@@ -141,20 +150,17 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
         if cache is not None:
             key, value = cache.update(key, value, self.self_attn.layer_idx)
         mask = text.mask
-        causal = text.is_causal
         if image_key is not None and self.has_prefix:
-            if (texts := key.shape[0] // image_key.shape[0]) > 1:
-                image_key, image_value = (
-                    part[:, None].expand(-1, texts, -1, -1, -1).flatten(0, 1) for part in (image_key, image_value)
-                )
-            key = torch.cat([image_key, key], dim=2)
-            value = torch.cat([image_value, value], dim=2)
+            texts_per_image = key.shape[0] // image_key.shape[0]
+            key = torch.cat([repeat_rows(image_key, texts_per_image), key], dim=2)
+            value = torch.cat([repeat_rows(image_value, texts_per_image), value], dim=2)
             mask = with_visible_prefix(mask, image_key.shape[2])
-        attended, _ = self.self_attn(normed, (key, value), mask, text.rotary, is_causal=causal, **kwargs)
+        attended, _ = self.self_attn(normed, (key, value), mask, text.rotary, is_causal=text.is_causal, **kwargs)
         hidden_states = hidden_states + self.dropout(self.self_attn_post_norm(attended))
         if image_key is not None and self.cross_attn is not None:
             normed = self.cross_attn_norm(hidden_states)
-            by_image = normed.reshape(image_key.shape[0], -1, normed.shape[-1])  # nobody's texts see another's here
+            # The texts of an image as one row: its keys and values need no copies, and here texts do not see texts.
+            by_image = normed.reshape(image_key.shape[0], -1, normed.shape[-1])
             attended, _ = self.cross_attn(by_image, (image_key, image_value), **kwargs)
             hidden_states = hidden_states + self.dropout(self.cross_attn_post_norm(attended.view_as(normed)))
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
@@ -204,7 +210,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         return self.layers[self.config.num_text_only_layers :]
 
     def read_image(self, encoder_hidden_states: Tensor, **kwargs) -> list[KeyValues]:
-        """What each fusion layer needs of the images: keys and values [B, H, P, head], from [B, P, E]."""
+        """Keys and values [B, H, P, head] of image tokens [B, P, E], for each fusion layer."""
         states = encoder_hidden_states
         if self.image_projection is not None:
             states = self.image_projection(states)
@@ -266,7 +272,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         return self._run_text_only_layers(TextStates(embedded, mask, rotary, is_causal=False))
 
     def _with_positions(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
-        """Token embeddings [N, L, W] to the first layer's input [N, L, D]."""
+        """Makes the first layer's input [N, L, D] of token embeddings [N, L, W]."""
         hidden_states = self.embedding_projection(inputs_embeds)
         return hidden_states if self.embed_positions is None else hidden_states + self.embed_positions(position_ids)
 
@@ -288,14 +294,14 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         cache: Cache | None = None,
         **kwargs,
     ) -> Tensor:
-        """Runs the fusion layers and the final norm: what the head reads, [N, L, W].
+        """Runs the fusion layers and the final norm. Returns what the head reads, [N, L, W].
 
-        Without `image_key_values` no image is involved.
-        Of B images the first N / B texts see the first, and so on.
+        Args:
+            image_key_values: what `read_image` returned; None for log P(T).
         """
         hidden_states = text.hidden_states
-        nothing = [(None, None)] * len(self.fusion_layers)
-        for layer, key_value in zip(self.fusion_layers, image_key_values or nothing, strict=True):
+        no_image = [(None, None)] * len(self.fusion_layers)
+        for layer, key_value in zip(self.fusion_layers, image_key_values or no_image, strict=True):
             hidden_states = layer(hidden_states, *key_value, text=text, cache=cache, **kwargs)
         return self.head_projection(self.norm(hidden_states))
 
@@ -314,7 +320,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> IGCaptionerDecoderOutput:
-        """Texts [N, L] and what `read_image` made of N images to `last_hidden_state` [N, L, W]."""
+        """Takes texts [N, L], and what `read_image` returned for N images or none, to `last_hidden_state` [N, L, W]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -346,7 +352,7 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
     def _position_ids(
         self, inputs_embeds: Tensor, attention_mask: Tensor | None, past: int, parallel_rows: Tensor | None
     ) -> Tensor:
-        """Positions [N, L]: from the first real token on; for parallel texts, which have none, from the left edge."""
+        """Positions [N, L]: from the first real token on; from the left edge in parallel texts, which are all mask."""
         length = inputs_embeds.shape[1]
         positions = (torch.arange(length, device=inputs_embeds.device) + past).expand(len(inputs_embeds), -1)
         if attention_mask is None or attention_mask.ndim != 2:

@@ -2,8 +2,8 @@
 
 Attention projects keys and values apart from queries, because the decoder keeps those of an image (computed once) and
 of the text (a cache) while its queries change. Positions are learned, and resampled linearly with aligned corners when
-the image size changes (as in big_vision), or fixed 2-D sine-cosine tables. Which norms a block has, and which of them
-have parameters, `make_norm` alone decides: where one is absent stands `nn.Identity`.
+the image size changes (as in big_vision), or fixed 2-D sine-cosine tables. Every norm is made by `make_norm`, which
+decides whether it exists and what parameters it has; one that does not exist is an `nn.Identity`.
 
 Legend: B images, C candidate texts, N texts, P image tokens, L text tokens, E encoder width, D decoder width, H heads,
 V vocabulary.
@@ -52,7 +52,7 @@ def rotary_embedding(position_ids: Tensor, head_dim: int, theta: float) -> tuple
 
 
 def rotate(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """`states` [N, H, L, head] turned by `rotary`."""
+    """Rotates `states` [N, H, L, head] by the angles of `rotary_embedding`."""
     cos, sin = rotary
     first, second = states.float().chunk(2, dim=-1)
     return (states.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(states.dtype)
@@ -61,14 +61,14 @@ def rotate(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 def make_norm(
     config: IGCaptionerVisionConfig | IGCaptionerTextConfig, size: int, role: NormRole = "input"
 ) -> nn.Module:
-    """The norm that stands in a place, or `nn.Identity` if the configuration has none there.
+    """Makes the norm for a place in the model, or `nn.Identity` if the configuration has none there.
 
     Args:
         role: "input" of a sub-layer and the encoder's final norm; "text_output", the decoder's final norm; "attention"
             output, before it is added; "mid_mlp", between the projections of an MLP; "query_key", of each head.
     """
-    wanted = {"attention": config.post_attention_norm, "mid_mlp": config.mid_mlp_norm, "query_key": config.qk_norm}
-    if not wanted.get(role, True):
+    optional = {"attention": config.post_attention_norm, "mid_mlp": config.mid_mlp_norm, "query_key": config.qk_norm}
+    if role in optional and not optional[role]:
         return nn.Identity()
     scale = config.norm_scale or role in ("attention", "query_key")
     if config.norm == "rmsnorm" or role == "query_key":
@@ -189,6 +189,8 @@ class IGCaptionerMLP(nn.Module):
 
 
 class IGCaptionerPreTrainedModel(PreTrainedModel):
+    """Base of all models here: initial weights, and saving together with the code."""
+
     config_class = IGCaptionerConfig
     base_model_prefix = "model"
     input_modalities: tuple[str, ...] = ("image", "text")
@@ -215,10 +217,13 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
         device = super().device
         if device.type != "meta":
             return device
-        hooks = [getattr(module, "_hf_hook", None) for module in self.modules()]
-        parts = [part for hook in hooks for part in getattr(hook, "hooks", [hook])]
-        places = (getattr(part, "execution_device", None) for part in parts)
-        return next((torch.device(place) for place in places if place is not None), device)
+        for module in self.modules():
+            hook = getattr(module, "_hf_hook", None)
+            for part in getattr(hook, "hooks", [hook]):  # of a sequence of hooks, or one, or None
+                place = getattr(part, "execution_device", None)
+                if place is not None:
+                    return torch.device(place)
+        return device
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -268,14 +273,14 @@ class IGCaptionerPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the code that `trust_remote_code=True` needs is saved along with the weights."""
         push = kwargs.pop("push_to_hub", False)
-        main = kwargs.get("is_main_process", True)
         super().save_pretrained(save_directory, *args, **kwargs)
-        if main and isinstance(self.config, IGCaptionerConfig):
+        if kwargs.get("is_main_process", True) and isinstance(self.config, IGCaptionerConfig):
             copy_remote_code(save_directory)
-        if push:  # after the code is there; it saves to a folder of its own
-            hub = ("commit_message", "private", "token", "create_pr", "revision")
+        if push:
+            # Not by transformers' own argument, which would upload before the code is there. `push_to_hub` saves again.
+            known = ("commit_message", "private", "token", "create_pr", "revision")
             name = kwargs.get("repo_id") or Path(save_directory).name
-            self.push_to_hub(name, **{key: kwargs[key] for key in hub if key in kwargs})
+            self.push_to_hub(name, **{key: kwargs[key] for key in known if key in kwargs})
 
 
 def sincos_position_embedding(grid: tuple[int, int], size: int, device: torch.device) -> Tensor:
@@ -298,7 +303,7 @@ def sincos_of(rows: Tensor, columns: Tensor, size: int) -> Tensor:
 
 
 def resampled_table(table: Tensor, length: int) -> Tensor:
-    """A table [rows, E] as [length, E], linearly between its first and its last row."""
+    """Resamples a table [rows, E] to [length, E], linearly, with its first and last rows kept."""
     if len(table) == length:
         return table
     return F.interpolate(table.float().T[None], size=length, mode="linear", align_corners=True)[0].T
@@ -319,10 +324,11 @@ class IGCaptionerPatchEmbeddings(nn.Module):
             config.num_channels, config.hidden_size, self.patch_size, self.patch_size, bias=config.patch_bias
         )
         rows, columns = config.grid_size
-        tables = {"learned": {"": rows * columns}, "factorized": {"_height": rows, "_width": columns}, "sincos2d": {}}
-        for name, length in tables[config.position_embedding].items():
-            table = nn.Parameter(torch.empty(length, config.hidden_size))
-            self.register_parameter(f"position_embedding{name}", table)
+        if config.position_embedding == "learned":
+            self.position_embedding = nn.Parameter(torch.empty(rows * columns, config.hidden_size))
+        elif config.position_embedding == "factorized":
+            self.position_embedding_height = nn.Parameter(torch.empty(rows, config.hidden_size))
+            self.position_embedding_width = nn.Parameter(torch.empty(columns, config.hidden_size))
         registers = config.num_register_tokens
         self.register_tokens = nn.Parameter(torch.empty(registers, config.hidden_size)) if registers else None
 
@@ -357,7 +363,7 @@ class IGCaptionerPatchEmbeddings(nn.Module):
 
 
 class IGCaptionerImageTokens(nn.Module):
-    """What the decoder reads of images: their features [B, P, E], normalised and with positions if so configured."""
+    """Image features [B, P, E] to the image tokens that the decoder reads: norm and positions, if so configured."""
 
     def __init__(self, config: IGCaptionerConfig):
         super().__init__()
@@ -369,7 +375,10 @@ class IGCaptionerImageTokens(nn.Module):
         self.position_embedding = None if table is None else nn.Parameter(table)
 
     def positions(self, device: torch.device) -> Tensor:
-        """[P, E] of an image of the configured size. The means over a grid are where the middles of its cells are."""
+        """Positions [P, E] of an image of the configured size.
+
+        Means over the cells of a grid are where the middles of these cells are, in units of the finest grid's cells.
+        """
         if self.position_embedding is not None:
             return self.position_embedding
         if self.config.image_token_grids is None:
@@ -418,7 +427,7 @@ class IGCaptionerVisionLayer(GradientCheckpointingLayer):
 
 
 class IGCaptionerVisionModel(IGCaptionerPreTrainedModel):
-    """The ViT alone, for features. `pooler_output` [B, E] is the mean over the patches (registers are left out).
+    """The ViT by itself, for features. `pooler_output` [B, E] is the mean over the patches (registers are left out).
 
     `from_pretrained` takes the encoder out of a whole captioner, too.
     """
@@ -463,4 +472,4 @@ class IGCaptionerVisionModel(IGCaptionerPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=patches.mean(dim=1))
 
 
-IGCaptionerVisionModel.register_for_auto_class("AutoModel")  # saved alone, it brings its code along
+IGCaptionerVisionModel.register_for_auto_class("AutoModel")  # saved by itself, it brings its code along

@@ -80,7 +80,7 @@ def image_processor_for(source: str | Path, image_size: tuple[int, int] | None =
 def size_and_crop(fields: dict[str, Any]) -> tuple[tuple[int, int] | None, float | None]:
     """`(height, width)` and `crop_pct` of an image processor of transformers, from its fields; None where it has none.
 
-    Resizing the shorter side to 256 pixels and cutting out 224 is `crop_pct` 0.875 of 224 pixels.
+    Resizing the shorter side to 256 pixels and cutting out 224 is `crop_pct` 0.875 of 224 pixels. Ours says it itself.
     """
     size = as_size(fields.get("size"))
     crop_size = as_size(fields.get("crop_size"))
@@ -90,7 +90,7 @@ def size_and_crop(fields: dict[str, Any]) -> tuple[tuple[int, int] | None, float
         edge = size.get("shortest_edge", size.get("height", min(height, width)))
         return (height, width), min(1.0, min(height, width) / edge)
     if "height" in size:
-        return (size["height"], size["width"]), None
+        return (size["height"], size["width"]), fields.get("crop_pct")
     if edge := size.get("shortest_edge"):
         share = fields.get("crop_pct") if edge < CONVNEXT_CROPS_BELOW else None
         return (edge, edge), share

@@ -119,7 +119,7 @@ def _form(shape: tuple[int, ...]) -> str:
 
 
 def _numbers_of_layers(names: Mapping[str, Any]) -> dict[str, int]:
-    """How many layers each list of layers has."""
+    """Counts the layers of each list of layers."""
     numbers: dict[str, int] = {}
     for name in names:
         if match := LAYER.match(name):

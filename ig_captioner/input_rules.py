@@ -1,4 +1,4 @@
-"""What an image and a text are: one set of rules for the pipeline, the commands, evaluation, training and the demo.
+"""Rules of what an image and a text are: one set for the pipeline, the commands, evaluation, training and the demo.
 
 Images. `FORMATS` says which files are images: by their names in a folder or a shard, by their content when they are
 opened. Pillow knows more formats; some of them start programs (PostScript starts ghostscript) and are never tried.
@@ -33,7 +33,7 @@ import PIL.ImageOps
 
 FORMATS = {  # Pillow's name of each format, and what names of its files end with
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
-    "MPO": ("mpo",),  # JPEG with more pictures behind the first, as many phones write it
+    "MPO": ("mpo",),  # JPEG with more pictures after the first, as many phones write it
     "PNG": ("png",),
     "WEBP": ("webp",),
     "BMP": ("bmp", "dib"),
@@ -51,9 +51,15 @@ NOT_AN_IMAGE = "not an image"
 TOO_MANY_PIXELS = "too many pixels"
 UNDECODABLE = "undecodable image"
 
-# Soft hyphen, zero-width space, marks of direction, word joiner, byte-order mark; not the joiners that emoji need.
-INVISIBLE = "\u00ad\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
+# Soft hyphen, grapheme joiner, zero-width space, marks of direction, word joiner, invisible operators, byte-order mark,
+# fillers of Korean syllables; not the joiners and selectors that emoji need.
+INVISIBLE = "\u00ad\u034f\u061c\u180e\u200b\u200e\u200f\ufeff\u115f\u1160\u3164\uffa0"
+RANGES_OF_INVISIBLE = ((0x202A, 0x202E), (0x2060, 0x206F))
 WITHOUT_INVISIBLE = dict.fromkeys(map(ord, INVISIBLE))
+WITHOUT_INVISIBLE |= dict.fromkeys(code for first, last in RANGES_OF_INVISIBLE for code in range(first, last + 1))
+LIST_SEPARATORS = (
+    "\n\t;\uff1b|\u3001\uff0c,"  # the first that there is separates, so that "Paris, France; Rome" is of two
+)
 
 
 class IGCaptionerWarning(UserWarning):
@@ -117,9 +123,11 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         raise ValueError("PostScript is a program, not an image: convert it to PNG first")
     raw_mode = _raw_mode(image)
     file_format = image.format
+    is_negative = _is_negative(image)
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _to_eight_bits(image, raw_mode, file_format)
+        image = PIL.ImageOps.invert(image) if is_negative else image
     elif image.mode == "La":
         image = image.convert("LA")
     elif "transparency" in image.info and image.mode in ("L", "RGB"):
@@ -172,14 +180,20 @@ def _eight_bit_key(key: Any, raw_mode: str) -> Any:
 
 
 def _raw_mode(image: PIL.Image.Image) -> str:
-    """How pixels lie in the file, such as "L;4"; "" once they are decoded."""
+    """Layout of the pixels in the file, such as "L;4"; "" once they are decoded."""
     tiles = getattr(image, "tile", None) or [(None, None, None, "")]
     arguments = tiles[0][3]
     return arguments if isinstance(arguments, str) else str(next(iter(arguments or ()), ""))
 
 
+def _is_negative(image: PIL.Image.Image) -> bool:
+    """Tells whether 0 is white in the file, a TIFF, which Pillow minds in modes of up to 8 bits only."""
+    photometric_interpretation = getattr(image, "tag_v2", {}).get(262)
+    return image.format == "TIFF" and photometric_interpretation == 0
+
+
 def _has_more_frames(image: PIL.Image.Image) -> bool:
-    """Whether other frames follow; those of MPO are the same photo again, or its depth."""
+    """Tells whether other frames follow; those of MPO are the same photo again, or its depth."""
     if image.format in ("JPEG", "MPO"):
         return False
     try:
@@ -235,13 +249,15 @@ def clean_texts(texts: Sequence[str], name: str) -> list[str]:
     return cleaned
 
 
-def split_at_commas(labels: list[str]) -> list[str]:
-    """Splits what is evidently one list: a single label with commas in it, or labels that end with commas.
+def split_list(labels: list[str]) -> list[str]:
+    """Splits what is evidently one list: a single label with separators in it, or labels that end with separators.
 
-    Labels with commas among several others stay as they are.
+    Labels with separators among several others stay as they are. See `LIST_SEPARATORS`.
     """
-    if (len(labels) == 1 and "," in labels[0]) or any(label.endswith(",") for label in labels):
-        return [part for part in map(clean_text, " ".join(labels).split(",")) if part]
+    stripped = [label.strip() for label in labels]
+    for separator in LIST_SEPARATORS:
+        if (len(labels) == 1 and separator in stripped[0]) or any(label.endswith(separator) for label in stripped):
+            return [part for part in map(clean_text, " ".join(stripped).split(separator)) if part]
     return labels
 
 

@@ -309,7 +309,11 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Lets Trainer leave the division over accumulated batches to the loss, if that is a mean over tokens."""
+        """Lets Trainer leave the division over accumulated batches to the loss, if that is a mean over tokens.
+
+        Trainer does not count texts, so that with `loss_reduction="sequence"` it takes the mean over the batches that
+        it accumulates: a shorter last one counts as much as the others (`dataloader_drop_last=True` leaves it out).
+        """
         return self.config.loss_reduction == "token"
 
     @accepts_both_cache_names
@@ -571,6 +575,17 @@ class IGCaptionerForConditionalGeneration(IGCaptionerModelWithHead, GenerationMi
         return super().generate(prompt, *args, **kwargs)
 
 
+def mean_cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """The mean over images of -log P(right text) in nats, a scalar, from logits [B, C] and labels [B].
+
+    Args:
+        num_items: divides the sum, instead of the number of images; those labelled -100 do not count.
+    """
+    if num_items is None:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, reduction="sum") / num_items
+
+
 # Arguments that transformers may pass to any model, and that this head has no use for.
 WITHOUT_EFFECT = ("output_attentions", "output_hidden_states", "return_loss", "use_cache")
 
@@ -578,7 +593,7 @@ WITHOUT_EFFECT = ("output_attentions", "output_hidden_states", "return_loss", "u
 class IGCaptionerForZeroShotImageClassification(IGCaptionerModelWithHead):
     """The captioner as a classifier of images among candidate texts, with the interface of CLIP and SigLIP."""
 
-    accepts_loss_kwargs = False  # the loss is a mean over images, which Trainer divides when it accumulates
+    accepts_loss_kwargs = True  # Trainer counts labels, of which there is one an image, over accumulated batches
 
     @can_return_tuple
     def forward(
@@ -592,12 +607,15 @@ class IGCaptionerForZeroShotImageClassification(IGCaptionerModelWithHead):
         prior_source: str | None = None,
         reference_pixel_values: Tensor | None = None,
         chunk_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> IGCaptionerZeroShotOutput:
         """Scores texts [C, L] under images [B, channels, height, width]; for the other arguments see `score`.
 
         Args:
             labels: [B], index of the right text of each image; gives the cross-entropy over texts as `loss`.
+            num_items_in_batch: divides the sum of that over images, instead of their number, as Trainer does under
+                gradient accumulation.
 
         Raises:
             TypeError: for unknown arguments, unless they are None. `WITHOUT_EFFECT` are those of all models.
@@ -616,7 +634,7 @@ class IGCaptionerForZeroShotImageClassification(IGCaptionerModelWithHead):
         )
         logits = scores.information_gain
         return IGCaptionerZeroShotOutput(
-            loss=None if labels is None else F.cross_entropy(logits, labels),
+            loss=None if labels is None else mean_cross_entropy(logits, labels, num_items_in_batch),
             logits_per_image=logits,
             logits_per_text=logits.T,
             caption_log_likelihood=scores.caption_log_likelihood,

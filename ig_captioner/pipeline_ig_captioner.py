@@ -24,7 +24,7 @@ from transformers.utils import logging
 from .compiled_labels import encode_for, is_compiled, refuse_prior
 from .configuration_ig_captioner import PRIOR_SOURCES
 from .information_gain import REFERENCE_MEANS, label_log_prior, mean_over_templates
-from .input_rules import tell
+from .input_rules import split_list, tell
 from .processing_ig_captioner import (
     default_templates,
     format_labels,
@@ -106,8 +106,8 @@ def _texts_of(settings: dict[str, Any], config: Any) -> tuple[list[str], list[st
             raise ValueError(f"hypothesis_template {asked!r}, but the labels were compiled with {labels.templates!r}")
         labels, templates = list(labels.labels), list(labels.templates)
     texts = format_labels(labels, templates, "hypothesis_template")
-    if len(labels) == 1 and "," in labels[0]:
-        tell("one label with commas is one label: to rank several, pass a list of them", labels)
+    if len(labels) == 1 and split_list(labels) != labels:
+        tell("one label with separators in it is one label: to rank several, pass a list of them", labels)
     return list(labels), list(templates), texts
 
 

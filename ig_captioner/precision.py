@@ -1,4 +1,4 @@
-"""Which number format is fast on a device: bfloat16 where its processor computes with it, else float32.
+"""The fast number format of a device: bfloat16 where its processor computes with it, else float32.
 
 A CPU without bfloat16 units (AVX2, most laptops) emulates it and takes about ten times as long as for float32, so the
 choice is made by a measurement of both.

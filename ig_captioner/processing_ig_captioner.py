@@ -53,15 +53,14 @@ def array_to_pil(array: np.ndarray | torch.Tensor) -> PIL.Image.Image:
 
     Where both ends could be the channels, a tensor is read as channels first and an array as channels last.
     """
-    is_tensor = isinstance(array, torch.Tensor)
-    pixels = as_numpy(array) if is_tensor else array
+    pixels = as_numpy(array) if isinstance(array, torch.Tensor) else array
     name = f"{type(array).__name__} of {pixels.dtype}, shape {tuple(array.shape)}"
     if pixels.ndim == 2:
         pixels = pixels[None]
     elif pixels.ndim == 3:
         first = pixels.shape[0] in IMAGE_CHANNELS
         last = pixels.shape[-1] in IMAGE_CHANNELS
-        if last and not (first and is_tensor):
+        if last and not (first and isinstance(array, torch.Tensor)):
             pixels = np.moveaxis(pixels, -1, 0)
     if pixels.ndim != 3 or pixels.shape[0] not in IMAGE_CHANNELS:
         raise ValueError(f"not one image of 1, 3 or 4 channels: {name}")

@@ -128,6 +128,8 @@ def save_release(
     """
     directory = Path(directory).expanduser().resolve()
     check_target(directory, overwrite)
+    if Path(model).is_dir():
+        _refuse_links_out(Path(model))
     loaded = load_model(IGCaptionerForConditionalGeneration, model)
     processor = load_processor(model)
     # A checkpoint may come from elsewhere: what it says about code must fit the code it gets.
@@ -211,9 +213,7 @@ def _stored_weights(source: Path) -> dict[str, Tensor]:
 
 
 def _copy_card(source: Path, folder: Path, license: str | None) -> None:
-    """Copies the facts and results, or the card if it was made from none. Raises ValueError for links to elsewhere."""
-    for path in (source / CARD_FILE, source / FACTS_FILE, *(source / RESULTS_FOLDER).glob("*")):
-        _refuse_link_out(source, path)
+    """Copies the facts and results, or the card if it was made from none."""
     facts = read_facts(source)
     if facts is None and (source / CARD_FILE).is_file():
         text = (source / CARD_FILE).read_bytes().decode("utf-8")  # line ends as they are
@@ -237,13 +237,17 @@ def _copy_card(source: Path, folder: Path, license: str | None) -> None:
     add_results(folder, (source / RESULTS_FOLDER).glob("*.json"), None)  # they have been checked
 
 
-def _refuse_link_out(source: Path, path: Path) -> None:
-    """Raises ValueError for a link that leads out of a folder; the Hub's cache keeps its files in a folder beside."""
+def _refuse_links_out(source: Path) -> None:
+    """Raises ValueError for a link that leads out of a folder; the Hub's cache keeps its files in a folder beside.
+
+    Whatever its name: transformers reads files that only some checkpoints have, such as `chat_template.jinja`, and
+    writes what they say into the release.
+    """
     root = source.resolve()
-    real = path.resolve()
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if path.exists() and not any(map(real.is_relative_to, allowed)):
-        raise ValueError(f"{path} is a link to a file elsewhere, which does not become part of a release")
+    for path in sorted(source.rglob("*")):
+        if path.is_symlink() and path.exists() and not any(map(path.resolve().is_relative_to, allowed)):
+            raise ValueError(f"{path} is a link to a file elsewhere, which does not become part of a release")
 
 
 def _check_licence(source: Path, wanted: str, license: str | None, name: str | None) -> None:

@@ -1,9 +1,9 @@
 """Special tokens in token ids: what may be scored, labelled or given as a prompt, and what cannot be meant.
 
 A text in *scored form* is what the processor makes: its tokens and the end-of-sequence token, without a start token,
-which the model puts in front itself. `generate` returns the start token as well, collators pad, and tokenizers of other
-models add what they like. What can be meant in one way only is brought into that form. What cannot be meant is refused
-where all texts of a call show it, and otherwise told.
+which the model puts in front itself. `generate` returns the start token as well, collators pad, and tokenizers of
+other models add tokens of their own. What can be meant in one way only is brought into scored form. What cannot be
+meant is an error where all texts of a call show it, and otherwise a warning.
 
 Legend: N or C texts, L tokens of a text.
 """
@@ -52,40 +52,44 @@ class SpecialTokens:
 def text_mask(input_ids: Tensor, tokens: SpecialTokens) -> Tensor:
     """Finds the real tokens of texts that came without a mask, int64 [N, L] of 0 and 1.
 
-    Where padding and end-of-sequence share an id, a text reaches up to its first end-of-sequence token, and padding can
-    only be on the right. Where padding and the start token share an id and all texts begin with it, the last of the
-    ids that a text begins with is its start token, and real.
+    Where padding and end-of-sequence share an id, those before a text are padding, and so are those after its end;
+    others are real, since it is not known which of them are padding. Where padding and the start token share an id and
+    all texts begin with it, the last of the ids that a text begins with is its start token, and real.
     """
     position = torch.arange(input_ids.shape[1], device=input_ids.device)
-    begins = input_ids == tokens.start
-    first = torch.zeros_like(position[:1])  # of the text without start token
-    is_start = torch.zeros_like(begins)
-    if tokens.start == tokens.padding and bool(begins[:, 0].all()):
-        first = begins.cumprod(dim=-1).sum(dim=-1, keepdim=True)
-        first = first.where(first < input_ids.shape[1], 1)  # nothing but start tokens: the second is the end
-        is_start = position == first - 1
-    is_behind = position >= first
+    is_padding = tokens.is_padding(input_ids)
+    first = is_padding.cumprod(dim=-1).sum(dim=-1, keepdim=True)  # token after the padding that a row begins with
+    has_start = tokens.start == tokens.padding and bool((first > 0).all())
+    # nothing but padding ids: an end-of-sequence token, after a start token where there is one
+    first = first.where(first < input_ids.shape[1], int(has_start))
+    is_start = (position == first - 1) & has_start
+    is_after_start = position >= first
     if tokens.padding in tokens.ends:
-        is_end = tokens.is_end(input_ids) & is_behind
-        is_text = is_end.cumsum(dim=-1) - is_end.long() == 0
+        is_text = ~_after_an_end(is_padding & is_after_start, tokens.is_end(input_ids) & is_after_start)
     else:
-        is_text = ~tokens.is_padding(input_ids)
-    return (is_start | (is_behind & is_text)).long()
+        is_text = ~is_padding
+    return (is_start | (is_after_start & is_text)).long()
+
+
+def _after_an_end(is_padding: Tensor, is_end: Tensor) -> Tensor:
+    """Marks padding that nothing but padding follows and that is not itself the end of its text, bool [N, L]."""
+    after = is_padding.flip(-1).cumprod(dim=-1).flip(-1).bool()
+    return after & F.pad(is_end[:, :-1], (1, 0))
 
 
 def outer_padding(input_ids: Tensor, tokens: SpecialTokens) -> Tensor:
-    """Marks padding ids before and behind each text, bool [N, L]; in a row of nothing but padding ids, none.
+    """Marks padding ids before and after each text, bool [N, L]; in a row of nothing but padding ids, none.
 
-    Where padding and end-of-sequence share an id, the first one behind a text is its end, and a row of nothing else is
+    Where padding and end-of-sequence share an id, the first one after a text is its end, and a row of nothing else is
     an empty text with its end.
     """
     is_padding = tokens.is_padding(input_ids)
     before = is_padding.cumprod(dim=-1).bool()
-    behind = is_padding.flip(-1).cumprod(dim=-1).flip(-1).bool()
     has_text = ~is_padding.all(dim=-1, keepdim=True)
     if tokens.padding in tokens.ends:
-        return (before & has_text) | (behind & F.pad(behind[:, :-1], (1, 0)))
-    return (before | behind) & has_text
+        return (before & has_text) | _after_an_end(is_padding, tokens.is_end(input_ids))
+    after = is_padding.flip(-1).cumprod(dim=-1).flip(-1).bool()
+    return (before | after) & has_text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,7 +130,9 @@ def scored_form(
 
 
 def _padding_last(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    order = mask.argsort(dim=-1, descending=True, stable=True)[:, : max(1, int(mask.sum(dim=-1).max()))]
+    """Texts and their mask [C, longest text], with the padding moved to the right."""
+    longest = max(1, int(mask.sum(dim=-1).max()))
+    order = mask.argsort(dim=-1, descending=True, stable=True)[:, :longest]
     return input_ids.gather(-1, order), mask.gather(-1, order)
 
 
@@ -162,11 +168,17 @@ def _tell_of_special_tokens(input_ids: Tensor, mask: Tensor, tokens: SpecialToke
         (~has_end, f"do not end with an end-of-sequence token ({list(tokens.ends)}): they are scored as beginnings"),
         (has_special, "have start, end-of-sequence or padding tokens inside, which are scored like words"),
     ):
-        if bool(rows.any()):
-            row = int(rows.long().argmax())
-            text = input_ids[row][mask[row].bool()].tolist()
-            message = f"{int(rows.sum())} of {len(rows)} texts {what}; text {row} has the tokens {text}"
-            warnings.warn(message, IGCaptionerWarning, stacklevel=2)
+        _tell_of_rows("text", rows, what, input_ids, mask)
+
+
+def _tell_of_rows(name: str, rows: Tensor, what: str, input_ids: Tensor, mask: Tensor) -> None:
+    """Warns of the marked `rows`, bool [N], with their number and the tokens of the first; silent if there are none."""
+    if not bool(rows.any()):
+        return
+    row = int(rows.long().argmax())
+    tokens = input_ids[row][mask[row].bool()].tolist()
+    message = f"{int(rows.sum())} of {len(rows)} {name}s {what}; {name} {row} has the tokens {tokens}"
+    warnings.warn(message, IGCaptionerWarning, stacklevel=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,20 +299,16 @@ def as_prompt(input_ids: Tensor, attention_mask: Tensor | None, config: IGCaptio
         return shift_right(moved, tokens.start, moved_mask), moved_mask
     for rows, what in (
         (~has_start, f"do not begin with the start token {tokens.start}, as all texts of the training do"),
-        (has_end, "end with an end-of-sequence token, behind which no text went on in the training; others do not"),
+        (has_end, "end with an end-of-sequence token, after which no text went on in the training; others do not"),
     ):
-        if bool(rows.any()):
-            row = int(rows[:, 0].long().argmax())
-            text = input_ids[row][mask[row].bool()].tolist()
-            message = f"{int(rows.sum())} of {len(rows)} prompts {what}; prompt {row} has the tokens {text}"
-            warnings.warn(message, IGCaptionerWarning, stacklevel=3)
+        _tell_of_rows("prompt", rows[:, 0], what, input_ids, mask)
     return input_ids, mask
 
 
 def prompt_before_labels(
     labels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, config: IGCaptionerTextConfig
 ) -> tuple[Tensor, Tensor]:
-    """Makes prompts of a training batch: the start token and what stands before the labels, which are to be generated.
+    """Makes prompts of a training batch: the start token and what is before the labels, which are to be generated.
 
     Args: as for [`labelled_texts`].
 

@@ -11,6 +11,7 @@ Legend: B images, P image tokens, E encoder width.
 import copy
 import inspect
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,8 +26,9 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTra
 from .compat_ig_captioner import attention_implementation, build_from_config
 
 
-# Values for fields that an encoder may have: what the decoder never reads is not computed.
-READ_IN_FULL = {"mask_ratio": 0.0, "vision_use_head": False, "do_pooling": False}
+# Fields that an encoder may have, with the values that we set: a masked autoencoder sees every patch, and heads and
+# pooling layers, which the decoder does not read, are left out.
+FIELDS_SET = {"mask_ratio": 0.0, "vision_use_head": False, "do_pooling": False}
 VIDEO_FIELDS = ("num_frames", "frames_per_clip", "tubelet_size")
 MAX_LEADING_TOKENS = 16  # class and register tokens; more would be a grid that was not recognised
 
@@ -68,7 +70,7 @@ def vision_part(config: PreTrainedConfig | dict) -> PreTrainedConfig:
         config = nested
     encoder_class(config)
     config = copy.deepcopy(config)
-    for name, value in READ_IN_FULL.items():
+    for name, value in FIELDS_SET.items():
         if hasattr(config, name):
             setattr(config, name, value)
     return config
@@ -131,7 +133,7 @@ def _supports_attention(model_class: type[PreTrainedModel], implementation: str)
 
 
 def run_encoder(encoder: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-    """Images [B, channels, height, width] to what the encoder makes of them: [B, P, E], or a map [B, E, rows, columns].
+    """Encodes images [B, channels, height, width]: to tokens [B, P, E], or to a map [B, E, rows, columns].
 
     Raises:
         ValueError: for an output of another shape.
@@ -149,7 +151,7 @@ def run_encoder(encoder: PreTrainedModel, pixel_values: Tensor) -> Tensor:
 
 
 def _extra_arguments(encoder: PreTrainedModel, pixel_values: Tensor) -> dict[str, Any]:
-    """What `forward` has to be told beside the pixels."""
+    """Arguments that `forward` needs beside the pixels."""
     config = encoder.config
     known = inspect.signature(type(encoder).forward).parameters
     height, width = pixel_values.shape[-2:]
@@ -164,7 +166,7 @@ def _extra_arguments(encoder: PreTrainedModel, pixel_values: Tensor) -> dict[str
 
 
 def is_convolutional(encoder: nn.Module) -> bool:
-    """Whether there are convolutions beyond the one that cuts the patches: those are faster with channels last."""
+    """Tells whether there are convolutions beyond the one that cuts the patches: they are faster with channels last."""
     return sum(isinstance(module, nn.Conv2d) for module in encoder.modules()) > 1
 
 
@@ -185,14 +187,17 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def patch_size_of(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """`(height, width)` of a patch in pixels; None where the configuration has no such field."""
     patch = getattr(config, "patch_size", None)
-    return (patch, patch) if isinstance(patch, int) else patch and tuple(patch)
+    if not patch:
+        return None
+    return (patch, patch) if isinstance(patch, int) else tuple(patch)
 
 
 def find_layout(
     features: Tensor, image_size: tuple[int, int], config: PreTrainedConfig, trailing: int = 0
 ) -> ImageLayout:
-    """Where the patches are in `features`: a map, or tokens [B, P, E] with `trailing` registers.
+    """Finds the patches in `features`: a map, or tokens [B, P, E] with `trailing` registers.
 
     The grid is that of the config's patch size if it has one, or else (encoders that merge patches, as Swin) the finest
     one whose cells divide the image evenly, with as few leading tokens as possible.
@@ -204,15 +209,15 @@ def find_layout(
         return ImageLayout(features.shape[1], features.shape[2], features.shape[3])
     tokens = features.shape[1] - trailing
     width = features.shape[2]
-    height_width = image_size
+    height, width_in_pixels = image_size
     if patch := patch_size_of(config):
-        rows = height_width[0] // patch[0]
-        columns = height_width[1] // patch[1]
+        rows = height // patch[0]
+        columns = width_in_pixels // patch[1]
         if 0 <= tokens - rows * columns <= MAX_LEADING_TOKENS:
             return ImageLayout(width, rows, columns, tokens - rows * columns, trailing)
     for leading in range(MAX_LEADING_TOKENS + 1):
-        for cell in range(1, max(height_width) + 1):
-            rows, columns = (-(-side // cell) for side in height_width)
+        for cell in range(1, max(image_size) + 1):
+            rows, columns = math.ceil(height / cell), math.ceil(width_in_pixels / cell)
             if rows * columns == tokens - leading:
                 return ImageLayout(width, rows, columns, leading, trailing)
     raise ValueError(
@@ -222,8 +227,12 @@ def find_layout(
 
 
 def layout_of(config: PreTrainedConfig, image_size: tuple[int, int] | None = None) -> ImageLayout:
-    """What the encoder of a configuration returns for one image, found on the meta device; `size_of` by default."""
-    return _layout_of(config.to_json_string(), image_size or size_of(config))
+    """Layout of what an encoder returns for one image, found by running it on the meta device.
+
+    Args:
+        image_size: `(height, width)` in pixels; by default that of the configuration, see `size_of`.
+    """
+    return _layout_of(config.to_json_string(), image_size or size_of(config))  # JSON, as a cache needs equal arguments
 
 
 @lru_cache(maxsize=64)

@@ -1,5 +1,6 @@
 """Fixtures that several test files use. A file that needs another thing by the same name defines its own."""
 
+import gc
 import json
 import sys
 
@@ -33,6 +34,15 @@ from ig_captioner.evaluation.ranking import PRIOR_WEIGHTS
 from ig_captioner.evaluation.report import table_lines
 from tiny import VARIANTS, assert_clear_order, tiny_config
 from training.train_tokenizer import train_tokenizer
+
+
+def pytest_collection_finish() -> None:
+    """Spares full garbage collections the hundreds of thousands of objects of imported modules.
+
+    Accelerate, for one, collects at the end of every training.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 # The command line
@@ -160,12 +170,14 @@ def class_scores(model, processor):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A shard of coloured squares, and a tokenizer."""
+    """A shard of coloured squares, and a tokenizer. Runs draw no curves, which takes longer than their steps."""
     import training_runs  # here, since it takes seconds, which other tests need not wait for
 
     root = tmp_path_factory.mktemp("training")
     training_runs.make_workspace(root)
-    return root
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.train.draw_curves", lambda log, picture: False)
+        yield root
 
 
 @pytest.fixture(scope="module")

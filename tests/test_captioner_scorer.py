@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -87,6 +88,18 @@ def test_images_in_any_number_and_form(tmp_path):
         scorer.score([], TEXTS)
     with pytest.raises(ValueError, match="cannot read the image"):
         scorer.score(["no-such-file.jpg"], TEXTS)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_images_can_be_prepared_in_other_processes(name):
+    """What prepares them can be pickled, and holds no weights."""
+    scorer = scorer_of(name, reading_mode="tree")
+    sent = pickle.dumps(scorer.preparer())
+    weights = sum(value.numel() * value.element_size() for value in scorer.model.state_dict().values())
+    assert len(sent) < max(100_000, weights // 2)
+    prepare = pickle.loads(sent)
+    prepared = scorer.log_likelihoods([prepare(image) for image in PHOTOS], TEXTS)
+    assert torch.equal(prepared, scorer.log_likelihoods(PHOTOS, TEXTS))
 
 
 def test_images_whose_prompts_differ_in_length_are_read_apart():

@@ -157,3 +157,22 @@ def test_captioning_on_the_command_line(run, room, processor, tmp_path):
     assert results["data"]["different captions"] == len(set(captions))
     assert "bleu4" in row["metrics"] or any("sacrebleu is not installed" in note for note in results["notes"])
     assert "meteor" in row["metrics"] or any("No METEOR: nltk" in note for note in results["notes"])
+
+
+def test_length_penalties_are_those_of_transformers(run, room, processor, tmp_path):
+    data = ["--data", str(room / "shards"), "--model", str(room / "model"), "--max-new-tokens", "6"]
+    written = {}
+    for penalty in ("-3", "3"):
+        output = tmp_path / penalty
+        beams = ["--num-beams", "3", f"--length-penalty={penalty}", "--output", str(output)]
+        assert run("evaluate", "captioning", *data, *beams)[0] == 0
+        written[penalty] = [json.loads(line)["caption"] for line in (output / "captions.jsonl").open()]
+        (row,) = json.loads((output / "results.json").read_text())["tables"]["Captions"]
+        assert row["name"] == f"3 beams, length penalty {penalty}"
+        writer = IGCaptionerForConditionalGeneration.from_pretrained(room / "model").eval()
+        pixels = processor(images=make_images(PHOTOS), return_tensors="pt")["pixel_values"]
+        options = {"max_new_tokens": 6, "num_beams": 3, "length_penalty": float(penalty)}
+        expected = processor.batch_decode(writer.generate(pixel_values=pixels, **options), skip_special_tokens=True)
+        assert written[penalty] == [text.strip() for text in expected]
+    code, _, errors = run("evaluate", "captioning", *data, "--length-penalty", "2", "--output", str(tmp_path / "no"))
+    assert code == 1 and "--length-penalty 2 chooses among beams, but there is one" in errors[-1]

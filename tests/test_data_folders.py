@@ -14,7 +14,7 @@ from ig_captioner.data.remarks import Remarks
 from ig_captioner.data.samples import Samples, label_from_field, labelled_decoder, read_source
 from ig_captioner.data.shards import BrokenSampleError, Skipped, read_captions
 from ig_captioner.data.texts import decode_text, read_label_lines, read_lines
-from ig_captioner.input_rules import IMAGE_EXTENSIONS, IGCaptionerWarning, clean_text, split_at_commas, tell
+from ig_captioner.input_rules import IMAGE_EXTENSIONS, IGCaptionerWarning, clean_text, split_list, tell
 
 
 def write_photo(path, colour=(255, 0, 0)):
@@ -123,6 +123,22 @@ def test_folders_from_one_on_are_said_and_others_are_no_classes():
     assert class_numbers([]) == {}
 
 
+@pytest.mark.parametrize("names", [["0_cat", "1_dog", "10_bird"], ["class1", "class2", "class10"]])
+def test_folders_whose_order_depends_on_the_reading_of_numbers_are_no_classes(tmp_path, names):
+    for name in names:
+        write_photo(tmp_path / name / "1.png")
+    with pytest.raises(ValueError, match=r"there is no class_id.*class10 before class2"):
+        labels_of(tmp_path, ["cat", "dog", "bird"], "class_id")
+    assert labels_of(tmp_path, sorted(names), "class_name") == [0, 1, 2]
+
+
+def test_captions_beside_photos_may_have_names_in_capitals(tmp_path):
+    write_photo(tmp_path / "1.PNG")
+    (tmp_path / "1.TXT").write_text("a cat")
+    ((key, files),) = read_source(str(tmp_path))
+    assert key == "1" and read_captions(files) == ["a cat"]
+
+
 def test_places_among_other_folders_than_the_classes_are_refused(tmp_path):
     for name in ("ant", "bee", "cow"):
         write_photo(tmp_path / name / "1.png")
@@ -182,7 +198,7 @@ def test_captions_of_other_kinds():
 
 def test_text_that_is_no_text():
     assert decode_text(b"") == "" and decode_text("ä".encode()) == "ä"
-    for content in (b"\xff", b"\xff\xfea", b"caf\xe9"):
+    for content in (b"\xff", b"\xff\xfea", b"caf\xe9", "cat".encode("utf-16-le"), b"cat\0"):
         with pytest.raises(UnicodeDecodeError):
             decode_text(content)
 
@@ -196,7 +212,7 @@ def test_lines_and_lists(tmp_path):
     assert read_label_lines(write("tench, Tinca tinca\ngoldfish\n")) == ["tench, Tinca tinca", "goldfish"]
     with pytest.warns(IGCaptionerWarning, match=r"empty lines between others.*'line 2'"):
         assert read_templates(write("a {}\n\nb {}")) == ["a {}", "b {}"]
-    with pytest.warns(IGCaptionerWarning, match=r"list between commas \(3: 'cat', 'dog', 'polar bear'"):
+    with pytest.warns(IGCaptionerWarning, match=r"read as one list \(3: 'cat', 'dog', 'polar bear'"):
         assert read_class_names(write("cat, dog,polar bear\n")) == ["cat", "dog", "polar bear"]
     assert read_templates(write("a {}, photographed\n")) == ["a {}, photographed"]
     with pytest.raises(ValueError, match="no lines in"):
@@ -207,13 +223,33 @@ def test_clean_text_keeps_what_can_be_seen():
     family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # one emoji of three, by joiners
     for text in ("", "cat", family, "\u0645\u06cc\u200c\u062e\u0648", "a\u0301\u0302".encode().decode(), "x\x1b[31m"):
         assert clean_text(text) == unicodedata.normalize("NFC", text)
-    for text in ("\ufeffcat", "cat\u200b", "c\u00adat", "\u200ecat\u2069", "\u2003cat\u3000\r\n"):
+    for text in (
+        "\ufeffcat",
+        "cat\u200b",
+        "ca\u034ft",
+        "\u061ccat\u2064",
+        "cat\u3164",
+        "c\u00adat",
+        "\u200ecat\u2069",
+        "\u2003cat\u3000\r\n",
+    ):
         assert clean_text(text) == "cat"
 
 
-def test_split_at_commas():
-    assert split_at_commas([]) == [] and split_at_commas(["cat", "b,c"]) == ["cat", "b,c"]
-    assert split_at_commas(["cat,,dog, "]) == split_at_commas(["cat,", "dog"]) == ["cat", "dog"]
+def test_what_is_evidently_one_list_is_split():
+    assert split_list([]) == [] and split_list(["cat", "b,c"]) == ["cat", "b,c"]
+    assert split_list(["cat,,dog, "]) == split_list(["cat,", "dog"]) == ["cat", "dog"]
+    for separator in (";", " | ", "\t", "\n", "\u3001", "\uff0c", "\uff1b"):
+        assert split_list([f"hot dog{separator}cat"]) == ["hot dog", "cat"]
+    assert split_list(["Paris, France; Rome, Italy"]) == ["Paris, France", "Rome, Italy"]
+    assert split_list(["hot dog\n", "cat", "ship"]) == ["hot dog\n", "cat", "ship"]
+
+
+@pytest.mark.parametrize("line", ["0\tcat", '"cat"', '{"label": "cat"}', '["cat", "dog"]', "cat\u2028dog", "cat\vdog"])
+def test_lines_of_tables_and_json_are_said(tmp_path, line):
+    (tmp_path / "names.txt").write_text(f"{line}\nhorse\n", encoding="utf-8")
+    with pytest.warns(IGCaptionerWarning, match="look like columns, quotes or JSON are texts as they stand"):
+        read_class_names(str(tmp_path / "names.txt"))
 
 
 def test_prompts_with_an_empty_name_are_refused(tmp_path):
@@ -227,7 +263,7 @@ def test_prompts_with_an_empty_name_are_refused(tmp_path):
 def test_a_pipeline_asked_about_one_label_with_commas_says_so():
     from ig_captioner.pipeline_ig_captioner import _texts_of
 
-    with pytest.warns(IGCaptionerWarning, match="one label with commas is one label"):
+    with pytest.warns(IGCaptionerWarning, match="one label with separators in it is one label"):
         _texts_of({"candidate_labels": ["cat,dog,ship"]}, None)
     _texts_of({"candidate_labels": ["Washington, D.C.", "Rome"]}, None)
 

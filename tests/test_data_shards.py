@@ -5,14 +5,17 @@ import gzip
 import io
 import itertools
 import logging
+import os
 import tarfile
 
+import PIL.Image
 import pytest
 
 from benchmarks import damage_shards
-from ig_captioner.data import archive, shards
-from ig_captioner.data.fingerprints import Fingerprint, compare_shards, list_fingerprints
+from ig_captioner.data import archive, fingerprints, shards
+from ig_captioner.data.fingerprints import Fingerprint, compare_shards, list_fingerprints, mark_shards
 from ig_captioner.data.shards import Skipped, base_of, read_shard, split_name
+from ig_captioner.input_rules import IGCaptionerWarning
 
 
 def tar(members, end=True, **options) -> bytes:
@@ -153,6 +156,34 @@ def test_keys_are_as_people_mean_them(tmp_path, caplog, names):
     assert ("README" in caplog.text) == ("README" in names)
 
 
+def test_links_in_place_of_files_cost_their_sample_and_are_counted(tmp_path):
+    """GNU tar writes a second name of one file as a hard link; its captions must not come from elsewhere."""
+    link = tarfile.TarInfo("001.json")
+    link.type, link.linkname = tarfile.LNKTYPE, "000.json"
+    samples, skipped = read(tmp_path, tar([*sample(0), *sample(1), (link, b""), *sample(2)]))
+    assert keys(samples) == ["000", "002"] and skipped == [Skipped("001", archive.NOT_A_FILE)]
+
+
+def test_names_with_words_are_samples_where_they_have_an_image_and_a_text(tmp_path):
+    names = ["a.left.jpg", "a.left.txt", "a.jpg", "a.txt", "a.seg.png"]
+    samples, _ = read(tmp_path, tar([(name, b"x") for name in names]))
+    assert [(key, sorted(files)) for key, files in samples] == [
+        ("a.left", ["jpg", "txt"]),
+        ("a", ["jpg", "seg.png", "txt"]),
+    ]
+
+
+def test_several_images_of_one_sample_are_said():
+    content = io.BytesIO()
+    PIL.Image.new("RGB", (2, 2)).save(content, "PNG")
+    with pytest.warns(IGCaptionerWarning, match="images, which differ in their extensions only.*'jpg', 'png'"):
+        shards.image_of({"png": b"", "jpg": content.getvalue()})
+
+
+def test_an_archive_without_files_is_said(tmp_path, caplog):
+    assert read(tmp_path, tar([])) == ([], []) and "s.tar holds no files" in caplog.text
+
+
 def test_two_files_of_one_name_are_not_mixed(tmp_path):
     files = [*sample(1), ("002.jpg", b"a"), ("002.jpg", b"b"), ("002.txt", b"c"), *sample(3)]
     samples, skipped = read(tmp_path, tar(files))
@@ -276,6 +307,20 @@ def test_the_fingerprint_is_of_all_bytes_whether_they_are_damaged_or_not(tmp_pat
         Fingerprint("s.tar", len(content)),
         Fingerprint("a.tar"),
     ]
+
+
+def test_a_large_shard_is_known_again_by_its_blocks(tmp_path):
+    path, content = tmp_path / "s.tar", bytearray(fingerprints.BLOCKS * fingerprints.BLOCK_SIZE * 2)
+    marks = []
+    for place in (None, 0, len(content) - 1):
+        if place is not None:
+            content[place] ^= 1
+        path.write_bytes(content)
+        marks += mark_shards([str(path)])
+    assert len(set(marks)) == 3 and {mark.size for mark in marks} == {len(content)}
+    os.utime(path, (1, 1))
+    assert compare_shards(marks[2:], list(mark_shards([str(path)]))) == []
+    assert compare_shards(marks[:1], marks[1:2]) == ["s.tar has other content"]
 
 
 def test_every_change_of_a_list_of_shards_is_said():

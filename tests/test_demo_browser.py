@@ -195,7 +195,6 @@ def test_errors_say_what_is_wrong(page, captioner, photo, png):
 
 
 def test_an_example_brings_the_results_in_sight(page):
-    pytest.importorskip("skimage", reason="the example photos are those of scikit-image")
     page.locator("#examples .gallery-item").first.click()
     page.wait_for_selector("#tokens .ig-token")
     page.wait_for_function("document.getElementById('bars').getBoundingClientRect().top < innerHeight / 2")

@@ -18,7 +18,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from ig_captioner import cli
+from ig_captioner import DEFAULT_CHECKPOINT, cli
+from ig_captioner.demo.examples import LABEL_OF, NO_CLASS
 
 
 ROOT = Path(__file__).parent.parent
@@ -213,7 +214,6 @@ def run_script(monkeypatch, path: str, *arguments) -> None:
 def draws(monkeypatch, name: str, output: Path) -> None:
     """Runs the script of a picture of docs/, and compares the sizes."""
     pytest.importorskip("matplotlib")
-    pytest.importorskip("skimage")
     run_script(monkeypatch, f"docs/draw_{name}.py", "--output", output)
     with Image.open(output) as picture, Image.open(ROOT / f"docs/images/{name}.png") as shown:
         assert picture.size == shown.size
@@ -230,8 +230,8 @@ def test_prior_weights_are_drawn_and_win_as_the_page_says(monkeypatch, tmp_path,
     found = re.findall(r"(\w+): (\w+)[ \w]* from ([\d.]+) to ([\d.]+)", capsys.readouterr().out)
     won = {(photo, label): (float(first), float(last)) for photo, label, first, last in found}
     text = (ROOT / "docs/prior_weight.md").read_text("utf-8")
-    limits = re.search(r"the cat is\s+right up to ([\d.]+) and the motorcycle up to ([\d.]+)", text)
-    for photo, limit in zip(("cat", "motorcycle"), limits.groups(), strict=True):
+    limits = re.search(r"the cat is\s+right up to ([\d.]+) and the bee up to ([\d.]+)", text)
+    for photo, limit in zip(("cat", "bee"), limits.groups(), strict=True):
         assert won[photo, photo] == (0.0, pytest.approx(float(limit), abs=0.02))
         assert won[photo, "cup"][0] >= won[photo, photo][1]
 
@@ -243,9 +243,13 @@ def test_examples_are_short(path):
 
 def test_the_demo_prints_tables_and_draws(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    pytest.importorskip("skimage")
     run_script(monkeypatch, "examples/demo.py", "--output_dir", tmp_path)
-    assert capsys.readouterr().out.count("* highest of its column") == 5
+    printed = capsys.readouterr().out
+    tables = re.findall(r"^(\w+): [^\n]*\* highest of its column\)\n(.*?)\n\n", printed, re.M | re.S)
+    right = {name: bool(re.search(rf"^ *{LABEL_OF[name]} .*\*$", table, re.M)) for name, table in tables}
+    assert len(right) == len(LABEL_OF) >= 8
+    assert {name for name in right if not right[name]} <= NO_CLASS
+    assert f"right of {len(right)} photos: {sum(right.values())} by information gain" in printed
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.width > 900
 
@@ -284,9 +288,24 @@ def test_a_folder_per_class_fine_tunes(monkeypatch, tmp_path, capsys):
 # Facts that stand in two places
 
 
+def test_the_metadata_of_the_wheel_name_the_terms_of_all_that_it_holds():
+    """It holds weights and photos, whose terms are not those of the code."""
+    metadata = setup_cfg()["metadata"]
+    card = yaml.safe_load(Path(DEFAULT_CHECKPOINT, "card.yaml").read_text("utf-8"))
+    terms = metadata["license_expression"].split(" AND ")
+    assert {"Apache-2.0", "CC0-1.0", f"LicenseRef-{card['license_name']}"} <= set(terms)
+    files = metadata["license_files"].split()
+    assert len(files) == 3 and all((ROOT / name).is_file() for name in files)
+    assert "## Terms" in (ROOT / files[2]).read_text("utf-8")
+    for line in metadata["project_urls"].strip().splitlines():
+        label, _, url = line.partition(" = ")
+        assert "," not in label and url.startswith("https://")  # a comma would end the label
+
+
 def test_the_citation_names_the_version_and_both_papers():
     citation, metadata = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8")), setup_cfg()["metadata"]
-    assert {name: citation[name] for name in ("version", "license")}.items() <= metadata.items()
+    assert citation["version"] == metadata["version"]
+    assert metadata["license_expression"].split(" AND ")[0] == citation["license"]
     papers = {reference["identifiers"][0]["value"] for reference in citation["references"]}
     assert papers == {"arXiv:2311.17072", "arXiv:2306.07915"}
 

@@ -1,27 +1,21 @@
 """Results of `ig-captioner evaluate` do not depend on how the work is cut: by batch size, by number of processes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from evaluation_room import HELD_OUT
+from two_processes import in_two_processes
 
+from ig_captioner import cli
 from ig_captioner.evaluation.processes import is_first, map_batches, place, sharing
 
 
-SCRIPT = """\
-import json, sys
-from ig_captioner.cli import main
-from ig_captioner.evaluation.processes import sharing
-
-with sharing():  # one group for all tasks: a second one would find the traces of the first
-    for arguments in json.load(open(sys.argv[1])):
-        code = main(arguments)
-        assert code == 0, (code, arguments)
-"""
+def run_commands(commands: list[list[str]]) -> None:
+    """Runs them in one group for all tasks: a second one would find the traces of the first."""
+    with sharing():
+        for arguments in commands:
+            code = cli.main(arguments)
+            assert code == 0, (code, arguments)
 
 
 def test_batches_come_in_order_and_each_item_once():
@@ -57,14 +51,8 @@ def by_two_processes(commands, tmp_path_factory):
     """The folder with the results of every task, in batches of 3."""
     root = tmp_path_factory.mktemp("two")
     every = [[*command, "--batch-size", "3", "--output", str(root / task)] for task, command in commands.items()]
-    (root / "commands.json").write_text(json.dumps(every))
-    (root / "script.py").write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, str(root / "script.py"), str(root / "commands.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("## Run") == len(commands)  # the second process says nothing
+    first, second = in_two_processes(run_commands, every)
+    assert first.count("## Run") == len(commands) and second == ""
     return root
 
 

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from ig_captioner import checkpoint as loading
 from ig_captioner import cli
 from ig_captioner.data.texts import decode_text
-from ig_captioner.input_rules import clean_text, split_at_commas
+from ig_captioner.input_rules import clean_text, split_list
 
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -105,7 +105,7 @@ def check_gains(rows: list[dict]) -> None:
 def test_every_text_is_a_label(ask, labels, template, multi_label):
     options = [*(f"--labels={label}" for label in labels), f"--template={template}", *["--multi-label"] * multi_label]
     code, out, errors = ask("classify", "0.png", "--format", "jsonl", *options)
-    labels = [clean_text(label) for label in split_at_commas(labels)]
+    labels = [clean_text(label) for label in split_list(labels)]
     if not labels or "" in labels or not clean_text(template):
         assert (code and not out) and re.search("is empty|no labels", errors[0])
         return
@@ -128,7 +128,7 @@ def test_every_text_is_printed(ask, command, given_texts):
     arguments = [command, "0.png", "1.png", *(f"{option}={text}" for text in given_texts)]
     code, table, errors = ask(*arguments)
     if command == "classify":
-        given_texts = split_at_commas(given_texts)
+        given_texts = split_list(given_texts)
     given_texts = [clean_text(text) for text in given_texts]
     if not given_texts or "" in given_texts:
         assert (code and not table) and re.search("is empty|no labels", errors[0])
@@ -287,7 +287,7 @@ def test_files_of_texts(ask, here, content, name, use):
         try:
             lines = [clean_text(line) for line in re.split("\r\n|\r|\n", decode_text(content))]
             lines = list(filter(None, lines))
-            lines = split_at_commas(lines) if command == "classify" else lines
+            lines = split_list(lines) if command == "classify" else lines
         except UnicodeDecodeError:
             lines = []
         assert code == (not lines) and all(name in error for error in errors)

@@ -225,7 +225,7 @@ def test_code_of_strangers_stays_here(server, checkpoint, tmp_path):
     assert files["modeling_ig_captioner.py"] == own and "backdoor_ig_captioner.py" not in files
 
 
-@pytest.mark.parametrize("name", ["README.md", "card.yaml", "results/secret.json"])
+@pytest.mark.parametrize("name", ["README.md", "results/secret.json", "chat_template.jinja"])
 @pytest.mark.parametrize("is_release", [True, False])
 def test_links_to_files_elsewhere_are_not_followed(server, checkpoint, tmp_path, name, is_release):
     (tmp_path / "secret").write_text("a secret")

@@ -112,6 +112,17 @@ def test_twelve_bits_of_a_tiff_are_not_taken_for_sixteen():
     assert numbers(to_rgb(image)).max() == 240
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_white_is_zero_is_no_negative(bits):
+    content = io.BytesIO()
+    grey = 255 - RAMP
+    PIL.Image.fromarray(grey if bits == 8 else grey.astype(np.uint16) * 257).save(content, "TIFF")
+    entry = struct.pack("<HHIH", 262, 3, 1, 1)  # PhotometricInterpretation, which `save` sets itself
+    assert content.getvalue().count(entry) == 1
+    negative = content.getvalue().replace(entry, struct.pack("<HHIH", 262, 3, 1, 0))
+    assert np.array_equal(numbers(read_image_file(io.BytesIO(negative))), as_rgb(RAMP))
+
+
 @pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
 def test_every_mode_with_transparency_is_put_on_white(mode):
     grey, alpha = PIL.Image.fromarray(RAMP), PIL.Image.new("L", (16, 16), 255)

@@ -20,6 +20,7 @@ from ig_captioner import (
     compile_labels,
     scoring_ig_captioner,
 )
+from ig_captioner.compiled_labels import checksum
 from ig_captioner.evaluation.scores import classify_images, score_pairs
 from ig_captioner.label_trie import build_trie
 from tiny import BOS, EOS, VARIANTS, naive_scores, padded, random_images, random_texts, tiny_model
@@ -281,3 +282,10 @@ def test_score_of_compiled_labels_has_one_number_per_label(classifier, compiled,
         for name in ("caption_log_likelihood", "prior_log_likelihood", "information_gain"):
             expected = (texts[name][..., :3] + texts[name][..., 3:]) / 2
             assert torch.allclose(scores[name], expected, atol=1e-6)
+
+
+def test_rows_of_a_weight_that_change_places_are_other_weights():
+    """A sum over both would be the same."""
+    weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    parts = [b"".join(bytes(part) for part in checksum(rows)) for rows in (weight, weight.clone(), weight.flip(0))]
+    assert parts[0] == parts[1] != parts[2]

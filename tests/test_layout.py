@@ -83,13 +83,15 @@ def test_a_model_file_brings_all_others_along():
 
 # Folders and files beside them, and what each may import beside itself; a file that is not named may be imported by all
 # but the remote-code files. `ig_captioner/__init__.py` names what the package offers, and nothing in it imports that.
-PACKAGE_FOLDERS = {
+PACKAGE_FOLDERS = {  # a folder in another before that
+    "ig_captioner.data.ray": {"ig_captioner.data", "ig_captioner.captioners"},
     "ig_captioner.data": set(),
     "ig_captioner.captioners": {"ig_captioner.data"},
     "ig_captioner.evaluation": {"ig_captioner.data", "ig_captioner.captioners"},
     "ig_captioner.demo": {"ig_captioner.data", "ig_captioner.captioners"},
     "ig_captioner.cli": {
         *("ig_captioner.data", "ig_captioner.captioners", "ig_captioner.evaluation", "ig_captioner.demo"),
+        "ig_captioner.data.ray",
     },
 }
 ENTRANCES = {"ig_captioner.__main__", "ig_captioner.api"}  # `api.py` names what the package offers, from all folders

@@ -106,6 +106,7 @@ def test_broken_weights_are_refused(change, reason, tmp_path):
             1,
         ),
         ({"size": {"shortest_edge": 224}, "crop_pct": 0.875}, (224, 224), 0.875),
+        ({"size": {"height": 260, "width": 260}, "crop_pct": 1.0}, (260, 260), 1.0),  # ours
         ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, (384, 384), None),
     ],
 )

@@ -71,6 +71,29 @@ def test_tokens_of_several_meanings(special, has_start):
         assert read == [*TEXTS, [EOS]]
 
 
+def read_texts(ids, mask, special: dict) -> list[list[int]]:
+    """What is left of texts in scored form."""
+    found, found_mask = scored_form(torch.tensor(ids), mask, tiny_config(special).text_config)
+    return [row[kept.bool()].tolist() for row, kept in zip(found, found_mask, strict=True)]
+
+
+@pytest.mark.parametrize("ids", [[[5, 6, EOS], [EOS, 7, EOS]], [[EOS, 5, 6, EOS, EOS], [EOS, EOS, 7, EOS, EOS]]])
+def test_padding_that_is_the_end_token_may_stand_before_texts_without_a_mask(ids):
+    assert read_texts(ids, None, {"pad_token_id": EOS}) == [[5, 6, EOS], [7, EOS]]
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_padding_behind_the_other_of_two_end_tokens_is_no_text(has_mask):
+    ids = [[5, 6, 4, EOS], [7, 4, EOS, EOS]]
+    mask = torch.ones(2, 4) if has_mask else None
+    assert read_texts(ids, mask, {"pad_token_id": EOS, "eos_token_id": [EOS, 4]}) == [[5, 6, 4], [7, 4]]
+
+
+def test_words_behind_an_end_are_not_left_out_without_a_word():
+    with pytest.warns(IGCaptionerWarning, match="1 of 2 texts have start, end-of-sequence or padding tokens inside"):
+        read_texts([[5, EOS, 6, EOS], [7, EOS, EOS, EOS]], None, {"pad_token_id": EOS})
+
+
 def test_texts_without_an_end_and_special_tokens_inside_are_told(model):
     with pytest.warns(IGCaptionerWarning, match=r"2 of 3 texts do not end with .*\[2\].*; text 0 has the tokens \[5\]"):
         model.score(random_images(1), torch.tensor([[5], [EOS], [6]]))

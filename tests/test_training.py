@@ -258,9 +258,10 @@ def test_failed_checkpoint_leaves_the_last_one(tmp_path):
 # Runs
 
 
-def test_run_writes_a_loadable_folder_and_a_log(workspace, tmp_path):
+def test_run_writes_a_loadable_folder_and_a_log(workspace, tmp_path, monkeypatch):
     from transformers import AutoProcessor
 
+    monkeypatch.setattr("training.train.draw_curves", draw_curves)
     config = run_config(
         workspace,
         tmp_path,

@@ -20,6 +20,7 @@ from training.checkpoint import (
     write_text_atomically,
 )
 from training.metrics import read_rows
+from training.state import SavedRun
 from training.train import train
 
 
@@ -100,6 +101,15 @@ def test_a_run_goes_back_to_the_older_checkpoint_and_ends_the_same(workspace, tm
     again = load_file(train(config) / "model.safetensors")
     assert all((weights[name] == again[name]).all() for name in weights)
     assert "going back to" in caplog.text and newest_intact(tmp_path).name == "checkpoint-00000004"
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"progress": {"step": step}}, save_model, keep=5)
+    assert SavedRun(newest_intact(tmp_path)).step == 2
+    (tmp_path / "checkpoint-00000001").rename(tmp_path / "checkpoint-00000003")
+    with pytest.raises(CheckpointError, match="checkpoint-00000003 holds step 1"):
+        SavedRun(newest_intact(tmp_path))
 
 
 def test_leftovers_of_killed_runs_are_removed(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from training_runs import good_members, load, take, write_shard
 
 import ig_captioner.data.remote
+from ig_captioner.data.fingerprints import Fingerprint, compare_shards, mark_shards
 from ig_captioner.data.remote import UnreachableError, is_url, open_url
 from ig_captioner.data.shards import EmptySourceError, Skipped, find_shards, read_shard
 from training.config import DataConfig, SourceConfig
@@ -101,6 +102,17 @@ def server(tmp_path, monkeypatch):
         yield running
         running.shutdown()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("manner", "said"), [("plain", []), ("unmarked", []), ("new", ["other content"]), ("longer", ["bytes and has"])]
+)
+def test_another_version_of_a_shard_shows_without_reading_it(server, manner, said):
+    url = f"{server.url}/{manner}/s-0.tar"
+    before, now = list(mark_shards([url])), list(mark_shards([url]))
+    differences = compare_shards(before, now)
+    assert len(differences) == len(said) and all(map(str.__contains__, differences, said))
+    assert list(mark_shards([f"{server.url}/forbidden/s-1.tar"])) == [Fingerprint("s-1.tar")]
 
 
 def test_urls_are_expanded_and_not_joined_to_the_root():

@@ -39,9 +39,6 @@ def test_resuming_with_other_shards_is_refused_or_said(workspace, tmp_path, capl
     train(run_config(workspace, tmp_path / "run", max_steps=1, **options))
     options |= {"max_steps": 2, "resume": True}
     damage(tmp_path / "shards" / "b.tar")
-    if change == "replaced" and not cached:  # of streams, only names and sizes are known
-        train(run_config(workspace, tmp_path / "run", **options, resume_with_changes=True))
-        return
     with pytest.raises(UsageError, match=rf"other shards than the checkpoint's: colors: {message}"):
         train(run_config(workspace, tmp_path / "run", **{**options, "max_steps": 1}))
     train(run_config(workspace, tmp_path / "run", **options, resume_with_changes=True))

@@ -1,4 +1,4 @@
-"""Which texts a sample may be trained with: its own captions, and its class names in templates."""
+"""Texts that a sample may be trained with: its own captions, and its class names in templates."""
 
 from collections.abc import Sequence
 from typing import Any

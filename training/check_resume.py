@@ -141,7 +141,7 @@ def forked(rank: int, processes: int, port: int, kill: str, arguments: list[str]
 
 
 def output_file(arguments: list[str]) -> Path:
-    """Where the output of the processes goes; `arguments` begin with the configuration's path."""
+    """File that the output of the processes goes to; `arguments` begin with the configuration's path."""
     return Path(arguments[0]).with_name("output.txt")
 
 

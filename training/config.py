@@ -118,7 +118,7 @@ class FeatureCacheConfig:
 
 @dataclass(config=STRICT)
 class DataConfig:
-    """What is read, and how a batch is made of it."""
+    """The data: what is read, and how a batch is made of it."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Sets of shards by name."""

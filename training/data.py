@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
-from ig_captioner.data.fingerprints import Fingerprint, list_fingerprints
+from ig_captioner.data.fingerprints import Fingerprint, list_fingerprints, mark_shards
 from ig_captioner.data.shards import (
     SHARD_REASONS,
     EmptySourceError,
@@ -140,12 +140,13 @@ class TrainingData:
     states: dict[int, StreamState] = field(default_factory=dict)
     """Positions of this process's streams; the training loop updates it with each batch's."""
     shards: dict[str, list[Fingerprint]] = field(default_factory=dict)
-    """Fingerprints of each source's shards: with their content where they were read, else names and sizes."""
+    """Fingerprints of each source's shards: with their content where they were read, else names and sizes; of streams
+    see `mark_sources`."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of each batch a process loads."""
+    """The part of each batch that a process loads."""
 
     batch_size: int
     """Samples of this process."""
@@ -216,6 +217,16 @@ def load_training_data(
     loader = make_loader(mixture, config, settings, batch_size=share.batch_size)
     states = dict(position.states) if share.process == 0 else {}
     return TrainingData(loader, decoded.held_out, decoded.skipped, {}, mixture.streams, states, shards)
+
+
+def mark_sources(config: DataConfig, data_root: str) -> dict[str, list[Fingerprint]]:
+    """Fingerprints of the shards of streamed sources, which are not read as a whole."""
+    marked = {}
+    for name, source in config.sources.items():
+        paths = find_shards(source.shards, data_root)
+        shown = {"total": len(paths), "unit": " shards", "delay": SILENT_SECONDS, "mininterval": 1.0}
+        marked[name] = list(tqdm(mark_shards(paths), desc=f"looking at the shards of {name}", **shown))
+    return marked
 
 
 def cached_mixture(
@@ -393,7 +404,7 @@ def read_features(
 
 
 def is_left_out(metadata: dict[str, Any], source: SourceConfig) -> bool:
-    """Whether a sample's class name is one of those that are never trained on."""
+    """Tells whether a sample's class name is one of those that are never trained on."""
     return "class_name" in metadata and is_held_out(str(metadata["class_name"]), source.holdout_names_fraction)
 
 

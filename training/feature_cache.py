@@ -9,7 +9,7 @@ A source's features lie in `FOLDER/NAME-FINGERPRINT/`:
 - `features.bin`: N x V x P x D numbers, one block per usable sample, the first view as the image processor sees it;
 - `samples.jsonl`: a line per sample of the shards, its key, captions and JSON, or why it was skipped;
 - `settings.json`: all that the features depend on, of which the fingerprint is a hash. It is written last: a folder
-  without it is unfinished, and the next run goes on behind its last complete line.
+  without it is unfinished, and the next run goes on after its last complete line.
 
 View v of a sample is a function of its key, v and the seed. Other weights, shards or settings make another folder;
 what is no longer used may be deleted. Processes that want the same features wait for the first to compute them.
@@ -66,7 +66,7 @@ EncodeViews = Callable[[Tensor], np.ndarray]
 
 
 class Record(NamedTuple):
-    """What the cache knows of a usable sample beside its features."""
+    """A usable sample without its features, as the cache knows it."""
 
     key: str
     captions: list[str]
@@ -132,7 +132,7 @@ def ensure_features(
 
 
 class FeaturesOfRun(NamedTuple):
-    """What a run is trained on, for measuring beside it: the model as it starts, and the features of all sources."""
+    """Reads what a run is trained on, to measure beside it: the model as it starts, the features of all sources."""
 
     model: Any
     tokenizer: Any

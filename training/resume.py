@@ -1,4 +1,4 @@
-"""What a resumed run may change of its settings, and what is refused.
+"""Settings that a resumed run may change, and those that are refused.
 
 A checkpoint holds the settings that its run was using. `--resume` refuses every setting that differs from them, but
 for those in `HARMLESS`. `--resume_with_changes` accepts all but those in `IMPOSSIBLE`, which could not act, and

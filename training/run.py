@@ -21,7 +21,7 @@ from .augmentation import ImageSettings
 from .build import build_model, build_processor, image_settings, load_tokenizer
 from .checkpoint import list_checkpoints, newest_intact
 from .config import TrainConfig, UsageError
-from .data import DataPosition, Share, TrainingData, load_training_data
+from .data import DataPosition, Share, TrainingData, load_training_data, mark_sources
 from .feature_cache import FeatureStore, ensure_features
 from .metrics import MetricsLog
 from .optim import MovingAverage, make_optimizers
@@ -81,6 +81,8 @@ def start_run(config: TrainConfig) -> Run:
     settings = image_settings(processor.image_processor)
     features = ensure_features(config, model, settings, accelerator.device) if config.data.feature_cache else None
     data = load_data(config, tokenizer, settings, saved, accelerator, features)
+    if data.streams:
+        data.shards = on_main_process(processes, mark_sources, config.data, config.data_root)
     for difference in check_shards(saved.shards, data.shards, config.resume_with_changes):
         logger.warning("from step %d: %s", saved.step, difference)
         changes.append(Change("shards", "as they were", difference))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ig_captioner.data.fingerprints import Fingerprint
 
-from .checkpoint import load_state
+from .checkpoint import CheckpointError, load_state, step_of
 from .data import TrainingData
 from .metrics import MetricsLog
 from .mixtures import Position, StreamState
@@ -128,6 +128,10 @@ class SavedRun:
     def __init__(self, checkpoint: Path | None) -> None:
         self.checkpoint = checkpoint
         self.state: dict[str, Any] = load_state(checkpoint) if checkpoint else {}
+        if checkpoint and self.step != step_of(checkpoint):  # the newest by name would not be the newest
+            raise CheckpointError(
+                f"{checkpoint} holds step {self.step}: give it back the name that it was written under"
+            )
 
     @property
     def settings(self) -> dict[str, Any]:

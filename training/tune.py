@@ -1,4 +1,4 @@
-"""Which templates and which prior weight a checkpoint should carry, found on the training data that no run has seen.
+"""Chooses the templates and the prior weight that a checkpoint carries, on training data that no run has seen.
 
     python -m training.tune --run RUN [--names_run RUN_WITH_NAMES_LEFT_OUT] --output FILE.json [--save]
 

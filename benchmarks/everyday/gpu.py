@@ -1,10 +1,11 @@
 """How the shipped checkpoint was found, in one go on one GPU: features, a search, seeds, rivals, evaluation.
 
-    python -m benchmarks.everyday.gpu --work WORK --data DATA --encoder FOLDER --output OUT [--minutes 8]
+    python -m benchmarks.everyday.gpu --work WORK --data DATA --encoder FOLDER --output OUT [--minutes 8 | --samples N]
 
 1. The features of all training photos, once, for every run (`training.feature_cache`).
 2. Variants of `everyday_gpu.yaml`, at the same time on the one GPU, each for a third of the minutes. The best on
-   held-out training samples is the recipe, and its run the checkpoint.
+   held-out training samples is the recipe, and its run the checkpoint. With `--samples` the recipe is the
+   configuration as it is, trained with so many: nothing is searched, and three seeds train at the same time (`gpu.sh`).
 3. At the same number of samples, again at the same time: two more seeds of it; a run that leaves out a fifth of the
    class names, which templates and prior weight are chosen with (`training.tune`); dual encoders of several learning
    rates, and two more seeds of the best.
@@ -49,6 +50,7 @@ VARIANTS: dict[str, str] = {  # of the recipe, which is the best of them, batch-
     "half": f"{BASE} --half",
     "sequence": f"{BASE} --model.loss_reduction sequence",
 }
+RECIPE = "batch-1024"
 NAMES_LEFT_OUT = " ".join(
     f"--data.sources.{name}.holdout_names_fraction 0.2" for name in ("tiny_imagenet", "caltech101")
 )
@@ -60,6 +62,7 @@ LABELLED = {
     "caltech101": ("caltech101-val-0000.tar.gz", "benchmarks/results/evaluation/caltech-names.txt", "a photo of a {}."),
     "cifar10": ("cifar10-test-0000.tar.gz", "cifar10", None),
 }
+STEPS = ("features", "search", "rivals", "evaluate")
 SHOTS = {"tiny-imagenet": "tiny-imagenet-train-*.tar.gz", "caltech101": "caltech101-train-0000.tar.gz"}
 
 
@@ -128,7 +131,7 @@ class Search:
             if not self.run(f"train-{name}", "training.train", "--config", self.options.config, *words):
                 return False
         words = ["--run", folder, "--output", folder / "tuned.json", "--candidates", "1"]
-        return self.run(f"tune-{name}", "training.tune", *words)
+        return (folder / "tuned.json").exists() or self.run(f"tune-{name}", "training.tune", *words)
 
     def search(self) -> tuple[str, dict[str, dict[str, float]]]:
         """The best of the variants, and the figures of all."""
@@ -150,6 +153,17 @@ class Search:
             say(f"{name:14s} " + " ".join(f"{key} {value:.3f}" for key, value in row.items()))
         return max(figures, key=lambda name: figures[name]["quality"]), figures
 
+    def recipe(self, samples: int) -> str:
+        """Trains three seeds and the run with names left out, all at once; returns the name of the first."""
+        limits = ["--max_samples", str(samples)]
+        seeds = {f"seed-{number}": ["--seed", str(number)] for number in (1, 2)}
+        runs = {RECIPE: [], **seeds, "names-left-out": NAMES_LEFT_OUT.split()}
+        with ThreadPoolExecutor(len(runs)) as pool:
+            done = {name: pool.submit(self.train, name, [*words, *limits]) for name, words in runs.items()}
+        if not done[RECIPE].result():
+            raise SystemExit("the recipe failed")
+        return RECIPE
+
     def seeds_and_rivals(self, best: str) -> str:
         """Trains all that stands beside the best run; returns the name of the best dual encoder."""
         samples = last_samples(self.work / best)
@@ -159,6 +173,7 @@ class Search:
         def tower(name: str, words: list[str]) -> bool:
             folder = self.work / f"tower-{name}"
             words = [*words, "--run", self.work / best, "--output", folder, "--samples", samples]
+            words += ["--batch_size", self.options.batch_size]
             done = (folder / "held_out.json").exists()
             return done or self.run(f"tower-{name}", "benchmarks.everyday.dual_encoder", *words)
 
@@ -306,14 +321,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--encoder", type=Path, help="folder of the encoder; default: what the configuration says")
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--minutes", type=float, default=8.0, help="of training in all, features and evaluation apart")
+    parser.add_argument("--samples", type=int, help="of each run of the recipe, without a search")
+    parser.add_argument("--batch_size", type=int, default=512, help="of dual encoders")
     parser.add_argument("--at_once", type=int, default=8, help="processes")
     parser.add_argument("--overrides", default="", help="of the configuration, for all runs")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="default: all")
     parser.add_argument("--limit", type=int, help="test samples per task, to try the script")
-    parser.add_argument("--only", choices=("features", "search", "rivals", "evaluate"), nargs="+")
+    parser.add_argument("--only", choices=STEPS, nargs="+", help="some of the steps")
     options = parser.parse_args(arguments)
     search = Search(options)
-    steps = options.only or ("features", "search", "rivals", "evaluate")
+    steps = options.only or STEPS
     chosen_path = options.work / "chosen.json"
     chosen = json.loads(chosen_path.read_text()) if chosen_path.exists() else {}
     say(f"torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
@@ -321,7 +338,10 @@ def main(arguments: list[str] | None = None) -> None:
         if "features" in steps:
             search.features()
         if "search" in steps:
-            chosen["best"], chosen["figures"] = search.search()
+            if options.samples is None:
+                chosen["best"], chosen["figures"] = search.search()
+            else:
+                chosen["best"] = search.recipe(options.samples)
             say(f"best: {chosen['best']}")
             chosen_path.write_text(json.dumps(chosen, indent=1))
             search.pack(chosen["best"])

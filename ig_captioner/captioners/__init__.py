@@ -1,7 +1,7 @@
 """Information gain for any captioner of the Hub: `CaptionScorer`. None of this travels with checkpoints.
 
 Reading order: `prompts` (images and texts to tensors), `prefix` (image and prompt, read), `families` (what differs
-from model to model), `readers` (texts behind a prefix), `verification` (which reader, and is it right), `loading`,
+from model to model), `readers` (texts after a prefix), `verification` (the choice of a reader, checked), `loading`,
 `scorer`, `own`, `pipelines`.
 """
 

@@ -1,4 +1,4 @@
-"""What the arguments of commands say of a captioner: which one, how it is asked, where log P(T) comes from."""
+"""Arguments of commands that describe a captioner: which one, how it is asked, where log P(T) comes from."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""What is particular to each family of captioners: how it reads image and prompt, and how texts go on from there.
+"""Families of captioners, with what is particular to each: how it reads image and prompt, and how texts go on.
 
 Most vision-language models need no line of their own: `Family` reads the image as tokens of the prompt and goes on in
 the same decoder. The classes below it say what else some models want. `FAMILIES` maps `config.model_type` to them; a
@@ -103,7 +103,7 @@ class Family:
 
     @property
     def takes_positions(self) -> bool:
-        """Whether texts can be given positions, without which siblings in a tree would follow one another."""
+        """Tells whether texts can be given positions, without which siblings in a tree would follow one another."""
         return self._takes("position_ids")
 
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Any:
@@ -241,7 +241,7 @@ class InstructBlip(Blip2):
 
 
 class Kosmos2(Family):
-    """Goes on in `text_model`, which numbers positions behind its padding id, and builds its own mask."""
+    """Goes on in `text_model`, which counts positions from its padding id on, and builds its own mask."""
 
     prompt_class = ProcessorPrompt
     prompt = "An image of"

@@ -1,4 +1,4 @@
-"""What a captioner is and how it would be asked, without its weights."""
+"""Facts of a captioner and of its prompt, told without reading its weights."""
 
 from pathlib import Path
 

@@ -1,7 +1,8 @@
-"""This package's own captioners behind the interface of `CaptionScorer`; their `score` is exact by construction."""
+"""This package's own captioners with the interface of `CaptionScorer`; their `score` is exact by construction."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..information_gain import information_gain, token_means_over_references
 from ..modeling_ig_captioner import IGCaptionerForConditionalGeneration
 from ..processing_ig_captioner import default_templates
 from ..scoring_ig_captioner import IGCaptionerScoreOutput
+from .prompts import PreparedImage
 from .scorer import CaptionScorer, TextTokens, TokenGain, as_compiled, as_images, text_tokens
 from .verification import Verification
 
@@ -127,10 +129,16 @@ class OwnCaptionScorer(CaptionScorer):
 
     def prepare(self, image: Image.Image) -> Tensor:
         """`pixel_values` [1, channels, height, width]: a photo is large."""
-        return self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+        return read_pixels(self.processor.image_processor, image)["pixel_values"]
+
+    def preparer(self) -> Callable[[Image.Image], PreparedImage]:
+        """As `CaptionScorer.preparer`."""
+        return partial(read_pixels, self.processor.image_processor)
 
     def _pixels(self, images: Any) -> Tensor:
         """`pixel_values` [B, channels, height, width] on the model's device, of its dtype."""
+        if isinstance(images, list):
+            images = [image["pixel_values"] if isinstance(image, PreparedImage) else image for image in images]
         if isinstance(images, list) and images and all(map(_are_pixels, images)):
             images = torch.cat(images)
         if not _are_pixels(images):
@@ -149,6 +157,11 @@ class OwnCaptionScorer(CaptionScorer):
             "reading mode": "tree, exact by construction",
             "prior": self.default_prior_source,
         }
+
+
+def read_pixels(image_processor: Any, image: Image.Image) -> PreparedImage:
+    """`pixel_values` [1, channels, height, width] of an RGB image."""
+    return PreparedImage(image_processor(images=[image], return_tensors="pt"))
 
 
 def _are_pixels(images: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What a model has read before a text begins: image and prompt, as a cache that any number of texts continue.
+"""Prefixes, which a model has read before a text begins: image and prompt, as a cache that any texts continue.
 
 Legend: B images, R rows that go on from them, V vocabulary. Log-likelihoods are in nats.
 """
@@ -21,7 +21,7 @@ class Prefix:
 
     Args:
         cache: keys and values (or states) of all layers; never continued itself, only its forks are.
-        next_log_probs: log P of each token behind the prompt, [B, V], float32.
+        next_log_probs: log P of each token after the prompt, [B, V], float32.
         positions: of the first token of a text, [B].
         constants: what the model is given with every continuation, [B, ...] each, such as encoder states.
     """

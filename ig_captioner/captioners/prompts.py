@@ -1,6 +1,6 @@
-"""How a captioner is asked, and which tokens a text is behind that prompt.
+"""Prompts: how a captioner is asked, and which tokens a text has after that.
 
-A text must be scored as the model would have written it: behind the same image tokens and instruction, with the same
+A text must be scored as the model would have written it: after the same image tokens and instruction, with the same
 space before its first word, and with the token that ends a turn. All of that is taken from the processor: the chat
 template is rendered with and without an answer, and prompt and text are tokenised as one string.
 
@@ -9,7 +9,9 @@ template is rendered with and without an answer, and prompt and text are tokenis
 Legend: N texts, L tokens of a text.
 """
 
+import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ NOT_FOR_FORWARD = ("labels", "width", "height", "num_crops", "rows", "cols")
 
 @dataclass(frozen=True)
 class Processors:
-    """What turns images and texts into tensors; `processor`, which does both, is missing in some old checkpoints."""
+    """Processors of images and of texts; `processor`, which does both, is missing in some old checkpoints."""
 
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
@@ -77,8 +79,12 @@ class EncodedTexts:
         return digest_of_tokens(self.input_ids, self.attention_mask)
 
 
+class PreparedImage(dict[str, Tensor]):
+    """An image as its captioner reads it: the tensors of one prompt, [1, ...], which need no weights."""
+
+
 class Prompt:
-    """An image and an instruction in the chat template; behind a placeholder where there is no template.
+    """An image and an instruction in the chat template; after a placeholder where there is no template.
 
     Args:
         instruction: what the user says to the model; with the image placeholder in it, the whole prompt as it stands.
@@ -94,24 +100,35 @@ class Prompt:
         before, self.lead, self.end_token_id = self._continuation()
         if before.rstrip().endswith("<think>"):
             raise ValueError(
-                "the chat template opens a thinking block before every answer, behind which no text can be scored: "
+                "the chat template opens a thinking block before every answer, after which no text can be scored: "
                 "use a checkpoint that answers directly"
             )
 
     # What the model is given
 
-    def inputs(self, image: Image.Image | None = None, dropped: int = 0) -> dict[str, Tensor]:
+    def inputs(self, image: Image.Image | PreparedImage | None = None, dropped: int = 0) -> dict[str, Tensor]:
         """The tensors of one prompt, [1, ...], with an image or without.
 
         Args:
             dropped: last tokens of the prompt that are left out, see `EncodedTexts`.
         """
+        inputs = dict(image if isinstance(image, PreparedImage) else self.prepare(image))
+        if dropped:
+            inputs |= {name: inputs[name][:, :-dropped] for name in self.token_fields if name in inputs}
+        return inputs
+
+    def prepare(self, image: Image.Image | None) -> PreparedImage:
+        """The tensors of the whole prompt."""
         made = self._inputs(image)
         kept = {name: value for name, value in made.items() if isinstance(value, Tensor)}
-        kept = {name: value for name, value in kept.items() if name not in NOT_FOR_FORWARD}
-        if dropped:
-            kept |= {name: kept[name][:, :-dropped] for name in self.token_fields if name in kept}
-        return kept
+        return PreparedImage({name: value for name, value in kept.items() if name not in NOT_FOR_FORWARD})
+
+    def without_weights(self) -> "Prompt":
+        """This prompt with what it asks of its model, but not the model: to be sent to other processes."""
+        light = copy.copy(self)
+        known = ("config", "generation_config", "name_or_path")
+        light.model = SimpleNamespace(**{name: getattr(self.model, name) for name in known})
+        return light
 
     def _inputs(self, image: Image.Image | None) -> dict[str, Any]:
         processor = self.processors.both
@@ -153,7 +170,7 @@ class Prompt:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return messages
 
-    # What a text is behind it
+    # From texts to tokens that continue the prompt
 
     @property
     def context(self) -> str:
@@ -172,7 +189,7 @@ class Prompt:
         return context, lead, self._end_of_turn(after)
 
     def _end_of_turn(self, after: str) -> int:
-        """The first token behind an answer if it is a special one; some templates end answers with nothing."""
+        """The first token after an answer if it is a special one; some templates end answers with nothing."""
         ids = self._tokens([after.lstrip()])[0]
         if ids and ids[0] in self.tokenizer.added_tokens_decoder:
             return ids[0]
@@ -190,7 +207,7 @@ class Prompt:
         return end[0] if isinstance(end, list) else end
 
     def encode(self, texts: list[str]) -> EncodedTexts:
-        """Tokens of texts behind the prompt, the token that ends a turn included."""
+        """Tokens of texts after the prompt, the token that ends a turn included."""
         context = self._tokens([self.context])[0]
         joint = self._tokens([self.context + self.lead + text for text in texts])
         kept = min(common_beginning(context, ids) for ids in joint)

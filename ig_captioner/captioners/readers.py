@@ -1,7 +1,7 @@
-"""Three ways to read texts behind one image and prompt, each to log P of every edge of a trie of texts.
+"""Three ways to read texts after one image and prompt, each to log P of every edge of a trie of texts.
 
 - `read_tree`: blocks of the trie in one pass each; shared beginnings are read once, the image is in memory once.
-- `read_rows`: a row of a batch per text, each behind its own copy of the image's cache; for models that take no
+- `read_rows`: a row of a batch per text, each after its own copy of the image's cache; for models that take no
   positions, or sum up the past in a state.
 - `read_generated`: the model's own `generate()`, forced along each text. Slow, needs no knowledge of the model, and is
   therefore what the other two are measured against.
@@ -98,7 +98,7 @@ def read_rows(family: Family, prefix: Prefix, trie: TextTrie) -> Tensor:
 
 
 def tokens_of(trie: TextTrie) -> Tensor:
-    """The texts of a trie again, [C, L]; token 0 behind the end of each."""
+    """The texts of a trie again, [C, L]; token 0 after the end of each."""
     padded = torch.cat([trie.edge_tokens, trie.edge_tokens.new_zeros(1)])
     return padded[trie.text_edges]
 

@@ -5,7 +5,7 @@
     print(scorer.score(["photo.jpg"], labels).information_gain, scorer.verification)
 
 What happens, file by file: `loading` finds the model's class, or says why it cannot be scored with; `prompts` makes
-the tensors of image and instruction, and the tokens of texts behind them; `families` reads those into a cache (the
+the tensors of image and instruction, and the tokens of texts after them; `families` reads those into a cache (the
 `prefix`), from which `readers` read all texts at once; `verification` chooses how, and measures that it is right.
 
 Legend: B images, C labels, N texts (labels in templates), E edges of the trie of texts, R reference images.
@@ -15,7 +15,7 @@ Log-likelihoods are in nats.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, islice
@@ -41,7 +41,7 @@ from ..processing_ig_captioner import default_templates, format_labels, load_rgb
 from ..scoring_ig_captioner import IGCaptionerScoreOutput
 from .families import family_of
 from .loading import hub_options, load_captioner
-from .prompts import EncodedTexts, Processors
+from .prompts import EncodedTexts, PreparedImage, Processors
 from .readers import read_generated
 from .verification import READING_MODES, Verification, check_length, reader_for, texts_to_compare, verify
 
@@ -108,7 +108,7 @@ class CaptionScorer:
     own_class: Any = None
     """The class for captioners of this package; `own`, which builds on this file, sets it."""
     verification: Verification | None
-    """How texts are read, and how exact that was found to be; None until texts are first scored or compiled."""
+    """The way texts are read, and how exact that was found to be; None until texts are first scored or compiled."""
 
     @classmethod
     def from_pretrained(
@@ -127,7 +127,7 @@ class CaptionScorer:
 
         Args:
             name: a folder, or the name of a repository on the Hub.
-            prompt: the instruction behind which texts are scored; the family's own if not given.
+            prompt: the instruction after which texts are scored; the family's own if not given.
             device: where the model goes.
             dtype: of the weights; the stored one if not given.
             reading_mode, batch_size: see the class.
@@ -169,7 +169,7 @@ class CaptionScorer:
             images: one or a list of PIL images, paths, URLs, arrays, or uint8 or [0, 1] tensors.
             texts: N strings, or what `compile_labels` returned.
             prior_weight: weight of log P(T); 0 ranks by likelihood.
-            prior_source: "unconditional", log P(T) behind the same prompt without the image, or "reference_images",
+            prior_source: "unconditional", log P(T) after the same prompt without the image, or "reference_images",
                 the mean of P(T|I) over some images; by default the one that is honest for the family.
             reference_images: those images; plain ones, black, grey and white, if not given.
             reference_mean: "arithmetic", the mean of P(T|I), or "geometric", the mean of log P(T|I).
@@ -296,7 +296,7 @@ class CaptionScorer:
 
     @torch.no_grad()
     def token_gains(self, image: Any, text: str, **prior: Any) -> list[TokenGain]:
-        """What each token of a text adds to its scores under an image, the end of the text last.
+        """Splits the scores of a text under an image into what each token adds, the end of the text last.
 
         Args:
             prior: `prior_weight`, `prior_source`, `reference_images` and `reference_mean`, as for `score`.
@@ -329,12 +329,19 @@ class CaptionScorer:
         return captions
 
     def prepare(self, image: Image.Image) -> Any:
-        """What to keep of an RGB image until it is scored, in place of the image."""
+        """Turns an RGB image into what is kept of it until it is scored."""
         return image
+
+    def preparer(self) -> Callable[[Image.Image], PreparedImage]:
+        """What decodes no files and needs no weights, but does all else to an RGB image: to be sent to other processes.
+
+        `score` takes its results in place of images.
+        """
+        return self.prompt.without_weights().prepare
 
     # From images to edges
 
-    def _edges(self, trie: TextTrie, images: Iterable[Image.Image], dropped: int) -> Tensor:
+    def _edges(self, trie: TextTrie, images: Iterable[Any], dropped: int) -> Tensor:
         """log P of every edge of a trie, [B, E], on the CPU."""
         singles = (self._to_device(self.prompt.inputs(image, dropped)) for image in images)
         parts = [self._read(inputs, trie) for inputs in _batches(singles, self.batch_size)]
@@ -343,7 +350,7 @@ class CaptionScorer:
         return torch.cat(parts).cpu()
 
     def _read(self, inputs: list[dict[str, Tensor]], trie: TextTrie) -> Tensor:
-        """log P of every edge, [b, E], behind prompts of equal length."""
+        """log P of every edge, [b, E], after prompts of equal length."""
         assert self.verification is not None
         if self.verification.mode == "generate":
             return torch.cat([read_generated(self.family, single, trie) for single in inputs])
@@ -384,7 +391,7 @@ class CaptionScorer:
         return self._read([self._to_device(self.prompt.inputs(None, dropped))], trie).cpu()
 
     def _test_prompts(self, dropped: int) -> list[dict[str, Tensor]]:
-        """What verification reads texts behind: an image of noise, and nothing, where that is an honest prior."""
+        """Prompts for verification: with an image of noise, and without one where that is an honest prior."""
         noise = torch.randint(256, (3, *TEST_IMAGE_SIZE), generator=torch.Generator().manual_seed(0))
         images = [load_rgb_image(noise.to(torch.uint8))]
         if self.default_prior_source == "unconditional":
@@ -411,7 +418,7 @@ class CaptionScorer:
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its inputs."""
+        """Device on which the model takes its inputs."""
         return self.model.device
 
     @property
@@ -426,7 +433,7 @@ class CaptionScorer:
         return self.model.config.model_type if not name or os.path.isdir(name) else name
 
     def fingerprint(self) -> str:
-        """What scores depend on: model, weights, prompt and reading mode; JSON."""
+        """All that scores depend on, as JSON: model, weights, prompt and reading mode."""
         mode = None if self.verification is None else self.verification.mode
         described = {"model": self.name, "prompt": self.prompt.context, "reading_mode": mode}
         return json.dumps({**described, "weights": self._weights})
@@ -468,10 +475,14 @@ def as_compiled(texts: Any) -> CompiledLabels | None:
     return texts if is_compiled(texts) else None
 
 
-def as_images(images: Any) -> Iterator[Image.Image]:
-    """RGB images, one after the other, from one or many; a tensor or array of four dimensions holds many."""
+def as_images(images: Any) -> Iterator[Any]:
+    """RGB images, one after the other, from one or many; a tensor or array of four dimensions holds many.
+
+    Prepared images stay as they are.
+    """
     is_many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4 or isinstance(images, Iterator)
-    return map(load_rgb_image, images if is_many else [images])
+    given = images if is_many else [images]
+    return (image if isinstance(image, PreparedImage) else load_rgb_image(image) for image in given)
 
 
 def plain_images() -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""Which way of reading texts a model gets: chosen by rules, then measured against the model's own `generate()`.
+"""The choice of a way to read texts: made by rules, then measured against the model's own `generate()`.
 
 The rules know when a tree must go wrong, but not every model: transformers swallows arguments that a model does not
 know. So the first texts that are scored are also read by `generate()`, forced along them, and what differs too much is
@@ -78,7 +78,7 @@ class TextTooLongError(ValueError):
 
 
 def check_length(family: Family, prefix: Prefix, longest: int) -> None:
-    """Raises TextTooLongError if the model has no positions for texts of up to `longest` tokens behind a prefix."""
+    """Raises TextTooLongError if the model has no positions for texts of up to `longest` tokens after a prefix."""
     limit = getattr(family.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     needed = int(prefix.positions.max()) + longest - 1
     if limit is not None and needed > limit:
@@ -99,7 +99,7 @@ def texts_to_compare(texts: Sequence[list[int]]) -> list[list[int]]:
 
 
 def verify(family: Family, prompts: Sequence[dict[str, Tensor]], texts: TextTrie) -> Verification:
-    """Reads texts in every mode, behind each prompt, and chooses the fastest mode that is right.
+    """Reads texts in every mode, after each prompt, and chooses the fastest mode that is right.
 
     Args:
         texts: a few, some of which share a beginning and then differ: without a branch a tree is a row.

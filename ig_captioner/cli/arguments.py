@@ -94,7 +94,7 @@ def add_photos(parser: Parser, list_option: str | None = None, batch_size: int =
 
 
 def add_strict(parser: argparse.ArgumentParser) -> None:
-    help = "an error, not a note, where something of the input is skipped, cut or guessed"
+    help = "take input that is skipped, cut or guessed for an error; without this, a note says so"
     parser.add_argument("--strict", action="store_true", help=help)
 
 
@@ -104,27 +104,32 @@ def add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one (the default)"
+    )
 
 
 def add_prior_weight(parser: argparse.ArgumentParser) -> None:
-    help = "0: likelihood only (default: the checkpoint's, as a rule 1)"
+    help = "0: likelihood only; 1: information gain (default: the model's own, as info prints it)"
     parser.add_argument("--prior-weight", type=prior_weight, metavar="W", help=help)
 
 
 def add_captioner(parser: argparse.ArgumentParser) -> None:
-    prompt = "what a captioner of the Hub is asked before a text (default: its family's own; info says it)"
+    prompt = "instruction before every text, for captioners of the Hub (default: as ig-captioner info prints it)"
     parser.add_argument("--prompt", metavar="TEXT", help=prompt)
     code = "let code from the repository of --model run; read it first"
     parser.add_argument("--trust-remote-code", action="store_true", help=code)
 
 
 def add_prior(parser: argparse.ArgumentParser) -> None:
-    without = "log P(T) without the image, or as a mean over reference images (default: as info says)"
-    parser.add_argument("--prior-source", choices=("unconditional", "reference_images"), help=without)
-    photos = "photos that log P(T) is a mean over"
+    source = (
+        "where log P(T) comes from: the model without an image, or a mean over reference images (default: as "
+        "ig-captioner info prints it)"
+    )
+    parser.add_argument("--prior-source", choices=("unconditional", "reference_images"), help=source)
+    photos = "photos over which log P(T) is averaged"
     parser.add_argument("--reference-images", nargs="+", action="extend", metavar="PHOTO", help=photos)
-    mean = "of P(T|I), or of log P(T|I), over those photos (default: arithmetic)"
+    mean = "the mean of P(T|I), or of log P(T|I), over those photos (default: arithmetic)"
     parser.add_argument("--reference-mean", choices=("arithmetic", "geometric"), help=mean)
 
 
@@ -182,17 +187,17 @@ threshold = number("a finite number, or -inf for never", lambda value: value < m
 def read_labels(arguments: argparse.Namespace) -> tuple[list[str], list[str] | None]:
     """Labels and templates, checked; see `read_texts`. No templates are None, for the checkpoint's own.
 
-    Labels that are evidently a list between commas are split, which is said, as it is where some have commas and are
+    Labels that are evidently one list are split, which is said, as it is where some have commas and are
     kept whole.
     """
     from ..data.prompts import read_class_names, read_templates
-    from ..input_rules import split_at_commas, tell
+    from ..input_rules import split_list, tell
     from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 
     given = arguments.labels
-    arguments.labels = split_at_commas(given)
+    arguments.labels = split_list(given)
     if arguments.labels != given:
-        tell("--labels was read as a list between commas; give --labels-file for labels with commas", arguments.labels)
+        tell("--labels was read as one list, between commas or the like; --labels-file keeps them", arguments.labels)
     elif with_commas := [label for label in given if "," in label]:
         tell("labels with commas in them are one label each", with_commas)
     labels = read_texts(arguments.labels, arguments.labels_file, "--labels", read_class_names)
@@ -208,6 +213,40 @@ def check_labels(arguments: argparse.Namespace) -> None:
     check_texts(arguments.labels, arguments.labels_file, "--labels")
     if arguments.template or arguments.templates_file is not None:
         check_texts(arguments.template, arguments.templates_file, "--template")
+
+
+def check_candidates(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for labels or templates beside compiled ones, and as `check_labels`."""
+    source = _option_of_compiled_labels(arguments)
+    if source is None:
+        check_labels(arguments)
+        return
+    for name in ("labels", "labels_file", "template", "templates_file"):
+        if name != source and getattr(arguments, name):
+            raise UsageError(f"{_option(source)} brings its labels and templates, but {_option(name)} is given, too")
+
+
+def _option_of_compiled_labels(arguments: argparse.Namespace) -> str | None:
+    """The argument that names a folder of compiled labels; None if there are none."""
+    if getattr(arguments, "compiled_labels", None) is not None:
+        return "compiled_labels"
+    if arguments.labels_file is not None and Path(arguments.labels_file).is_dir():
+        return "labels_file"
+    return None
+
+
+def read_candidates(arguments: argparse.Namespace):
+    """Labels, which may be compiled, and templates, or None for those of the checkpoint or the compiled labels."""
+    source = _option_of_compiled_labels(arguments)
+    if source is None:
+        return read_labels(arguments)
+    from ..compiled_labels import CompiledLabels
+
+    return CompiledLabels.load(getattr(arguments, source)), None
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def check_texts(texts: list[str], file: str | None, option: str) -> None:

@@ -5,6 +5,7 @@ Each task is a file of that name in `evaluation/`, imported when the task runs. 
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -55,8 +56,9 @@ examples:
   ig-captioner evaluate lit --train "flickr8k-train-*.tar" --data "flickr8k-val-*.tar" --output out
   ig-captioner evaluate lit --train captioned/ --labelled photos/ --class-names imagenet --output out
 """
-DATA_HELP = "shards (pattern or folder), a folder of images, or a folder of the datasets library"
+DATA_HELP = "shards (pattern or folder), a folder of images, or a folder saved by the datasets library"
 
+finite = number("a finite number", math.isfinite)
 rate = number("a positive number", lambda value: 0 < value < float("inf"))
 fraction = number("between 0 and 1", lambda value: 0 < value < 1)
 
@@ -75,7 +77,7 @@ def _add_task(tasks, name: str, usage: str, summary: str, examples: str, needs_d
     task = add_command(tasks, _run_later(name), f"{usage} --output DIR", summary, examples, MODEL_HELP)
     task.add_argument("--data", required=needs_data, metavar="DATA", help=DATA_HELP)
     task.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
-    limit = "a fixed choice of N, by their keys (default: all)"
+    limit = "measure a fixed choice of N samples, by their keys (default: all)"
     task.add_argument("--limit", type=positive_integer, metavar="N", help=limit)
     add_strict(task)
     add_device(task)
@@ -115,8 +117,12 @@ def _add_compositional(tasks) -> None:
     usage = "--format FORMAT --pairs FILE_OR_FOLDER [--data DATA]"
     summary = "Tell the right caption of an image from one that differs in a word or in order."
     task = _add_task(tasks, "compositional", usage, summary, COMPOSITIONAL_EXAMPLES, needs_data=False)
-    task.add_argument("--format", required=True, choices=("sugarcrepe", "aro", "winoground"), help="whose files")
-    task.add_argument("--pairs", type=Path, required=True, metavar="FILE_OR_FOLDER", help="the captions")
+    task.add_argument(
+        "--format", required=True, choices=("sugarcrepe", "aro", "winoground"), help="benchmark that --pairs comes from"
+    )
+    task.add_argument(
+        "--pairs", type=Path, required=True, metavar="FILE_OR_FOLDER", help="file or folder with its captions"
+    )
     _add_tuning(task)
     _add_batch_size(task)
     add_captioner(task)
@@ -126,6 +132,8 @@ def _add_captioning(tasks) -> None:
     summary = "Write captions and compare them with those of people."
     task = _add_task(tasks, "captioning", "--data DATA", summary, CAPTIONING_EXAMPLES)
     task.add_argument("--num-beams", type=positive_integer, default=1, metavar="N", help="1: greedy (default)")
+    penalty = "divides a beam's log P by its length to this power: above 0 longer captions win more often (default: 1)"
+    task.add_argument("--length-penalty", type=finite, metavar="P", help=penalty)
     longest = "longest caption (default: as ig-captioner caption)"
     task.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help=longest)
     _add_batch_size(task)
@@ -160,7 +168,9 @@ def _add_lit(tasks) -> None:
 
 def _add_training_of_lit(task: argparse.ArgumentParser) -> None:
     task.add_argument("--train", metavar="DATA", help="captioned images to train on; forms as --data")
-    task.add_argument("--tower", metavar="FOLDER", help="instead: a tower that is trained (benchmarks.everyday)")
+    task.add_argument(
+        "--tower", metavar="FOLDER", help="in place of --train: a tower that benchmarks.everyday has trained"
+    )
     task.add_argument("--labelled", metavar="DATA", help="labelled images to classify; forms as --data")
     sizes = {
         "steps": (2000, "optimizer steps"),

@@ -1,4 +1,4 @@
-"""The command line `ig-captioner`. Its commands are in `predict.py`, `release.py` and `evaluate.py`.
+"""The command line `ig-captioner`. Its commands are in `predict.py`, `batch.py`, `release.py` and `evaluate.py`.
 
 Exit codes: 0; 1 if something could not be read, done or written; 2 for wrong usage; 130 when interrupted. Errors are
 one line on stderr. A photo that cannot be read is reported there and costs only itself: the other photos are still
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..installed import DEFAULT_CHECKPOINT, __version__
 from .arguments import Parser, UsageError, add_command
+from .batch import add_batch
 from .evaluate import add_evaluate
 from .output import one_line, quiet, report
 from .predict import add_caption, add_classify, add_demo, add_retrieve, add_score
@@ -90,12 +91,12 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_classify, add_caption, add_score, add_retrieve, add_demo):
+    for add in (add_classify, add_caption, add_score, add_retrieve, add_batch, add_demo):
         add(commands)
     add_evaluate(commands)
     for add in (add_info, add_compile_labels, add_release, add_push):
         add(commands)
-    summary = "Print what makes a shell complete commands, options and files with the tab key."
+    summary = "Print a script that lets a shell complete commands, options and files with the tab key."
     shells = add_command(commands, completion, "SHELL", summary, COMPLETION_EXAMPLES)
     shells.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     return parser
@@ -110,7 +111,7 @@ def completion(arguments: argparse.Namespace) -> int:
     parser = build_parser()
     for action in _actions(parser):
         names = str(action.metavar)
-        if "DIR" in names or "FILE" in names or "FOLDER" in names or names in ("PHOTO", "DATA"):
+        if "DIR" in names or "FILE" in names or "FOLDER" in names or names in ("PHOTO", "DATA", "PLACE"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(parser, shell=arguments.shell))
     return 0

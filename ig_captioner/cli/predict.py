@@ -13,7 +13,6 @@ from typing import Any
 from .arguments import (
     MODEL_HELP,
     Photos,
-    UsageError,
     add_captioner,
     add_command,
     add_device,
@@ -24,11 +23,11 @@ from .arguments import (
     add_prior_weight,
     add_strict,
     add_texts,
-    check_labels,
+    check_candidates,
     check_texts,
     integer_up_to,
     positive_integer,
-    read_labels,
+    read_candidates,
     read_texts,
     read_texts_file,
     threshold,
@@ -90,20 +89,23 @@ def add_classify(commands) -> None:
     summary = "Rank labels for photos by information gain, log P(T|I) - prior weight * log P(T)."
     labels = "--labels LABEL..."
     parser = add_command(
-        commands, classify, f"PHOTO... {labels}", summary, CLASSIFY_EXAMPLES, MODEL_HELP, _check_candidates
+        commands, classify, f"PHOTO... {labels}", summary, CLASSIFY_EXAMPLES, MODEL_HELP, check_candidates
     )
     add_photos(parser, labels)
     add_labels(parser)
-    compiled = "folder of ig-captioner compile-labels, as --labels-file takes it, too"
+    compiled = "folder of ig-captioner compile-labels; --labels-file takes it as well"
     parser.add_argument("--compiled-labels", type=Path, metavar="DIR", help=compiled)
     add_prior_weight(parser)
     add_prior(parser)
-    before = "how likely each label is before the photo is seen: weights above 0, or log-probabilities, in their order"
+    before = "how likely each label is before the photo is seen, in their order: weights above 0, or log-probabilities"
     parser.add_argument("--label-prior", type=float, nargs="+", metavar="W", help=before)
     parser.add_argument("--top-k", type=positive_integer, metavar="K", help="show the best K labels (default: all)")
     several = "score each label on its own, by the sigmoid of its information gain: several may fit"
     parser.add_argument("--multi-label", action="store_true", help=several)
-    below = '"none of these" comes first where no label gains this much (default: the checkpoint\'s; =-inf: never)'
+    below = (
+        '"none of these" comes first where no label has this information gain (default: the checkpoint\'s; '
+        "--abstain-below=-inf switches it off)"
+    )
     parser.add_argument("--abstain-below", type=threshold, metavar="NATS", help=below)
     add_format(parser)
     add_strict(parser)
@@ -117,7 +119,7 @@ def add_caption(commands) -> None:
     add_photos(parser)
     beams = "1: greedy (default: what the checkpoint says, or 1)"
     parser.add_argument("--num-beams", type=integer_up_to(MOST_BEAMS), metavar="N", help=beams)
-    longest = "longest caption (default: 30, or what the model has positions for)"
+    longest = "longest caption, in tokens (default: 30, or fewer if the model has no positions for them)"
     parser.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help=longest)
     add_format(parser)
     add_strict(parser)
@@ -147,7 +149,7 @@ def add_retrieve(commands) -> None:
     add_photos(parser, query)
     directions = parser.add_mutually_exclusive_group(required=True)
     directions.add_argument("--query", nargs="+", action="extend", metavar="TEXT", help="find photos for each of these")
-    directions.add_argument("--texts-file", metavar="FILE", help="find texts for each photo, among these, a line each")
+    directions.add_argument("--texts-file", metavar="FILE", help="find texts for each photo, among these lines")
     add_prior_weight(parser)
     add_prior(parser)
     best = "show the best K (default: %(default)s)"
@@ -161,8 +163,12 @@ def add_retrieve(commands) -> None:
 def add_demo(commands) -> None:
     summary = "Try a checkpoint in the browser."
     parser = add_command(commands, demo, "", summary, DEMO_EXAMPLES, MODEL_HELP)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: open to the network (default: %(default)s)")
-    parser.add_argument("--port", type=integer_up_to(65_535), metavar="P", help="(default: the first that is free)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address; 0.0.0.0 opens it to the network (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=integer_up_to(65_535), metavar="P", help="port of the page (default: the first that is free)"
+    )
     parser.add_argument("--open", action="store_true", help="open it in the browser")
     add_device(parser)
 
@@ -176,7 +182,7 @@ def classify(arguments: argparse.Namespace) -> int:
     from ..captioners.arguments import load_scorer, read_prior
     from ..captioners.pipelines import zero_shot_pipeline
 
-    labels, templates = _read_candidates(arguments)
+    labels, templates = read_candidates(arguments)
     photos = Photos(arguments.photos, streams=True)
     scorer = load_scorer(arguments)
     classifier = zero_shot_pipeline(scorer)
@@ -287,40 +293,6 @@ def _check_score(arguments: argparse.Namespace) -> None:
 
 def _check_retrieve(arguments: argparse.Namespace) -> None:
     check_texts(arguments.query or [], arguments.texts_file, "--query")
-
-
-def _check_candidates(arguments: argparse.Namespace) -> None:
-    """Raises UsageError for labels or templates beside compiled ones, and as `check_labels`."""
-    source = _option_of_compiled_labels(arguments)
-    if source is None:
-        check_labels(arguments)
-        return
-    for name in ("labels", "labels_file", "template", "templates_file"):
-        if name != source and getattr(arguments, name):
-            raise UsageError(f"{_option(source)} brings its labels and templates, but {_option(name)} is given, too")
-
-
-def _option_of_compiled_labels(arguments: argparse.Namespace) -> str | None:
-    """The argument that names a folder of compiled labels; None if there are none."""
-    if arguments.compiled_labels is not None:
-        return "compiled_labels"
-    if arguments.labels_file is not None and Path(arguments.labels_file).is_dir():
-        return "labels_file"
-    return None
-
-
-def _read_candidates(arguments: argparse.Namespace):
-    """Labels, which may be compiled, and templates, or None for those of the checkpoint or the compiled labels."""
-    source = _option_of_compiled_labels(arguments)
-    if source is None:
-        return read_labels(arguments)
-    from ..compiled_labels import CompiledLabels
-
-    return CompiledLabels.load(getattr(arguments, source)), None
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _prior_weight(arguments: argparse.Namespace, scorer) -> float:

@@ -86,7 +86,7 @@ def add_release(commands) -> None:
 def add_push(commands) -> None:
     summary = "Upload a release to the Hub."
     parser = add_command(commands, push, "DIR_OR_MODEL REPO", summary, PUSH_EXAMPLES)
-    parser.add_argument("folder", metavar="DIR_OR_MODEL", help="a release, or a checkpoint to make one of")
+    parser.add_argument("folder", metavar="DIR_OR_MODEL", help="a release, or a checkpoint, which is released first")
     parser.add_argument("repo_id", metavar="REPO", help="repository on the Hub, made if it is missing: USER/NAME")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--revision", metavar="R", help="branch to push to (default: main)")

@@ -24,7 +24,8 @@ DECOMPRESSORS: dict[bytes, Callable[[Any], Any]] = {
     b"\xfd7zXZ": lzma.LZMAFile,
 }
 
-SPARSE, TOO_LARGE = "sparse file", "file too large"
+SPARSE, TOO_LARGE, NOT_A_FILE = "sparse file", "file too large", "link or device in place of a file"
+WITHOUT_CONTENT = (tarfile.DIRTYPE, b"D", b"V")  # folders, GNU's lists of them, labels of volumes
 
 
 class Member(NamedTuple):
@@ -50,7 +51,7 @@ class CheckedTarInfo(tarfile.TarInfo):
 
 
 class ForwardFile:
-    """What `tarfile` needs of a file that can be searched, over one that can only be read on."""
+    """Gives `tarfile` what it needs of a seekable file, over one that can only be read from front to back."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -87,11 +88,11 @@ class Archive:
         self.file = ForwardFile(file if decompress is None else decompress(file))
 
     def members(self) -> Iterator[Member]:
-        """Yields the regular files in order, up to the end-of-archive."""
+        """Yields the files in order, up to the end-of-archive; links and devices as files that are refused."""
         archive = tarfile.TarFile(fileobj=self.file, tarinfo=CheckedTarInfo)  # type: ignore[arg-type]
         while (header := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # tarfile would keep all headers
-            if header.isfile():
+            if header.type not in WITHOUT_CONTENT:
                 yield Member(header.name, header.size, _refusal(header), partial(self._read, header))
 
     def _read(self, header: tarfile.TarInfo) -> bytes:
@@ -108,7 +109,7 @@ class Archive:
         if len(rest) < BLOCK:
             raise tarfile.ReadError(f"the end-of-archive at byte {end - BLOCK} is cut short")
         if any(rest):
-            raise tarfile.ReadError(f"data behind the end-of-archive at byte {end - BLOCK}")
+            raise tarfile.ReadError(f"data after the end-of-archive at byte {end - BLOCK}")
         if len(rest) > limit - end:
             raise tarfile.ReadError(f"more zeros than an end-of-archive has from byte {end - BLOCK} on")
 
@@ -117,4 +118,6 @@ def _refusal(header: tarfile.TarInfo) -> str:
     """Why a file is not read into memory, if it is not."""
     if header.issparse():  # small in the archive, as large as its maker likes in memory
         return SPARSE
+    if not header.isfile():
+        return NOT_A_FILE
     return TOO_LARGE if header.size > MAX_BYTES else ""

@@ -1,6 +1,7 @@
 """Folders of images: which files are images, and which class a folder is."""
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ BESIDE_IMAGES = ("txt", "json", "jsonl", "csv", "tsv", "md")  # passed over with
 
 
 def extension_of(name: str) -> str:
-    """Gives what stands behind the last dot of a file's name, in lower case; "" without a dot."""
+    """Gives what follows the last dot of a file's name, in lower case; "" without a dot."""
     return os.path.splitext(name)[1][1:].lower()
 
 
@@ -71,12 +72,15 @@ def fold_name(name: str) -> str:
 def class_numbers(folders: Sequence[str]) -> dict[str, int]:
     """Numbers the classes whose folders these are.
 
-    Folders of other names are numbered in sorted order. Where all names are numbers, from 0 on with or without gaps
-    they are the classes, and from 1 to the last without a gap one less, which is said. Other numbers do not say which
-    classes they are, and nothing comes out.
+    Folders of other names are numbered in sorted order; nothing comes out where that is another order by the numbers in
+    names (`class10` before `class2`). Where all names are numbers, from 0 on with or without gaps they are the
+    classes, and from 1 to the last without a gap one less, which is said. Other numbers do not say which classes they
+    are, and nothing comes out.
     """
     if not all(name.isascii() and name.isdecimal() for name in folders):
         ordered_names = sorted(folders, key=lambda name: (unicodedata.normalize("NFC", name), name))
+        if ordered_names != sorted(ordered_names, key=_by_numbers):
+            return {}
         return {name: number for number, name in enumerate(ordered_names)}
     numbers = {name: int(name) for name in folders}  # also of no folders at all
     ordered = sorted(numbers.values())
@@ -92,6 +96,12 @@ def class_numbers(folders: Sequence[str]) -> dict[str, int]:
     return {}
 
 
+def _by_numbers(name: str) -> list[tuple[str, int]]:
+    """Key that sorts `class2` before `class10`: text and number, in turn."""
+    parts = re.findall(r"([^0-9]*)([0-9]*)", unicodedata.normalize("NFC", name))
+    return [(text, int(number or -1)) for text, number in parts]
+
+
 def are_places(numbers: dict[str, int]) -> bool:
-    """Whether class numbers depend on which folders there are, as places in an order do."""
+    """Tells whether class numbers depend on which folders there are, as places in an order do."""
     return not all(name.isdecimal() and int(name) == number for name, number in numbers.items())

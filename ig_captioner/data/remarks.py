@@ -38,7 +38,7 @@ class Remarks:
 
 
 def _is_an_error() -> bool:
-    """Whether a warning of the package would raise: the first filter for it decides."""
+    """Tells whether a warning of the package would raise: the first filter for it decides."""
     for action, message, category, module, _ in warnings.filters:
         if issubclass(IGCaptionerWarning, category) and message is None and module is None:
             return action == "error"

@@ -25,6 +25,7 @@ TIMEOUT = 60.0  # seconds without a byte, and over which the rate is taken
 LEAST_RATE = 1_000  # bytes per second; a server that drips would hold a training for days
 BUFFER_SIZE = 2**20
 VALIDATORS = ("ETag", "Last-Modified")  # HTTP headers that tell versions of a file apart
+MARKS = (*VALIDATORS, "key")  # the same of all kinds of URLs: "key" is fsspec's
 BUSY = (408, 425, 429)  # HTTP errors of the client that may pass; 500 and above may, too
 
 # Files given up in a row, by server. Each takes away a retry: a server that is down must not cost time for every file.
@@ -55,6 +56,22 @@ def check_url(url: str) -> None:
 def open_url(url: str) -> io.BufferedReader:
     """A stream of the file's bytes; all its errors are `UnreachableError`."""
     return io.BufferedReader(RemoteFile(url), BUFFER_SIZE)
+
+
+def ask_version(url: str) -> tuple[int | None, str | None]:
+    """The size of a file in bytes, and what tells it from its other versions, such as "ETag: ...", without its content.
+
+    None for what the server does not say; both if it cannot be reached, which is logged.
+    """
+    with RemoteFile(url) as file:
+        try:
+            file.stream = file._open()
+        except Exception as error:  # of the many libraries behind fsspec
+            logger.warning("%s: %s", url, error)
+            return None, None
+        version = file.version or {}
+        marks = (f"{name}: {version[name]}" for name in MARKS if version.get(name))
+        return file.size, next(marks, None)
 
 
 class RemoteFile(io.RawIOBase):
@@ -182,8 +199,8 @@ class RemoteFile(io.RawIOBase):
             raise ChangedError(f"changed while it was read: {changed}")
 
     def _has_validator(self) -> bool:
-        """Whether something tells this version from others without reading it again."""
-        return self.version is not None and any(self.version.get(name) for name in (*VALIDATORS, "key"))
+        """Tells whether this version can be told from others without reading it again."""
+        return self.version is not None and any(self.version.get(name) for name in MARKS)
 
     def _skip(self, stream: Any, missing: int) -> None:
         """Reads over what was read before, from a server that knows no ranges, or has nothing to tell versions by."""

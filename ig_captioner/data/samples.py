@@ -97,9 +97,10 @@ def _read_folder(folder: Path) -> Iterator[RawSample | Skipped]:
         key = (place.with_suffix("") if alone else place).as_posix()
         try:
             files = {extension_of(path.name): path.read_bytes()}
-            for beside in ("txt", "json"):
-                if path.with_suffix(f".{beside}").is_file():
-                    files[beside] = path.with_suffix(f".{beside}").read_bytes()
+            for beside in (".txt", ".json"):
+                for other in (path.with_suffix(beside.upper()), path.with_suffix(beside)):
+                    if other.is_file():
+                        files[beside[1:]] = other.read_bytes()
         except OSError as error:
             logger.warning("%s: %s", path, error)
             yield Skipped(key, "unreadable file")
@@ -154,7 +155,7 @@ def _read_dataset(folder: Path) -> Iterator[RawSample | Skipped]:
 
 
 class Samples(Iterable[T]):
-    """What `decode(key, files)` makes of the usable samples of a source; may be read several times.
+    """The usable samples of a source, as `decode(key, files)` makes them; may be read several times.
 
     Args:
         data: see `read_source`.
@@ -248,6 +249,13 @@ def label_from_field(class_names: Sequence[str], field: str = "class_name") -> F
             return value
         if isinstance(value, str) and (value in places or fold_name(value) in places):
             return places[value] if value in places else places[fold_name(value)]
+        if field == "class_id" and value is None:
+            raise ValueError(
+                "there is no class_id: folders say one by names that are numbers, or by their order, unless that is "
+                "another by the numbers in names (class10 before class2)"
+            )
+        if value is None:
+            raise ValueError(f"there is no {field!r}: photos have one by a folder per class, or by JSON beside them")
         raise ValueError(f"field {field!r} of a sample's JSON is {value!r}: not one of {len(class_names)} classes")
 
     return find_label

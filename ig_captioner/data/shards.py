@@ -130,11 +130,21 @@ def find_shards(patterns: Iterable[str], root: str = "") -> list[str]:
     return paths
 
 
-def read_shard(path: str, fingerprints: list[Fingerprint] | None = None) -> Iterator[RawSample | Skipped]:
+def open_shard(path: str) -> io.BufferedReader:
+    """Opens a local file or a URL."""
+    return open_url(path) if is_url(path) else open(path, "rb")
+
+
+def read_shard(
+    path: str,
+    fingerprints: list[Fingerprint] | None = None,
+    open_file: Callable[[str], io.BufferedReader] = open_shard,
+) -> Iterator[RawSample | Skipped]:
     """Yields (key, {extension: content}) for each sample of a shard, or Skipped where the archive breaks off.
 
     Args:
         fingerprints: gets that of the shard when it has been read.
+        open_file: opens `path`.
     """
     last = ""
     name = os.path.basename(path)
@@ -147,13 +157,15 @@ def read_shard(path: str, fingerprints: list[Fingerprint] | None = None) -> Iter
             yield member
 
     try:
-        with open_url(path) if is_url(path) else open(path, "rb") as file:
+        with open_file(path) as file:
             if fingerprints is not None:
                 hashing = HashingFile(file)
                 file = io.BufferedReader(hashing, 2**20)
             archive = Archive(file)
             yield from group_members(members(archive), name)
             archive.check_end()
+            if not last:
+                logger.warning("%s holds no files", path)
             if hashing is not None and fingerprints is not None:
                 fingerprints.append(hashing.fingerprint(path))
     except Exception as error:  # broad on purpose: on garbage tarfile and the decompressors raise many kinds
@@ -187,7 +199,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def base_of(stem: str) -> str:
-    """Takes words of letters behind dots off a stem: `key.seg` is of the sample `key`, `22.00` is one of its own."""
+    """Takes words of letters after dots off a stem: `key.seg` is of the sample `key`, `22.00` is one of its own."""
     while match := re.fullmatch(r"(.*[^/])\.[A-Za-z][A-Za-z_-]*", stem, flags=re.DOTALL):
         stem = match[1]
     return stem
@@ -197,7 +209,8 @@ def group_members(members: Iterable[Member], archive: str = "") -> Iterator[RawS
     """Puts consecutive files into samples.
 
     The key is all before the last dot. Where files stand beside them whose names have a word more, as in `key.jpg`,
-    `key.seg.png`, `key.txt`, those belong to the sample as `seg.png`; without `key.*` they are samples themselves.
+    `key.seg.png`, `key.txt`, those belong to the sample as `seg.png`; without `key.*`, or with an image and a text of
+    their own, they are samples themselves.
     Hidden files are passed over, and so are files without an extension, which is logged.
     """
     group: list[File] = []
@@ -232,12 +245,14 @@ class File(NamedTuple):
 def _samples_of(group: list[File]) -> Iterator[RawSample | Skipped]:
     """The samples of files whose names have the same base."""
     whole = next((file.stem for file in group if base_of(file.stem) == file.stem), None)
+    with_image = {file.stem for file in group if file.extension in IMAGE_EXTENSIONS}
+    complete = with_image & {file.stem for file in group if file.extension in ("txt", "json")}
     samples: dict[str, dict[str, bytes]] = {}
     refused: dict[str, str] = {}
     for file in group:
         key = file.stem
         extension = file.extension
-        if whole is not None and file.stem != whole:
+        if whole is not None and file.stem != whole and file.stem not in complete:
             key = whole
             extension = f"{file.stem[len(whole) + 1 :]}.{extension}"
         files = samples.setdefault(key, {})
@@ -252,7 +267,7 @@ def _samples_of(group: list[File]) -> Iterator[RawSample | Skipped]:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether a key belongs to the held-out part: digits 8 to 16 of its SHA-1, as a fraction of 16**8."""
+    """Tells whether a key belongs to the held-out part: digits 8 to 16 of its SHA-1, as a fraction of 16**8."""
     return int(hash_of(key).hex()[8:16], 16) < fraction * 16**8
 
 
@@ -268,9 +283,12 @@ def first_by_hash(keys: Iterable[str], count: int | None) -> set[str]:
 
 def image_of(files: dict[str, bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The RGB image of a sample."""
-    content = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
-    if content is None:
+    found = [extension for extension in IMAGE_EXTENSIONS if extension in files]
+    if not found:
         raise BrokenSampleError("missing image")
+    if len(found) > 1:
+        tell("of a sample's images, which differ in their extensions only, the first is read", found)
+    content = files[found[0]]
     if not content:
         raise BrokenSampleError("empty image file")
     try:

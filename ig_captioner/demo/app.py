@@ -22,7 +22,7 @@ import PIL.Image
 from torch import Tensor
 
 from ..input_rules import IGCaptionerWarning
-from .examples import example_photos
+from .examples import LABEL_OF, example_photos
 from .inputs import (
     FORMATS,
     MAX_BYTES,
@@ -64,7 +64,6 @@ except ImportError as error:
 MAX_PRIOR_WEIGHT = 1.5
 MAX_WAITING = 40  # requests that wait for the model, each in a thread; Gradio queues the rest
 KEPT_SECONDS = 3600  # uploads, and what a session has computed
-LABELS = ["cat", "dog", "horse", "woman", "cup of coffee", "rocket", "motorcycle"]
 PREVIEW_PIXELS = 800  # of the longer side
 CHOICE = "Which words does the image support?"
 RANK = "Rank them"
@@ -284,11 +283,12 @@ def _add_inputs(templates: list[str], examples: list[PIL.Image.Image]) -> dict[s
         components=[gr.Image(type="pil", format="jpeg", render=False)],
         samples=[[_preview(example)] for example in examples],
         type="index",
-        visible=bool(examples),
         elem_id="examples",
     )
     url = gr.Textbox(label="Photo from a URL", placeholder="https://...", submit_btn="Load", max_lines=1, elem_id="url")
-    labels = gr.Textbox("\n".join(LABELS), label="Labels", info=lines, lines=7, max_lines=12, elem_id="labels")
+    labels = gr.Textbox(
+        "\n".join(LABEL_OF.values()), label="Labels", info=lines, lines=7, max_lines=12, elem_id="labels"
+    )
     template = gr.Textbox(
         "\n".join(templates),
         label="Sentence",
@@ -354,7 +354,7 @@ def _pick(parts: dict[str, Any], names: str) -> list[Any]:
 
 
 def _event(handler: Callable, parts: dict[str, Any], inputs: str, outputs: str, **options: Any) -> dict[str, Any]:
-    """What Gradio's listeners take, with components by their names in `parts`."""
+    """Arguments of Gradio's listeners, with components by their names in `parts`."""
     return {"fn": handler, "inputs": _pick(parts, inputs), "outputs": _pick(parts, outputs), **options}
 
 
@@ -449,8 +449,9 @@ def launch(
     app = build_app(model, device)
     warnings.simplefilter("ignore", IGCaptionerWarning)  # the page tells visitors; on this side they would fill a log
     url = serve(app, host, port, open_browser)
-    # As Ctrl+C: Gradio then deletes the uploads. Docker and systemd stop a server by SIGTERM.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # As Ctrl+C: Gradio then deletes the uploads. Docker and systemd stop a server by SIGTERM. Passing the signal on as
+    # SIGINT would not do: shells start what runs in the background with SIGINT ignored.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"The demo is at {url} (Ctrl+C stops it)", flush=True)
     app.block_thread()
 

@@ -1,19 +1,35 @@
-"""Photos to try the web demo with: those inside scikit-image's wheel that anyone may use. Without it there are none."""
+"""Photos that anyone may use, to try the demos with. `photos/README.md` names their authors and terms."""
 
-from importlib.util import find_spec
+from pathlib import Path
 
 from PIL import Image
 
+from ..input_rules import read_image_file
 
-# NASA's portrait is in the public domain, the others are CC0 (skimage/data/README.txt).
-NAMES = ("chelsea", "astronaut", "coffee", "rocket", "stereo_motorcycle")
+
+FOLDER = Path(__file__).parent / "photos"
+LABEL_OF = {
+    "cat": "cat",
+    "dog": "dog",
+    "koala": "koala",
+    "panda": "panda",
+    "bison": "bison",
+    "bee": "bee",
+    "bridge": "suspension bridge",
+    "coffee": "cup of coffee",
+    "rocket": "rocket",
+    "astronaut": "woman",
+}
+"""What each photo shows, by its name."""
+NO_CLASS = frozenset({"astronaut"})
+"""Photos of what the shipped checkpoint knows from captions alone: no class of its training is a person."""
+
+
+def load_photo(name: str) -> Image.Image:
+    """One of the photos, RGB."""
+    return read_image_file(FOLDER / f"{name}.jpg")
 
 
 def example_photos() -> list[Image.Image]:
-    """The photos, in the order of `NAMES`."""
-    if find_spec("skimage") is None:
-        return []
-    from skimage import data
-
-    loaded = [getattr(data, name)() for name in NAMES]
-    return [Image.fromarray(photo[0] if isinstance(photo, tuple) else photo) for photo in loaded]
+    """All photos, in the order of `LABEL_OF`."""
+    return [load_photo(name) for name in LABEL_OF]

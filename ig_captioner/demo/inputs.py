@@ -20,7 +20,7 @@ from ..input_rules import (
     ImageError,
     clean_text,
     read_image_file,
-    split_at_commas,
+    split_list,
 )
 
 
@@ -44,20 +44,20 @@ SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "20
 
 
 class InputError(ValueError):
-    """What was typed or uploaded cannot be used; the message says what and why."""
+    """Something typed or uploaded cannot be used; the message says what and why."""
 
 
 # Texts
 
 
 def parse_labels(text: str) -> list[str]:
-    """Labels from a text box: a line each, or, in a single line, between commas. Repeated ones count once.
+    """Labels from a text box: a line each, or, in a single line, between commas or the like. Repeated ones count once.
 
     Raises:
         InputError: for no label, too many, or one that is too long or no text.
     """
     lines = [line for line in map(clean_text, text.splitlines()) if line]
-    labels = list(dict.fromkeys(split_at_commas(lines)))
+    labels = list(dict.fromkeys(split_list(lines)))
     if not labels:
         raise InputError("There are no labels: write one per line.")
     if len(labels) > MAX_LABELS:
@@ -221,7 +221,7 @@ async def _read(response: httpx.Response, target: httpx.URL) -> bytes:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet; IPv6 addresses that stand for IPv4 ones count as those."""
+    """Tells whether an IP address is on the public internet; IPv6 addresses that mean IPv4 ones count as those."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour

@@ -1,4 +1,4 @@
-"""Who runs the model when: one long request and one short one at a time, so that neither kind holds up the other.
+"""Turns at the model: one long request and one short one at a time, so that neither kind holds up the other.
 
 A request that waits holds a thread and a photo's pixels, nothing else: the server needs the memory of two requests.
 """

@@ -133,7 +133,7 @@ class Captioner:
         self.compile_large_set = lru_cache(MAX_KEPT_TEMPLATES)(self._compile_large_set)
 
     def read(self, photo: Image.Image) -> Any:
-        """What is kept of an RGB image, to be scored and captioned."""
+        """Turns an RGB image into what is kept of it, to be scored and captioned."""
         return self.scorer.prepare(photo)
 
     def classify(self, image: Any, labels: Sequence[str], templates: Sequence[str]) -> Scores:

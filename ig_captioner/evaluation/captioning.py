@@ -40,17 +40,29 @@ Ngrams = Counter[tuple[str, ...]]
 
 def run(arguments: argparse.Namespace) -> int:
     """CIDEr-D, BLEU-4 and METEOR of generated captions; the captions go to `captions.jsonl`."""
+    search, name = search_options(arguments)
     scorer = load_scorer(arguments)
-    options = {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens}
     samples = Samples(arguments.data, captioned, arguments.limit)
     images, references = separate(samples)
-    captions = generate_captions(scorer, images, arguments.batch_size, **options)
-    row = captioning_row(f"{arguments.num_beams} beams" if arguments.num_beams > 1 else "greedy", captions, references)
+    captions = generate_captions(scorer, images, arguments.batch_size, **search)
+    row = captioning_row(name, captions, references)
     if is_first():
         write_captions(arguments.output, samples.keys, captions, references)
     data = {**describe_samples(arguments, samples), "different captions": len(set(captions))}
     finish(arguments, scorer, "Captioning", {"Captions": [row]}, notes_on(row.metrics), data)
     return 0
+
+
+def search_options(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What `generate()` takes, and the name of the row. Raises ValueError for a length penalty without beams."""
+    options = {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens}
+    name = f"{arguments.num_beams} beams" if arguments.num_beams > 1 else "greedy"
+    if (penalty := arguments.length_penalty) is not None:
+        if arguments.num_beams == 1:
+            raise ValueError(f"--length-penalty {penalty:g} chooses among beams, but there is one: see --num-beams")
+        options["length_penalty"] = penalty
+        name += f", length penalty {penalty:g}"
+    return options, name
 
 
 def write_captions(folder: Path, keys: list[str], captions: list[str], references: list[list[str]]) -> None:

@@ -300,12 +300,12 @@ def item_ranks(scores: Tensor) -> Tensor:
 
 
 def text_is_right(scores: Tensor) -> Tensor:
-    """Whether all images of an item prefer their own text, bool [M], from [M, I, K]."""
+    """Tells whether all images of an item prefer their own text, bool [M], from [M, I, K]."""
     return item_ranks(scores) < 1
 
 
 def image_is_right(scores: Tensor) -> Tensor:
-    """Whether each text that belongs to an image prefers it to the item's others, bool [M]; the prior cancels out."""
+    """Tells whether each text that has an image prefers it, bool [M], from [M, I, K]; the prior cancels out."""
     return text_is_right(scores[:, :, : scores.shape[1]].transpose(1, 2))
 
 

@@ -49,7 +49,7 @@ def place() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Tells whether this is the process that writes and prints."""
     return place()[0] == 0
 
 

@@ -42,7 +42,7 @@ class RetrievalRecall(evaluate.Metric):
 
 
 def wrong_before(scores: np.ndarray, is_true: np.ndarray) -> int:
-    """How many wrong answers of a query [N] come before the best right one."""
+    """Counts the wrong answers of a query [N] that come before its best right one."""
     if scores.shape != is_true.shape or not is_true.any():
         raise ValueError(
             f"a query needs a right answer and as many references as predictions, got {len(scores)} scores, "

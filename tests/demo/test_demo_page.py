@@ -4,7 +4,6 @@ import ast
 import asyncio
 import math
 import re
-import sys
 import threading
 
 import numpy as np
@@ -217,16 +216,21 @@ def test_large_set_caption_explain_forget(handlers, captioner, pixel_values, rai
 
 
 def test_example_photos_are_read_like_others(handlers, captioner):
-    pytest.importorskip("skimage", reason="the example photos are those of scikit-image")
-    assert [photo.mode for photo in handlers.examples] == ["RGB"] * 5
+    assert [photo.mode for photo in handlers.examples] == ["RGB"] * len(examples.LABEL_OF)
     photo, values, preview = handlers.read_example(1)
     assert photo is handlers.examples[1] and torch.equal(values, captioner.read(photo))
     assert max(preview.size) <= 800
 
 
-def test_without_scikit_image_there_are_no_examples(monkeypatch):
-    monkeypatch.setitem(sys.modules, "skimage", None)
-    assert examples.example_photos() == []
+def test_example_photos_are_small_and_their_origin_is_said():
+    files = sorted(examples.FOLDER.glob("*.jpg"))
+    assert {file.stem for file in files} == set(examples.LABEL_OF) >= examples.NO_CLASS
+    sizes = [file.stat().st_size for file in files]
+    assert max(sizes) < 60_000 and sum(sizes) < 500_000
+    origins = (examples.FOLDER / "README.md").read_text("utf-8").splitlines()
+    for file in files:
+        (row,) = (line for line in origins if line.startswith(f"| `{file.name}` |"))
+        assert "public domain" in row or "CC0 1.0" in row
 
 
 def test_the_word_picker_follows_the_best_label_unless_one_was_picked(handlers):

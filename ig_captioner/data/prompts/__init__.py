@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 
 
 class Prompts(NamedTuple):
-    """What the classes of a data set are called, and the sentences that the names are put in."""
+    """Names of the classes of a data set, and the sentences that the names are put in."""
 
     class_names: list[str]
     templates: list[str]
@@ -64,6 +64,6 @@ def read_templates(name_or_file: str) -> list[str]:
 
 
 def is_text_file(name_or_file: str) -> bool:
-    """Whether it is a file of lines: neither known, nor JSON."""
+    """Tells whether it is a file of lines: neither known, nor JSON."""
     path = Path(name_or_file)
     return name_or_file.lower() not in known_prompts() and path.suffix != ".json" and path.exists()
