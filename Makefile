@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENVS ?= .venv
 TESTS ?=
+PROCESSES ?= 2
 
 .PHONY: demo test test-newest test-lowest lint wheel-check clean
 
@@ -10,10 +11,10 @@ demo: $(VENVS)/demo/installed
 	$(VENVS)/demo/bin/python examples/demo.py --output_dir demo_output
 
 test: $(VENVS)/test/installed
-	$(VENVS)/test/bin/python -m pytest $(TESTS)
+	$(VENVS)/test/bin/python -m pytest -n $(PROCESSES) --dist loadfile $(TESTS)
 
 test-newest test-lowest: test-%: $(VENVS)/%/installed
-	$(VENVS)/$*/bin/python -m pytest $(TESTS)
+	$(VENVS)/$*/bin/python -m pytest -n $(PROCESSES) --dist loadfile $(TESTS)
 
 lint: $(VENVS)/test/installed
 	$(VENVS)/test/bin/ruff check .

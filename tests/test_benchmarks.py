@@ -22,6 +22,7 @@ from benchmarks.training import full_logits, loss_contenders
 from benchmarks.training_steps import Size, captioner, captioner_step, encoder_decoder, plain_step, random_batch
 from ig_captioner.compiled_labels import CompiledTexts
 from ig_captioner.label_trie import build_trie
+from tiny import BFLOAT16_ATTENTION_FAILS, BFLOAT16_REASON
 
 
 SIZE = Size("tiny", 16, 2, 3)
@@ -75,6 +76,7 @@ def test_loss_contenders_agree():
             torch.testing.assert_close(gradient, reference)
 
 
+@pytest.mark.skipif(BFLOAT16_ATTENTION_FAILS, reason=BFLOAT16_REASON)
 def test_both_models_have_the_same_size_and_steps_change_them():
     ours, peer = captioner(SIZE), encoder_decoder(SIZE)
     numbers = [sum(parameter.numel() for parameter in model.parameters()) for model in (ours, peer)]

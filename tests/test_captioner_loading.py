@@ -14,6 +14,7 @@ from ig_captioner import CaptionScorer
 from ig_captioner.captioners.families import FAMILIES
 from ig_captioner.captioners.loading import auto_class_for, why_refused
 from ig_captioner.captioners.prompts import Prompt
+from tiny import BFLOAT16_ATTENTION_FAILS, BFLOAT16_REASON
 
 
 def load(folder) -> CaptionScorer:
@@ -118,7 +119,10 @@ def test_weights_offloaded_to_disk_score_as_others(tmp_path):
     assert (spread.score(photo(), TEXTS).information_gain - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param("bfloat16", marks=pytest.mark.skipif(BFLOAT16_ATTENTION_FAILS, reason=BFLOAT16_REASON)), "float16"],
+)
 def test_low_precision_is_near_to_float32(dtype, tmp_path):
     folder = save_folder("llava", tmp_path)
     scorer = CaptionScorer.from_pretrained(folder, dtype=dtype)

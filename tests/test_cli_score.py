@@ -57,7 +57,7 @@ def test_scores_are_those_of_single_pairs(run, expected, batch_size):
 
 
 def test_the_matrix_of_scores(run, expected, monkeypatch):
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((30, 24)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *arguments, **options: os.terminal_size((30, 24)))
     code, lines, errors = run("score", *PHOTOS, "--texts", *TEXTS)
     assert (code, errors) == (0, []) and lines[0] == "IG = log P(T|I) - 0.75 * log P(T), in nats"
     assert lines[2:6] == [f"  [{number}]  {text}" for number, text in enumerate(TEXTS, 1)]

@@ -1,9 +1,9 @@
 """Exported programs and graphs score as the model does, whatever the sizes; quantised models score nearly so."""
 
-import inspect
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -202,31 +202,21 @@ def test_the_example_gives_the_models_scores_without_torch(tmp_path):
 # Quantised
 
 
-INT8 = {"Int8WeightOnlyConfig": False, "Int8DynamicActivationInt8WeightConfig": True}  # and whether inputs are int8
+INT8 = ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"]  # the second rounds inputs of layers, too
 
 
-@pytest.fixture(scope="module", params=INT8)
-def int8(request):
-    """The shipped checkpoint with weights in int8, and whether its layers round their inputs to int8, too."""
+@cache
+def quantised(name: str):
+    """The shipped checkpoint with weights in int8."""
     quantization = pytest.importorskip("torchao.quantization")
-    config = TorchAoConfig(getattr(quantization, request.param)())
-    return ZeroShot.from_pretrained(DEFAULT_CHECKPOINT, quantization_config=config), INT8[request.param]
+    return ZeroShot.from_pretrained(
+        DEFAULT_CHECKPOINT, quantization_config=TorchAoConfig(getattr(quantization, name)())
+    )
 
 
-@torch.no_grad()
-def test_int8_weights_are_off_by_their_rounding_and_no_more(int8):
-    """Rounding to steps of `maximum / 127.5` moves a weight of a row by half a step at most."""
-    model, _ = int8
-    original = exact_weights()
-    layers = int8_layers(model)
-    assert len(layers) > 30
-    for name, layer in layers.items():
-        step = original[name].abs().amax(dim=1, keepdim=True) / 127.5
-        shift = (layer.weight.dequantize() - original[name]).abs() / step
-        assert 0 < shift.max() <= 0.501, name
-
-
+@cache
 def exact_weights() -> dict[str, torch.Tensor]:
+    """Weights of the shipped checkpoint's linear layers."""
     model = ZeroShot.from_pretrained(DEFAULT_CHECKPOINT)
     return {name: layer.weight for name, layer in model.named_modules() if type(layer) is nn.Linear}
 
@@ -236,12 +226,26 @@ def int8_layers(model) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in layers.items() if name != "lm_head"}
 
 
-def as_float(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+@pytest.mark.parametrize("name", INT8)
+@torch.no_grad()
+def test_int8_weights_are_off_by_their_rounding_and_no_more(name):
+    """Rounding to steps of `maximum / 127.5` moves a weight of a row by half a step at most."""
+    original = exact_weights()
+    layers = int8_layers(quantised(name))
+    assert len(layers) > 30
+    for layer_name, layer in layers.items():
+        exact = original[layer_name]
+        step = exact.abs().amax(dim=1, keepdim=True) / 127.5
+        shift = (layer.weight.dequantize() - exact).abs() / step
+        assert 0 < shift.max() <= 0.501, layer_name
+
+
+def exact_sums(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Sums [B, N] of products of whole numbers [B, K] and [N, K]."""
     return inputs.double() @ weight.double().T
 
 
-def cut_to_16_bits(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def cut_sums(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The same as processors without 8-bit dot products (VNNI) make them, by the instruction vpmaddubsw.
 
     oneDNN adds 128 to the inputs, since the instruction wants one side without sign. It sums two neighbouring products
@@ -252,39 +256,41 @@ def cut_to_16_bits(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def whole_inputs(width: int, largest: int = 127) -> torch.Tensor:
-    """Whole numbers [4, width] below the largest, which each row has once: rounding leaves them as they are."""
+    """Whole numbers [4, width] below the largest, which begins each row.
+
+    Rounding to steps of `largest / (largest + 0.5)` leaves them as they are.
+    """
     numbers = torch.randint(1 - largest, largest, (4, width), generator=torch.Generator().manual_seed(0))
     numbers[:, 0] = largest
     return numbers
 
 
-def fits(outputs, products, weight_step, bias, largest: int = 127) -> bool:
-    """Whether outputs are those sums of products, in steps of `largest`, or of half a number more (torchao 0.16)."""
-    for input_step in (1, largest / (largest + 0.5)):
-        expected = products * input_step * weight_step.T + (0 if bias is None else bias)
-        if torch.allclose(outputs.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()):
-            return True
-    return False
+def is_close(outputs: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(outputs.double(), expected.double(), rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 @torch.no_grad()
-def test_int8_layers_multiply_the_rounded_numbers(int8):
-    """With inputs in int8 every layer is exact, or every layer is cut to 16 bits; which one the processor decides."""
-    model, rounds_inputs = int8
+def test_layers_with_int8_weights_are_float_layers_of_the_rounded_weights():
+    for name, layer in int8_layers(quantised("Int8WeightOnlyConfig")).items():
+        inputs = whole_inputs(layer.in_features).float()
+        expected = nn.functional.linear(inputs, layer.weight.dequantize(), layer.bias)
+        assert is_close(layer(inputs), expected), name
+
+
+@torch.no_grad()
+def test_layers_with_int8_inputs_multiply_whole_numbers():
+    """Every layer is exact, or every layer cuts at 16 bits; which one the processor decides."""
     original = exact_weights()
     is_exact, is_cut = [], []
-    for name, layer in int8_layers(model).items():
-        rounded, bias = layer.weight.dequantize(), layer.bias
-        inputs = whole_inputs(rounded.shape[1])
+    for name, layer in int8_layers(quantised("Int8DynamicActivationInt8WeightConfig")).items():
+        weight_step = original[name].abs().amax(dim=1, keepdim=True) / 127.5
+        weight = (layer.weight.dequantize() / weight_step).round()
+        inputs = whole_inputs(layer.in_features)
+        steps = 127 / 127.5 * weight_step.T  # of inputs, and of the weights of each output
+        bias = 0 if layer.bias is None else layer.bias
         outputs = layer(inputs.float())
-        if not rounds_inputs:
-            expected = nn.functional.linear(inputs.float(), rounded, bias)
-            torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
-            continue
-        step = original[name].abs().amax(dim=1, keepdim=True).double() / 127.5
-        weight = (rounded / step).round()
-        is_exact.append(fits(outputs, as_float(inputs, weight), step, bias))
-        is_cut.append(fits(outputs, cut_to_16_bits(inputs, weight), step, bias))
+        is_exact.append(is_close(outputs, steps * exact_sums(inputs, weight) + bias))
+        is_cut.append(is_close(outputs, steps * cut_sums(inputs, weight) + bias))
     assert all(is_exact) or all(is_cut)
 
 
@@ -292,20 +298,19 @@ def test_int8_layers_multiply_the_rounded_numbers(int8):
 def test_seven_bits_are_exact_on_every_processor():
     """What docs/serving.md advises for processors without VNNI: no sum of two products exceeds 16 bits."""
     quantization = pytest.importorskip("torchao.quantization")
-    configuration = quantization.Int8DynamicActivationInt8WeightConfig
-    if "reduce_range" not in inspect.signature(configuration).parameters:
-        pytest.skip("this torchao has no reduce_range")
     layer = nn.Linear(64, 48)
-    step = layer.weight.abs().amax(dim=1, keepdim=True).double() / 63.5
-    quantization.quantize_(layer, configuration(reduce_range=True))
+    weight_step = layer.weight.abs().amax(dim=1, keepdim=True) / 63.5
+    quantization.quantize_(layer, quantization.Int8DynamicActivationInt8WeightConfig(reduce_range=True))
+    weight = (layer.weight.dequantize() / weight_step).round()
     inputs = whole_inputs(64, largest=63)
-    weight = (layer.weight.dequantize() / step).round()
-    assert fits(layer(inputs.float()), as_float(inputs, weight), step, layer.bias, largest=63)
+    assert is_close(layer(inputs.float()), 63 / 63.5 * weight_step.T * exact_sums(inputs, weight) + layer.bias)
+    torch.testing.assert_close(cut_sums(inputs, weight), exact_sums(inputs, weight), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", INT8)
 @torch.no_grad()
-def test_int8_models_load_score_compile_and_save(int8, tmp_path):
-    model, _ = int8
+def test_int8_models_load_score_compile_and_save(name, tmp_path):
+    model = quantised(name)
     _, _, tokens, _ = inputs_for(1, (5, 2, 7))
     images = random_images(2, 64, 64)
     scores = model.score(images, **tokens).information_gain

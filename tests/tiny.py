@@ -18,6 +18,11 @@ VARIANTS = {
 }
 
 
+# torch 2.13 chooses the kernel of bfloat16 attention by the processor, and its helpers by ATEN_CPU_CAPABILITY.
+BFLOAT16_REASON = "with AVX-512, but ATEN_CPU_CAPABILITY=default, torch's attention in bfloat16 raises"
+BFLOAT16_ATTENTION_FAILS = torch.backends.cpu.get_cpu_capability() == "DEFAULT" and torch.cpu._is_avx512_supported()
+
+
 def tiny_config(text: dict | None = None, vision: dict | None = None, **kwargs) -> IGCaptionerConfig:
     """Encoder and decoder of different widths, so that no projection can be swapped unnoticed."""
     small = {"num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 0.3}

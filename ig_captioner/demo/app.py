@@ -449,8 +449,9 @@ def launch(
     app = build_app(model, device)
     warnings.simplefilter("ignore", IGCaptionerWarning)  # the page tells visitors; on this side they would fill a log
     url = serve(app, host, port, open_browser)
-    # As Ctrl+C: Gradio then deletes the uploads. Docker and systemd stop a server by SIGTERM.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # As Ctrl+C: Gradio then deletes the uploads. Docker and systemd stop a server by SIGTERM. Passing the signal on as
+    # SIGINT would not do: shells start what runs in the background with SIGINT ignored.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"The demo is at {url} (Ctrl+C stops it)", flush=True)
     app.block_thread()
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..input_rules import read_image_file
+
 
 FOLDER = Path(__file__).parent / "photos"
 LABEL_OF = {
@@ -25,8 +27,7 @@ NO_CLASS = frozenset({"astronaut"})
 
 def load_photo(name: str) -> Image.Image:
     """One of the photos, RGB."""
-    with Image.open(FOLDER / f"{name}.jpg") as photo:
-        return photo.convert("RGB")
+    return read_image_file(FOLDER / f"{name}.jpg")
 
 
 def example_photos() -> list[Image.Image]:
