@@ -94,9 +94,9 @@ def test_the_best_held_out_rate_is_chosen():
 def test_designs_run_with_equal_samples_and_with_equal_cpu_time(tmp_path):
     recipe = load_recipe(RECIPES / "cpu.yaml")
     costs = {name: 1.0 if name == PRESENT_DESIGN else 0.5 for name in DESIGNS}
-    runs = design_runs(recipe, costs)
-    assert len({run.name for run in runs}) == len(runs) == len(recipe.seeds) * (2 * len(DESIGNS) - 1)
-    samples = recipe.train["max_samples"]
+    runs = design_runs(recipe, costs, recipe.seeds)
+    assert len({run.name for run in runs}) == len(runs) == len(recipe.seeds) * (len(DESIGNS) + 1)
+    samples = recipe.design_samples
     for run in runs:
         config = training_config(run, recipe, tmp_path / run.name, tmp_path / "tok", tmp_path / "tail.tar", "data")
         assert config.max_samples == (2 * samples if "equal CPU time" in run.arm else samples)
@@ -234,7 +234,7 @@ def test_all_experiments_on_generated_data(tmp_path):
     """A process per run: about two minutes."""
     recipe = yaml.safe_load((RECIPES / "cpu.yaml").read_text())
     recipe |= {"vocab_size": 300, "seeds": [0, 1], "rate_factors": [1.0], "test_captions": 12, "reference_images": 4}
-    recipe |= {"long_tail_ratio": 5, "long_tail_samples": 16}
+    recipe |= {"long_tail_ratio": 5, "long_tail_samples": 16, "design_samples": 16}
     recipe["train"] |= {"max_samples": 16, "batch_size": 8, "log_every_steps": 1}
     for source in recipe["train"]["data"]["sources"].values():
         source["holdout_fraction"] = 0.1

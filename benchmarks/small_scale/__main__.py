@@ -114,6 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run")
     parser.add_argument("--ablation_seeds", type=int, default=1, help="of the recipe's seeds, the first so many")
+    parser.add_argument("--design_seeds", type=int, help="the same for the designs (default: all)")
     options = parser.parse_args(arguments)
     recipe = load_recipe(options.recipe)
     workshop = Workshop(options, recipe)
@@ -139,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_report(folder, "ablations", ablations(all_runs), all_runs, command)
     if "designs" in options.experiments:
         costs = workshop.design_costs()
-        designed = workshop.run_all(design_runs(recipe, costs))
+        designed = workshop.run_all(design_runs(recipe, costs, recipe.seeds[: options.design_seeds]))
         write_report(folder, "designs", designs(designed, costs), designed, command)
 
 
@@ -150,6 +151,8 @@ def describe_command(options: argparse.Namespace) -> str:
         words += ["--recipe", options.recipe.name]
     if options.ablation_seeds != 1:
         words += ["--ablation_seeds", str(options.ablation_seeds)]
+    if options.design_seeds is not None:
+        words += ["--design_seeds", str(options.design_seeds)]
     return shlex.join(words)
 
 
