@@ -75,6 +75,18 @@ def slow_ece(certainty: list[float], right: list[bool], bins: int = 15) -> float
     return error
 
 
+def slow_certainty(scores: torch.Tensor, labels: list[int], temperature: float) -> tuple[list[float], list[bool]]:
+    """The highest probability of each row, and whether it is that of the label."""
+    probabilities = [slow_softmax(row, temperature) for row in scores.tolist()]
+    right = [row.index(max(row)) == label for row, label in zip(probabilities, labels, strict=True)]
+    return [max(row) for row in probabilities], right
+
+
+def slow_auroc(higher: list[float], lower: list[float]) -> float:
+    pairs = [(a > b) + 0.5 * (a == b) for a in higher for b in lower]
+    return sum(pairs) / len(pairs)
+
+
 def planted(number: int, temperature: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of four classes, and labels drawn from their softmax at a temperature."""
     generator = torch.Generator().manual_seed(seed)
@@ -219,10 +231,9 @@ def test_thresholds_keep_at_least_their_share(answers, share):
 
 
 def test_auroc_equals_all_pairs(answers):
-    higher, lower = answers.certainty, answers.certainty[:17] - 1
-    lower = torch.cat([lower, torch.tensor([-math.inf])])
-    pairs = [(a > b) + 0.5 * (a == b) for a in higher.tolist() for b in lower.tolist()]
-    assert auroc(higher, lower) == pytest.approx(sum(pairs) / len(pairs))
+    higher = answers.certainty
+    lower = torch.cat([answers.certainty[:17] - 1, torch.tensor([-math.inf])])
+    assert auroc(higher, lower) == pytest.approx(slow_auroc(higher.tolist(), lower.tolist()))
 
 
 def test_no_class_is_left_of_one():
@@ -258,42 +269,45 @@ TEST = [index for index, key in enumerate(KEYS) if not is_held_out(key, HELD_OUT
 TUNING = [index for index in range(PHOTOS) if index not in TEST]
 
 
-def test_calibration_of_zero_shot_equals_a_slow_loop(evaluate, room, class_scores, tmp_path):
-    results = evaluate("zero-shot", "--data", room / "shards", "--class-names", room / "prompts.json")
+def test_calibration_of_zero_shot_equals_a_slow_loop(evaluate, room, class_scores):
     caption, prior = class_scores
     labels = torch.tensor(LABELS)
+
+    results = evaluate("zero-shot", "--data", room / "shards", "--class-names", room / "prompts.json")
+
     rows = by_name(results["tables"]["Calibration"])
-    assert list(rows) == [
-        f"{name}{fitted}"
-        for name in ("likelihood", "information gain", "tuned")
-        for fitted in ("", ", fitted temperature")
-    ]
+    weights = ("likelihood", "information gain", "tuned")
+    assert list(rows) == [name + fitted for name in weights for fitted in ("", ", fitted temperature")]
     for name, row in rows.items():
         gain = (caption - row["prior_weight"] * prior).double()
+        expected = fit_temperature(gain[TUNING], labels[TUNING]) if name.endswith("fitted temperature") else 1
         temperature = values(row)["temperature"]
-        if "fitted" in name:
-            assert temperature == pytest.approx(fit_temperature(gain[TUNING], labels[TUNING]), rel=1e-3)
-        else:
-            assert temperature == 1
-        scores = [slow_softmax(gains, temperature) for gains in gain[TEST].tolist()]
-        right = [row.index(max(row)) == LABELS[index] for row, index in zip(scores, TEST, strict=True)]
-        assert values(row)["ece"] == pytest.approx(slow_ece([max(row) for row in scores], right), abs=1e-3)
-        nll = slow_nll(gain[TEST], labels[TEST].tolist(), temperature)
-        assert values(row)["nll"] == pytest.approx(nll, abs=1e-3)
+        assert temperature == pytest.approx(expected, rel=1e-3)
+        tested = gain[TEST]
+        classes = labels[TEST].tolist()
+        assert values(row)["ece"] == pytest.approx(slow_ece(*slow_certainty(tested, classes, temperature)), abs=1e-3)
+        assert values(row)["nll"] == pytest.approx(slow_nll(tested, classes, temperature), abs=1e-3)
+
+
+def test_abstaining_of_zero_shot_equals_a_slow_loop(evaluate, room, class_scores, tmp_path):
+    caption, prior = class_scores
     gain = caption - prior
-    by_gain, _ = results["tables"]["Abstaining"]
+    labels = torch.tensor(LABELS)
     answers = Answers(gain[TEST].amax(dim=1), is_right(gain[TEST], labels[TEST]))
+
+    results = evaluate("zero-shot", "--data", room / "shards", "--class-names", room / "prompts.json")
+
+    by_gain, _ = results["tables"]["Abstaining"]
     assert values(by_gain)["top1_of_50"] == pytest.approx(accuracy_of_kept(answers, 0.5))
-    without = [max(row[:i] + row[i + 1 :]) for row, i in zip(gain[TEST].tolist(), labels[TEST].tolist(), strict=True)]
-    pairs = [(a > b) + 0.5 * (a == b) for a in answers.certainty.tolist() for b in without]
-    assert values(by_gain)["none_auroc"] == pytest.approx(sum(pairs) / len(pairs), abs=2e-3)
+    right_class_left_out = gain[TEST].scatter(1, labels[TEST, None], -math.inf).amax(dim=1)
+    expected = slow_auroc(answers.certainty.tolist(), right_class_left_out.tolist())
+    assert values(by_gain)["none_auroc"] == pytest.approx(expected, abs=2e-3)
+
+    keeps_half = results["details"]["Thresholds of information gain"][-1]["threshold in nats"]
+    assert keeps_half == pytest.approx(abstain_threshold(gain[TUNING].amax(dim=1), 0.5), abs=2e-3)
+    assert f"| 50.0 | {keeps_half} | " in (tmp_path / "out" / "results.md").read_text()
     reliability = results["details"]["Reliability at prior weight 1"]
     assert sum(line["temperature 1: images"] for line in reliability) == len(TEST)
-    thresholds = results["details"]["Thresholds of information gain"]
-    half = abstain_threshold(gain[TUNING].amax(dim=1), 0.5)
-    assert thresholds[-1]["threshold in nats"] == pytest.approx(half, abs=2e-3)
-    markdown = (tmp_path / "out" / "results.md").read_text()
-    assert f"| 50.0 | {thresholds[-1]['threshold in nats']} | " in markdown
 
 
 @pytest.mark.parametrize(
@@ -329,41 +343,55 @@ def write_nearly_right(path, gain: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-def test_what_is_fitted_is_saved_and_used(run, room, processor, class_scores, tmp_path, monkeypatch):
+@pytest.fixture
+def fitted(run, room, class_scores, tmp_path, monkeypatch):
+    """A copy of the room's model after `evaluate zero-shot` has saved what it fitted; the gains [N, C] and classes."""
     monkeypatch.setattr(calibration, "FEWEST_HELD_OUT", len(TUNING))
     folder = tmp_path / "calibrated"
     shutil.copytree(room / "model", folder)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     caption, prior = class_scores
     gain = caption - prior
     labels = write_nearly_right(tmp_path / "photos.tar", gain)
-    arguments = ["--data", tmp_path / "photos.tar", "--class-names", room / "prompts.json"]
-    fitting = ["--model", str(folder), "--held-out-fraction", str(HELD_OUT), "--output", str(tmp_path / "fit")]
+    data = ["--data", tmp_path / "photos.tar", "--class-names", room / "prompts.json"]
+    fitting = ["--model", folder, "--held-out-fraction", HELD_OUT, "--output", tmp_path / "fit"]
     saving = ["--save-temperature", "--save-threshold", "0.5"]
-    code, lines, errors = run("evaluate", "zero-shot", *map(str, arguments), *fitting, *saving)
-    assert (code, errors) == (0, []) and re.search(r"temperature \d+\.\d+, abstain_threshold -?\d+\.\d+$", lines[-1])
+    code, lines, errors = run("evaluate", "zero-shot", *map(str, [*data, *fitting, *saving]))
+    assert (code, errors) == (0, [])
+    return folder, gain, labels, lines
+
+
+def test_what_is_fitted_is_saved_in_the_configuration_alone(fitted, room, tmp_path):
+    folder, gain, labels, lines = fitted
+    config = IGCaptionerConfig.from_pretrained(folder)
+    assert config.score_temperature == pytest.approx(fit_temperature(gain[TUNING], labels[TUNING]), rel=1e-3)
+    assert config.abstain_threshold == pytest.approx(abstain_threshold(gain[TUNING].amax(dim=1), 0.5), abs=2e-3)
+
+    before, after = ({path.name: path.read_bytes() for path in each.iterdir()} for each in (room / "model", folder))
+    assert {name for name in after if after[name] != before.get(name)} == {"config.json"}
+    fields, own_fields = (json.loads(files["config.json"]) for files in (before, after))
+    changed = {"score_temperature": config.score_temperature, "abstain_threshold": config.abstain_threshold}
+    assert own_fields == fields | changed
+
+    assert re.search(r"temperature \d+\.\d+, abstain_threshold -?\d+\.\d+$", lines[-1])
     command = json.loads((tmp_path / "fit" / "results.json").read_text())["run"]["command"]
     assert command.endswith("--save-temperature --save-threshold 0.5")
 
-    config = IGCaptionerConfig.from_pretrained(folder)
-    temperature, threshold = config.score_temperature, config.abstain_threshold
-    assert temperature == pytest.approx(fit_temperature(gain[TUNING], labels[TUNING]), rel=1e-3)
-    assert threshold == pytest.approx(abstain_threshold(gain[TUNING].amax(dim=1), 0.5), abs=2e-3)
-    after = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert {name for name in after if after[name] != before.get(name)} == {"config.json"}
-    own = {"score_temperature", "abstain_threshold"}
-    kept = [{k: v for k, v in json.loads(files["config.json"]).items() if k not in own} for files in (before, after)]
-    assert kept[0] == kept[1]
 
-    calibrated = IGCaptionerForZeroShotImageClassification.from_pretrained(folder).eval()
-    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor, "device": "cpu"}
+def test_the_pipeline_uses_what_was_fitted(fitted, processor):
+    folder, gain, _, _ = fitted
+    model = IGCaptionerForZeroShotImageClassification.from_pretrained(folder).eval()
     classifier = IGZeroShotImageClassificationPipeline(
-        model=calibrated, task="zero-shot-image-classification", hypothesis_template=TEMPLATES, **parts
+        model=model,
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+        task="zero-shot-image-classification",
+        hypothesis_template=TEMPLATES,
+        device="cpu",
     )
     for image, gains in zip(make_images(3), gain.tolist(), strict=False):
-        scores = dict(zip([*NAMES, None], slow_softmax([*gains, threshold], temperature), strict=True))
+        expected = slow_softmax([*gains, model.config.abstain_threshold], model.config.score_temperature)
         entries = {entry["label"]: entry["score"] for entry in classifier(image, NAMES)}
-        assert entries == pytest.approx(scores, abs=1e-3)
+        assert entries == pytest.approx(dict(zip([*NAMES, None], expected, strict=True)), abs=1e-3)
 
 
 def test_only_a_folder_of_ones_own_is_changed(run, room, tmp_path, monkeypatch):
