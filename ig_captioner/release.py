@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .card import CARD_FILE, FACTS_FILE, RESULTS_FOLDER, CardFacts, add_results, make_card, read_facts, write_facts
-from .checkpoint import load_model, load_processor, own_checkpoint
+from .checkpoint import folder_or_repository, load_model, load_processor, own_checkpoint
 from .configuration_ig_captioner import AUTO_MAP, CUSTOM_PIPELINES, REMOTE_CODE_FILES, IGCaptionerConfig
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .evaluation.report import weights_digest
@@ -128,8 +128,8 @@ def save_release(
     """
     directory = Path(directory).expanduser().resolve()
     check_target(directory, overwrite)
-    if Path(model).is_dir():
-        _refuse_links_out(Path(model))
+    if (given := Path(folder_or_repository(model))).is_dir():
+        _refuse_links_out(given)
     loaded = load_model(IGCaptionerForConditionalGeneration, model)
     processor = load_processor(model)
     # A checkpoint may come from elsewhere: what it says about code must fit the code it gets.
