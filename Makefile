@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENVS ?= .venv
 TESTS ?=
 PROCESSES ?= 2
+# A thread for each of them: with more threads than cores they wait for one another.
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENVS)/$(1)/bin/python -m pytest -n $(PROCESSES) --dist loadfile $(TESTS)
 
 .PHONY: demo test test-newest test-lowest lint wheel-check clean
 
@@ -11,10 +13,10 @@ demo: $(VENVS)/demo/installed
 	$(VENVS)/demo/bin/python examples/demo.py --output_dir demo_output
 
 test: $(VENVS)/test/installed
-	$(VENVS)/test/bin/python -m pytest -n $(PROCESSES) --dist loadfile $(TESTS)
+	$(call PYTEST,test)
 
 test-newest test-lowest: test-%: $(VENVS)/%/installed
-	$(VENVS)/$*/bin/python -m pytest -n $(PROCESSES) --dist loadfile $(TESTS)
+	$(call PYTEST,$*)
 
 lint: $(VENVS)/test/installed
 	$(VENVS)/test/bin/ruff check .
