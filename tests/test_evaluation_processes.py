@@ -56,6 +56,20 @@ def by_two_processes(commands, tmp_path_factory):
     return root
 
 
+def assert_same(one, other):
+    """Equal, but for the rounding of sums in another order, which a fitted temperature shows in its sixth digit."""
+    if isinstance(other, dict):
+        assert one.keys() == other.keys()
+        for name in other:
+            assert_same(one[name], other[name])
+    elif isinstance(other, list):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_same(*pair)
+    else:
+        assert one == (pytest.approx(other, rel=1e-4, abs=1e-6, nan_ok=True) if isinstance(other, float) else other)
+
+
 @pytest.mark.parametrize("task", ["zero-shot", "retrieval", "compositional", "captioning", "linear-probe", "lit"])
 def test_results_do_not_depend_on_batches_and_processes(run, commands, by_two_processes, task, tmp_path):
     shared = json.loads((by_two_processes / task / "results.json").read_text())
@@ -66,7 +80,8 @@ def test_results_do_not_depend_on_batches_and_processes(run, commands, by_two_pr
         assert code == 0
         assert all("were skipped: 1 x empty image file" in line for line in errors), errors
         alone = json.loads((tmp_path / size / "results.json").read_text())
-        assert alone["tables"] == shared["tables"] and alone["data"] == shared["data"]
+        assert_same(alone["tables"], shared["tables"])
+        assert alone["data"] == shared["data"]
         files = {path.name for path in (tmp_path / size).iterdir()}
         assert files == {path.name for path in (by_two_processes / task).iterdir()}
         if task == "captioning":
