@@ -1,6 +1,8 @@
 """The benchmarks' bookkeeping, their searches, and that contenders do what they are said to do."""
 
+import ast
 import dataclasses
+import importlib.util
 import io
 import json
 import tarfile
@@ -26,6 +28,29 @@ from tiny import BFLOAT16_ATTENTION_FAILS, BFLOAT16_REASON
 
 
 SIZE = Size("tiny", 16, 2, 3)
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [
+    path.relative_to(ROOT) for folder in ("benchmarks", "docs", "examples") for path in ROOT.glob(f"{folder}/**/*.py")
+]
+OWN = ("benchmarks", "conversion", "ig_captioner", "training")
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS), ids=str)
+def test_scripts_import_what_is_there(script):
+    """Most of them no test runs, so that a name that moves would be missed only when somebody measures again."""
+    package = ".".join(script.parent.parts)
+    for node in ast.walk(ast.parse((ROOT / script).read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        name = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+        if name.split(".")[0] not in OWN:
+            continue
+        if name.startswith("ig_captioner.data.ray"):
+            pytest.importorskip("ray", reason="ig_captioner.data.ray needs ray")
+        module = importlib.import_module(name)
+        for alias in node.names:
+            is_module = hasattr(module, "__path__") and importlib.util.find_spec(f"{name}.{alias.name}") is not None
+            assert hasattr(module, alias.name) or is_module, f"{name} has no {alias.name}"
 
 
 def test_contenders_take_turns_after_a_warm_up():
