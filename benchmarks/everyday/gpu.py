@@ -7,9 +7,9 @@
    held-out training samples is the recipe, and its run the checkpoint. With `--samples` the recipe is the
    configuration as it is, trained with so many: nothing is searched, and three seeds train at the same time (`gpu.sh`).
 3. At the same number of samples, again at the same time: two more seeds of it; a run that leaves out a fifth of the
-   class names, which templates and prior weight are chosen with (`training.tune`); dual encoders of several learning
-   rates, and two more seeds of the best.
-4. `ig-captioner evaluate` on the test shards, of all of these.
+   class names, which templates and prior weight are chosen with (`training.tune`); and three seeds of a dual encoder,
+   whose variant is the best of several that had a quarter of the samples.
+4. `ig-captioner evaluate` on the test shards, of all of these (the tasks of `benchmarks.evaluate_checkpoint`).
 
 OUT gets at most 8 files under 16 MiB: what is learned of the best model (its encoder is at hand), results, and logs.
 A step that is done is not done again, so that the same command goes on where it was stopped.
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.evaluate_checkpoint import TASKS, command_of
 from training.train_tokenizer import main as train_tokenizer
 from training.tune import save_choice
 
@@ -56,14 +57,9 @@ NAMES_LEFT_OUT = " ".join(
 )
 TOWERS = {"lr-5e-4": "--learning_rate 5e-4", "lr-1e-3": "--learning_rate 1e-3", "lr-2e-3": "--learning_rate 2e-3"}
 TOWERS["mean"] = "--learning_rate 1e-3 --pooling mean"
-LABELLED = {
-    "tiny-imagenet": ("tiny-imagenet-val-0000.tar.gz", "json/tinyimagenet.json", "a photo of a {}."),
-    "imagenet-photos": ("imagenet202-photos-test-0000.tar.gz", "json/tinyimagenet.json", "a photo of a {}."),
-    "caltech101": ("caltech101-val-0000.tar.gz", "benchmarks/results/evaluation/caltech-names.txt", "a photo of a {}."),
-    "cifar10": ("cifar10-test-0000.tar.gz", "cifar10", None),
-}
+TOWER_SEARCH_SHARE = 4  # of the samples, one part: what a variant of the dual encoder is chosen by
+SEEDS = (0, 1, 2)
 STEPS = ("features", "search", "rivals", "evaluate")
-SHOTS = {"tiny-imagenet": "tiny-imagenet-train-*.tar.gz", "caltech101": "caltech101-train-0000.tar.gz"}
 
 
 class Runner:
@@ -155,7 +151,7 @@ class Search:
 
     def recipe(self, samples: int) -> str:
         """Trains three seeds and the run with names left out, all at once; returns the name of the first."""
-        limits = ["--max_samples", str(samples)]
+        limits = ["--max_samples", str(samples), "--max_minutes", str(self.options.minutes)]
         seeds = {f"seed-{number}": ["--seed", str(number)] for number in (1, 2)}
         runs = {RECIPE: [], **seeds, "names-left-out": NAMES_LEFT_OUT.split()}
         with ThreadPoolExecutor(len(runs)) as pool:
@@ -170,7 +166,7 @@ class Search:
         recipe = [word for word in shlex.split(VARIANTS[best]) if word != "--half"]
         limits = ["--max_samples", str(samples), "--max_minutes", str(self.options.minutes)]
 
-        def tower(name: str, words: list[str]) -> bool:
+        def tower(name: str, words: list[str], samples: int) -> bool:
             folder = self.work / f"tower-{name}"
             words = [*words, "--run", self.work / best, "--output", folder, "--samples", samples]
             words += ["--batch_size", self.options.batch_size]
@@ -179,29 +175,32 @@ class Search:
 
         def towers() -> str:
             with ThreadPoolExecutor(len(TOWERS)) as pool:
-                jobs = {name: pool.submit(tower, name, shlex.split(words)) for name, words in TOWERS.items()}
+                jobs = {
+                    name: pool.submit(tower, name, shlex.split(words), samples // TOWER_SEARCH_SHARE)
+                    for name, words in TOWERS.items()
+                }
             done = [name for name, job in jobs.items() if job.result()]
             if not done:
                 return ""
             chosen = max(done, key=lambda name: quality(self.held_out_of(name)))
             say(f"dual encoder: {chosen}")
-            for seed in (1, 2):
-                pool_words = [*shlex.split(TOWERS[chosen]), "--seed", str(seed)]
-                tower(f"{chosen}-seed-{seed}", pool_words)
+            with ThreadPoolExecutor(len(SEEDS)) as pool:
+                for seed in SEEDS:
+                    pool.submit(tower, f"seed-{seed}", [*shlex.split(TOWERS[chosen]), "--seed", str(seed)], samples)
             return chosen
 
         with ThreadPoolExecutor(8) as pool:
             rivals = pool.submit(towers)
             names = pool.submit(self.train, "names-left-out", [*recipe, *NAMES_LEFT_OUT.split(), *limits])
             seeds = [pool.submit(self.train, f"seed-{n}", [*recipe, *limits, "--seed", str(n)]) for n in (1, 2)]
-        names_run = ["--names_run", self.work / "names-left-out"] if names.result() else []
-        chosen = self.work / best / "chosen.json"
-        words = ["--run", self.work / best, *names_run, "--output", chosen, "--save"]
-        if self.run(f"choose-{best}", "training.tune", *words):
-            choice = json.loads(chosen.read_text())
-            for number in (number for number, job in zip((1, 2), seeds, strict=True) if job.result()):
-                final = self.work / f"seed-{number}" / "final"
-                save_choice(final, choice["prompt_templates"], choice["prior_weight"])
+            names_run = ["--names_run", self.work / "names-left-out"] if names.result() else []
+            chosen = self.work / best / "chosen.json"
+            words = ["--run", self.work / best, *names_run, "--output", chosen, "--save"]
+            if chosen.exists() or self.run(f"choose-{best}", "training.tune", *words):
+                choice = json.loads(chosen.read_text())
+                for number in (number for number, job in zip((1, 2), seeds, strict=True) if job.result()):
+                    final = self.work / f"seed-{number}" / "final"
+                    save_choice(final, choice["prompt_templates"], choice["prior_weight"])
         return rivals.result()
 
     def held_out_of(self, tower: str) -> dict[str, Any]:
@@ -209,70 +208,34 @@ class Search:
 
     # Evaluation
 
-    def evaluate(self, best: str, tower: str) -> None:
+    def evaluate(self, best: str) -> None:
         """`ig-captioner evaluate` of the best run and its seeds, the dual encoders, and the encoder by a probe."""
-        jobs = []
+        jobs: dict[str, list[Any]] = {}
         models = {name: self.work / name / "final" for name in (best, "seed-1", "seed-2")}
         for name, model in models.items():
             if (model / "config.json").exists():
-                jobs += [(f"{name}/{task}", model, words) for task, words in self.captioner_tasks().items()]
-        best_model = models[best]
-        for number, name in enumerate((tower, f"{tower}-seed-1", f"{tower}-seed-2")):
-            if (self.work / f"tower-{name}" / "tower.safetensors").exists():
-                tasks = self.tower_tasks(self.work / f"tower-{name}")
-                jobs += [(f"dual-encoder-{number}/{task}", best_model, words) for task, words in tasks.items()]
-        for task, shards in SHOTS.items():
-            data, names, _ = LABELLED[task]
-            words = ["linear-probe", "--train", self.data(shards), "--data", self.data(data), "--shots", "100"]
-            jobs.append((f"probe/{task}", best_model, [*words, "--class-names", self.names(names)]))
+                jobs |= {f"{name}/{task}": self.command(task, model, name) for task in TASKS if "probe" not in task}
+        for seed in SEEDS:
+            tower = self.work / f"tower-seed-{seed}"
+            if (tower / "tower.safetensors").exists():
+                name = f"dual-encoder-{seed}"
+                for task in (task for task, words in TASKS.items() if words.startswith(("zero-shot", "retrieval"))):
+                    jobs[f"{name}/{task}"] = for_tower(self.command(task, models[best], name), tower)
+        probes = [task for task in TASKS if "probe" in task]
+        jobs |= {f"probe/{task}": self.command(task, models[best], "probe") for task in probes}
 
-        def one(job: tuple[str, Path, list[Any]]) -> bool:
-            name, model, words = job
-            output = self.work / "results" / name
-            if (output / "results.json").exists():
-                return True
-            words = ["evaluate", *words, "--model", model, "--output", output, "--device", "auto"]
-            if words[1] != "lit":
-                words += ["--batch-size", "64"]
-            if self.options.limit:
-                words += ["--limit", str(self.options.limit)]
-            return self.run(name.replace("/", "-"), "ig_captioner.cli.main", *words)
+        def one(name: str) -> bool:
+            done = (self.work / "results" / name / "results.json").exists()
+            return done or self.run(name.replace("/", "-"), "ig_captioner.cli.main", *jobs[name])
 
         with ThreadPoolExecutor(self.options.at_once) as pool:
             say(f"evaluated {sum(pool.map(one, jobs))} of {len(jobs)}")
 
-    def data(self, name: str) -> str:
-        return str(self.options.data / name)
-
-    def names(self, name: str) -> str:
-        return self.data(name) if name.startswith("json/") else name
-
-    def captioner_tasks(self) -> dict[str, list[Any]]:
-        tasks: dict[str, list[Any]] = {}
-        for task, (data, names, template) in LABELLED.items():
-            words = ["zero-shot", "--data", self.data(data), "--class-names", self.names(names)]
-            tasks[task] = [*words, *self.templates(template)]
-        tasks["flickr8k"] = ["retrieval", "--data", self.data("flickr8k-val-0000.tar"), "--captions", "1"]
-        tasks["captioning"] = ["captioning", "--data", self.data("flickr8k-val-0000.tar")]
-        pairs = ["--format", "sugarcrepe", "--pairs", self.data("json/sugarcrepe")]
-        tasks["sugarcrepe"] = ["compositional", *pairs, "--data", self.data("smoke-coco-ccby.tar")]
-        return tasks
-
-    def tower_tasks(self, tower: Path) -> dict[str, list[Any]]:
-        tasks: dict[str, list[Any]] = {}
-        for task, (data, names, template) in LABELLED.items():
-            words = ["lit", "--tower", tower, "--labelled", self.data(data), "--class-names", self.names(names)]
-            tasks[task] = [*words, *self.templates(template)]
-        tasks["flickr8k"] = ["lit", "--tower", tower, "--data", self.data("flickr8k-val-0000.tar"), "--captions", "1"]
-        return tasks
-
-    def templates(self, template: str | None) -> list[str]:
-        """`--templates` with a file of the one template; those of the class names for None."""
-        if template is None:
-            return []
-        path = self.work / "one-template.txt"
-        path.write_text(template + "\n", encoding="utf-8")
-        return ["--templates", str(path)]
+    def command(self, task: str, model: Path, folder: str) -> list[Any]:
+        """The arguments of `ig-captioner` for a task of `benchmarks.evaluate_checkpoint`."""
+        places = {"data_root": self.options.data, "output_dir": self.work / "results" / folder}
+        options = argparse.Namespace(model=model, limit=self.options.limit, dtype=None, **places)
+        return [*command_of(task, options), "--device", "auto"]
 
     # What comes back
 
@@ -292,6 +255,14 @@ class Search:
                     archive.add(path, path.relative_to(self.work))
         for path in sorted(out.iterdir()):
             say(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB")
+
+
+def for_tower(command: list[Any], tower: Path) -> list[Any]:
+    """The same task on the same samples for a dual encoder."""
+    _, task, *words = command
+    if task == "zero-shot":
+        words[words.index("--data")] = "--labelled"
+    return ["evaluate", "lit", "--tower", tower, *words]
 
 
 def summary(tuned: dict[str, Any]) -> dict[str, float]:
@@ -350,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
             chosen_path.write_text(json.dumps(chosen, indent=1))
             search.pack(chosen["best"])
         if "evaluate" in steps:
-            search.evaluate(chosen["best"], chosen["tower"])
+            search.evaluate(chosen["best"])
     finally:
         if "best" in chosen:
             search.pack(chosen["best"])

@@ -4,7 +4,7 @@
 #     DATA=/path/to/shards sh benchmarks/everyday/gpu.sh OUTPUT [--dry-run]
 #
 # Features; then at the same time three seeds of the recipe and a run without a fifth of the class names, SAMPLES each;
-# four variants of a dual encoder at as many samples, and two more seeds of the best; templates and prior weight; then
+# four variants of a dual encoder, and three seeds of the best at as many samples; templates and prior weight; then
 # `ig-captioner evaluate` of all these, and the linear probe. OUTPUT gets what benchmarks/everyday/gpu.py says. A second call
 # goes on where the first one stopped. The encoder is that of the shipped checkpoint, unless ENCODER names a folder.
 # --dry-run is the same on a few photos, for a machine without a GPU; it shows that every step runs, not how well.
@@ -14,12 +14,12 @@ output=$1
 python=${PYTHON:-python}
 data=${DATA:-data}
 work=${WORK:-runs/everyday-gpu}
-samples=${SAMPLES:-1720320} minutes=5 at_once=8 limit=700
+samples=${SAMPLES:-1720320} minutes=5 at_once=14 limit=700
 small=
 if [ "${2:-}" = --dry-run ]; then
     work=${WORK:-runs/everyday-dry}
     [ -e "$work/data" ] || "$python" -m benchmarks.everyday.cut_shards "$data" "$work/data" --samples 60
-    data=$work/data samples=2048 at_once=1 limit=3000
+    data=$work/data samples=2048 at_once=2 limit=3000
     small="--data.sources.tiny_imagenet.views 1 --data.sources.flickr8k.views 1 --data.sources.caltech101.views 1"
     small="$small --data.feature_cache.batch_size 16 --data.feature_cache.num_workers 0 --data.num_workers 0"
     small="$small --batch_size 128 --log_every_steps 5 --data.sources.caltech101.holdout_fraction 0.2"
