@@ -2,6 +2,7 @@
 smoothed, in one process and in two."""
 
 import copy
+import gc
 import json
 from pathlib import Path
 
@@ -256,17 +257,22 @@ def test_what_stands_before_the_labels_is_a_prompt():
 # Two processes
 
 
+def step_in_two_processes(reduction: str, folder: Path) -> float:
+    """The loss of one step; the first process writes what has become of the weights."""
+    options = arguments(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer = Trainer(make_model("caption", reduction), options, data_collator=caption_batch, train_dataset=Rows())
+    loss = trainer.train().training_loss
+    if trainer.is_world_process_zero():
+        torch.save(trainer.accelerator.unwrap_model(trainer.model_wrapped).state_dict(), folder / f"{reduction}.pt")
+    return loss
+
+
 def in_one_of_two_processes(folder: Path) -> None:
-    """One step of each kind; the first process writes what has become of the weights."""
-    results = {}
-    for reduction in ("token", "sequence"):
-        model = make_model("caption", reduction)
-        options = arguments(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-        trainer = Trainer(model, options, data_collator=caption_batch, train_dataset=Rows())
-        results[reduction] = trainer.train().training_loss
-        if trainer.is_world_process_zero():
-            torch.save(trainer.accelerator.unwrap_model(trainer.model_wrapped).state_dict(), folder / f"{reduction}.pt")
-            (folder / "losses.json").write_text(json.dumps(results))
+    """One step of each kind, and their losses in `losses.json`."""
+    losses = {reduction: step_in_two_processes(reduction, folder) for reduction in ("token", "sequence")}
+    if torch.distributed.get_rank() == 0:
+        (folder / "losses.json").write_text(json.dumps(losses))
+    gc.collect()  # of DDP, which must not be the last to hold the process group (`training.train.close` says why)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
