@@ -4,8 +4,9 @@
 
 The images are noise and gradients, made here; the texts are ImageNet's names. Each row gives the largest and the mean
 difference of log P(T|I) over all pairs, in nats, and the share of images that keep their first label. Fails if a
-float32 row is off by more than 1e-3 nats, or a bfloat16 row by more than 1 nat. PyTorch lets cuDNN round the operands
-of float32 convolutions to TF32; one row shows what that costs, all others are without.
+float32 row is off by more than 1e-3 nats anywhere, or a bfloat16 row by more than 0.5 nats in the mean: there a text of
+ten tokens that the model finds unlikely, at -40 nats, may be off by 3. PyTorch lets cuDNN round the operands of float32
+convolutions to TF32; one row shows what that costs, all others are without.
 
 Legend: B images, C texts.
 """
@@ -30,7 +31,7 @@ from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 from .measure import DEVICE, circumstances
 
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
+TOLERANCE = {torch.float32: ("largest_nats", 1e-3), torch.bfloat16: ("mean_nats", 0.5)}
 Score = Callable[[Tensor], Tensor]
 
 
@@ -103,7 +104,8 @@ def compare(name: str, dtype: torch.dtype, found: Tensor, expected: Tensor) -> d
     same_first = found.argmax(dim=1).cpu() == expected.argmax(dim=1)
     row = {"name": name, "largest_nats": difference.max().item(), "mean_nats": difference.mean().item()}
     row |= {"same_first_label": same_first.float().mean().item()}
-    return row | {"within_tolerance": row["largest_nats"] <= TOLERANCE[dtype]}
+    which, tolerance = TOLERANCE[dtype]
+    return row | {"within_tolerance": row[which] <= tolerance}
 
 
 def check_captions(folder: str, images: Tensor) -> dict[str, Any]:

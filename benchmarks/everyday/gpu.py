@@ -11,7 +11,8 @@
    whose variant is the best of several that had a quarter of the samples.
 4. `ig-captioner evaluate` on the test shards, of all of these (the tasks of `benchmarks.evaluate_checkpoint`).
 
-OUT gets at most 8 files under 16 MiB: what is learned of the best model (its encoder is at hand), results, and logs.
+OUT gets what is learned, in float16 files under 16 MiB: three seeds and the run with names left out, without their
+encoder, which is at hand; three dual encoders; and a file of results and logs.
 A step that is done is not done again, so that the same command goes on where it was stopped.
 """
 
@@ -30,6 +31,7 @@ from threading import Semaphore
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks.evaluate_checkpoint import TASKS, command_of
@@ -55,8 +57,8 @@ RECIPE = "batch-1024"
 NAMES_LEFT_OUT = " ".join(
     f"--data.sources.{name}.holdout_names_fraction 0.2" for name in ("tiny_imagenet", "caltech101")
 )
-TOWERS = {"lr-5e-4": "--learning_rate 5e-4", "lr-1e-3": "--learning_rate 1e-3", "lr-2e-3": "--learning_rate 2e-3"}
-TOWERS["mean"] = "--learning_rate 1e-3 --pooling mean"
+TOWERS = {f"lr-{rate}": f"--learning_rate {rate}" for rate in ("3.5e-4", "7e-4", "1.4e-3")}
+TOWERS["mean"] = "--learning_rate 7e-4 --pooling mean"
 TOWER_SEARCH_SHARE = 4  # of the samples, one part: what a variant of the dual encoder is chosen by
 SEEDS = (0, 1, 2)
 STEPS = ("features", "search", "rivals", "evaluate")
@@ -237,7 +239,7 @@ class Search:
         """The arguments of `ig-captioner` for a task of `benchmarks.evaluate_checkpoint`."""
         places = {"data_root": self.options.data, "output_dir": self.work / "results" / folder}
         limit = None if "--pairs" in TASKS[task] else self.options.limit  # few of all pairs have their photo there
-        options = argparse.Namespace(model=model, limit=limit, dtype=None, **places)
+        options = argparse.Namespace(model=model, limit=limit, dtype=self.options.dtype, **places)
         return [*command_of(task, options), "--device", "auto"]
 
     # What comes back
@@ -245,12 +247,17 @@ class Search:
     def pack(self, best: str) -> None:
         out = self.options.output
         out.mkdir(parents=True, exist_ok=True)
-        for name in (best, "seed-1", "seed-2"):
-            final = self.work / name / "final"
-            if (final / "model.safetensors").exists():
-                weights = load_file(final / "model.safetensors")
+        for name in (best, "seed-1", "seed-2", "names-left-out"):
+            path = self.work / name / "final" / "model.safetensors"
+            if path.exists():
+                weights = load_file(path)
                 learned = {key: value for key, value in weights.items() if not key.startswith("model.vision_model.")}
                 save_file(learned, out / f"{name}.safetensors", {"format": "pt"})
+        for name in (f"tower-seed-{seed}" for seed in SEEDS):
+            path = self.work / name / "tower.safetensors"
+            if path.exists():
+                weights = {key: value.half() for key, value in load_file(path).items()}
+                save_file(weights, out / f"{name}.safetensors", safe_open(path, "pt").metadata())
         with tarfile.open(out / "results.tar.gz", "w:gz") as archive:
             for path in sorted(self.work.rglob("*")):
                 small = path.is_file() and path.stat().st_size < 2**20 and path.suffix not in (".png", ".py", ".bin")
@@ -296,11 +303,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--minutes", type=float, default=8.0, help="of training in all, features and evaluation apart")
     parser.add_argument("--samples", type=int, help="of each run of the recipe, without a search")
-    parser.add_argument("--batch_size", type=int, default=512, help="of dual encoders")
+    parser.add_argument("--batch_size", type=int, default=1024, help="of dual encoders")
     parser.add_argument("--at_once", type=int, default=8, help="processes")
     parser.add_argument("--overrides", default="", help="of the configuration, for all runs")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="default: all")
     parser.add_argument("--limit", type=int, help="test samples per task, to try the script")
+    parser.add_argument("--dtype", help="number format of the evaluation, as `ig-captioner evaluate` takes it")
     parser.add_argument("--only", choices=STEPS, nargs="+", help="some of the steps")
     options = parser.parse_args(arguments)
     search = Search(options)
