@@ -267,8 +267,10 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             start, end: the first block, and the one after the last.
             states: of all positions in these blocks, [B, blocks * Q, D].
         """
+        # The softmax reads its logits three times. They stay in a processor's cache if they are few, but a product of
+        # fewer than 64 rows reads the head's weights too often.
         logits_per_node = len(states) * self.lm_head.out_features
-        nodes_per_pass = max(1, self._numbers_at_once() // logits_per_node)
+        nodes_per_pass = max(1, self._numbers_at_once() // 4 // logits_per_node, 64 // len(states))
         first_position = start * trie.tokens.shape[1]
         end_node = trie.first_nodes[end]
         for first in range(trie.first_nodes[start], end_node, nodes_per_pass):

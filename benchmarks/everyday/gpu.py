@@ -216,14 +216,18 @@ class Search:
         models = {name: self.work / name / "final" for name in (best, "seed-1", "seed-2")}
         for name, model in models.items():
             if (model / "config.json").exists():
-                jobs |= {f"{name}/{task}": self.command(task, model, name) for task in TASKS if "probe" not in task}
+                jobs |= {
+                    f"{name}/{task}": self.command(task, model, name)
+                    for task in self.options.tasks
+                    if "probe" not in task
+                }
         for seed in SEEDS:
             tower = self.work / f"tower-seed-{seed}"
             if (tower / "tower.safetensors").exists():
                 name = f"dual-encoder-{seed}"
-                for task in (task for task, words in TASKS.items() if words.startswith(("zero-shot", "retrieval"))):
+                for task in (task for task in self.options.tasks if TASKS[task].startswith(("zero-shot", "retrieval"))):
                     jobs[f"{name}/{task}"] = for_tower(self.command(task, models[best], name), tower)
-        probes = [task for task in TASKS if "probe" in task]
+        probes = [task for task in self.options.tasks if "probe" in task]
         jobs |= {f"probe/{task}": self.command(task, models[best], "probe") for task in probes}
 
         def one(name: str) -> bool:
@@ -308,6 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--overrides", default="", help="of the configuration, for all runs")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="default: all")
     parser.add_argument("--limit", type=int, help="test samples per task, to try the script")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="default: all")
     parser.add_argument("--dtype", help="number format of the evaluation, as `ig-captioner evaluate` takes it")
     parser.add_argument("--only", choices=STEPS, nargs="+", help="some of the steps")
     options = parser.parse_args(arguments)
