@@ -89,6 +89,14 @@ def test_features_are_found_again_until_something_changes(workspace, tmp_path, c
         assert (len(computed) > before) == is_new == (store.folder != fixed.folder), changes
 
 
+def test_a_cuda_build_without_a_gpu_computes_on_the_cpu(workspace, tmp_path, monkeypatch):
+    def of_a_cuda_build(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", of_a_cuda_build)
+    assert open_features(cached_config(workspace, tmp_path)).device == torch.device("cpu")
+
+
 def test_other_shards_make_other_features(tmp_path, workspace, computed):
     for color in ((255, 0, 0), (0, 255, 0)):
         write_shard(tmp_path / "s.tar", [("a.png", image_bytes(color)), ("a.txt", b"a square.")])

@@ -147,7 +147,8 @@ def open_features(config: TrainConfig) -> FeaturesOfRun:
     tokenizer = load_tokenizer(config)
     model = build_model(config, tokenizer)
     settings = image_settings(build_processor(config, model.config, tokenizer).image_processor)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    # A CUDA build of torch on a machine without a GPU has an accelerator that is not available.
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     stores = ensure_features(config, model, settings, device)
     return FeaturesOfRun(model, tokenizer, settings, stores, device)
 
