@@ -106,16 +106,19 @@ def held_out_figures(
     stores: dict[str, FeatureStore],
     score: Score,
     weights: Sequence[float] = PRIOR_WEIGHTS,
-    templates: Sequence[str] = (DEFAULT_TEMPLATE,),
-) -> dict[str, Any]:
-    """Per source, lists of shares at each of `weights`: `known` and `mixed` top-1 of classes, recall of captions."""
-    figures: dict[str, Any] = {}
-    for name, samples in read_held_out(config, stores).items():
-        if samples.names:
-            figures[name] = class_figures(samples, score, weights, list(templates))
-        else:
-            figures[name] = caption_figures(samples, score, weights)
-    return figures
+    candidates: Sequence[Sequence[str]] = ((DEFAULT_TEMPLATE,),),
+) -> list[dict[str, Any]]:
+    """For each of the candidate templates, figures per source: lists of shares at each of `weights`.
+
+    They are `known` and `mixed` top-1 of classes, and recall of captions, which have no templates.
+    """
+    held_out = read_held_out(config, stores)
+    captioned = {name: caption_figures(each, score, weights) for name, each in held_out.items() if not each.names}
+    labelled = {name: each for name, each in held_out.items() if each.names}
+    return [
+        captioned | {name: class_figures(each, score, weights, list(templates)) for name, each in labelled.items()}
+        for templates in candidates
+    ]
 
 
 def class_figures(samples: HeldOut, score: Score, weights: Sequence[float], templates: list[str]) -> dict[str, Any]:
@@ -196,7 +199,7 @@ def measure_run(run: Path, candidates: Sequence[list[str]]) -> list[dict[str, An
     features = open_features(config)
     model = IGCaptionerForConditionalGeneration.from_pretrained(run / "final", dtype=torch.float32)
     score = captioner_score(model.to(features.device).eval(), features.tokenizer)
-    return [held_out_figures(config, features.stores, score, templates=templates) for templates in candidates]
+    return held_out_figures(config, features.stores, score, candidates=candidates)
 
 
 def quality_of(known: dict[str, Any], mixed: dict[str, Any]) -> np.ndarray:

@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     def score(features: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
         return tower.score(as_features(features, options.pooling), texts), torch.zeros(len(texts))
 
-    figures = held_out_figures(config, stores, score, weights=(0.0,))
+    (figures,) = held_out_figures(config, stores, score, weights=(0.0,))
     (options.output / "held_out.json").write_text(json.dumps({**recipe._asdict(), **figures}, indent=1))
     print(f"{options.output}: {json.dumps(figures)}")
 
