@@ -3,9 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
-import io
 import json
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -237,23 +235,3 @@ def test_exact_search_skips_what_cannot_win():
     prior = np.zeros_like(likelihood)
     assert exact_search(tree, likelihood, prior, 1.0, 1) == (3, [1])
     assert exact_search(tree, likelihood, prior, 1.0, 3) == (len(tree.edges_of_node), [1, 0, 2])
-
-
-def test_cut_shards_keep_the_first_samples_whole(tmp_path):
-    from benchmarks.everyday.cut_shards import main
-
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "names.json").write_text("[]")
-    for name, mode in (("a.tar", "w"), ("b.tar.gz", "w:gz")):
-        with tarfile.open(data / name, mode) as archive:
-            for member in ("x.png", "x.json", "y.json", "y.png", "z.png"):
-                header = tarfile.TarInfo(member)
-                header.size = len(member)
-                archive.addfile(header, io.BytesIO(member.encode()))
-    main([str(data), str(tmp_path / "cut"), "--samples", "2"])
-    for name in ("a.tar", "b.tar.gz"):
-        with tarfile.open(tmp_path / "cut" / name) as archive:
-            assert archive.getnames() == ["x.png", "x.json", "y.json", "y.png"]
-            assert archive.extractfile("y.png").read() == b"y.png"
-    assert (tmp_path / "cut" / "names.json").read_text() == "[]"
