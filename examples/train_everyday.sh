@@ -35,6 +35,7 @@ train() {  # train NAME FURTHER ARGUMENTS
 }
 train run
 # A shorter run without a fifth of the class names shows which templates and prior weight suit names that are new.
-train names --max_minutes "${NAMES_MINUTES:-15}" \
+train names --max_minutes "${NAMES_MINUTES:-10}" \
     --data.sources.tiny_imagenet.holdout_names_fraction 0.2 --data.sources.caltech101.holdout_names_fraction 0.2
-$python -m training.tune --run $runs/run --names_run $runs/names --output $runs/tuned.json --save
+$python -m training.tune --run $runs/run --names_run $runs/names --output $runs/tuned.json --save \
+    --candidates "${CANDIDATES:-4}"
