@@ -153,20 +153,25 @@ class Search:
 
     def recipe(self, samples: int) -> str:
         """Trains three seeds and the run with names left out, all at once; returns the name of the first."""
-        limits = ["--max_samples", str(samples), "--max_minutes", str(self.options.minutes)]
-        seeds = {f"seed-{number}": ["--seed", str(number)] for number in (1, 2)}
-        runs = {RECIPE: [], **seeds, "names-left-out": NAMES_LEFT_OUT.split()}
+        runs = {RECIPE: self.limits(samples), **self.beside(RECIPE, samples)}
         with ThreadPoolExecutor(len(runs)) as pool:
-            done = {name: pool.submit(self.train, name, [*words, *limits]) for name, words in runs.items()}
+            done = {name: pool.submit(self.train, name, words) for name, words in runs.items()}
         if not done[RECIPE].result():
             raise SystemExit("the recipe failed")
         return RECIPE
 
+    def limits(self, samples: int) -> list[str]:
+        return ["--max_samples", str(samples), "--max_minutes", str(self.options.minutes)]
+
+    def beside(self, best: str, samples: int) -> dict[str, list[str]]:
+        """Two more seeds of a variant, and its run with names left out: their changes to the configuration."""
+        words = [word for word in shlex.split(VARIANTS[best]) if word != "--half"] + self.limits(samples)
+        seeds = {f"seed-{seed}": [*words, "--seed", str(seed)] for seed in SEEDS[1:]}
+        return {**seeds, "names-left-out": [*words, *NAMES_LEFT_OUT.split()]}
+
     def seeds_and_rivals(self, best: str) -> str:
         """Trains all that stands beside the best run; returns the name of the best dual encoder."""
         samples = last_samples(self.work / best)
-        recipe = [word for word in shlex.split(VARIANTS[best]) if word != "--half"]
-        limits = ["--max_samples", str(samples), "--max_minutes", str(self.options.minutes)]
 
         def tower(name: str, words: list[str], samples: int) -> bool:
             folder = self.work / f"tower-{name}"
@@ -193,16 +198,15 @@ class Search:
 
         with ThreadPoolExecutor(8) as pool:
             rivals = pool.submit(towers)
-            names = pool.submit(self.train, "names-left-out", [*recipe, *NAMES_LEFT_OUT.split(), *limits])
-            seeds = [pool.submit(self.train, f"seed-{n}", [*recipe, *limits, "--seed", str(n)]) for n in (1, 2)]
+            jobs = {name: pool.submit(self.train, name, words) for name, words in self.beside(best, samples).items()}
+            names = jobs.pop("names-left-out")
             names_run = ["--names_run", self.work / "names-left-out"] if names.result() else []
             chosen = self.work / best / "chosen.json"
             words = ["--run", self.work / best, *names_run, "--output", chosen, "--save"]
             if chosen.exists() or self.run(f"choose-{best}", "training.tune", *words):
                 choice = json.loads(chosen.read_text())
-                for number in (number for number, job in zip((1, 2), seeds, strict=True) if job.result()):
-                    final = self.work / f"seed-{number}" / "final"
-                    save_choice(final, choice["prompt_templates"], choice["prior_weight"])
+                for name in (name for name, job in jobs.items() if job.result()):
+                    save_choice(self.work / name / "final", choice["prompt_templates"], choice["prior_weight"])
         return rivals.result()
 
     def held_out_of(self, tower: str) -> dict[str, Any]:
