@@ -7,10 +7,10 @@
 # exit status is 1 if any did. PARTS names those to run. --dry-run is the same with the smallest sizes, for a machine
 # without a GPU.
 #
-#   check.json            training: FSDP2 (start, step, save, resume), compilation, gradient checkpointing; MFU of B/16
 #   device_scores.json    scores: float32 and bfloat16, eager and sdpa, compiled, against float32 on the CPU
-#   scoring.json, .md     images/s at K = 10, 100, 1,000 labels beside CLIP's image tower alone
+#   scoring.json, .md     time at K = 10, 100, 1,000 labels and up to 256 images beside CLIP's image tower alone
 #   training.json, .md    the training step beside the captioning step and transformers' VisionEncoderDecoder
+#   check.json            training: FSDP2 (start, step, save, resume), compilation, gradient checkpointing; MFU of B/16
 set -u
 cd "$(dirname "$0")/.."
 folder=$1
@@ -18,7 +18,7 @@ quick=${2:+--quick}
 patience=${2:+5}
 patience=${patience:-1}
 python=${PYTHON:-python}
-parts=${PARTS:-device_scores check training scoring}
+parts=${PARTS:-device_scores training scoring check}
 mkdir -p "$folder"
 failed=0
 
@@ -36,12 +36,12 @@ part() {  # part NAME SECONDS COMMAND... (five times the seconds in a dry run)
     fi
 }
 
-part device_scores 120 benchmarks.device_scores $quick --output "$folder/device_scores.json"
-part check 240 training.check_gpu ${quick:+--skip_b16} --output "$folder/check.json"
+part device_scores 150 benchmarks.device_scores $quick --output "$folder/device_scores.json"
 if [ -n "$quick" ]; then
     part training 240 benchmarks.training --quick --only loss --output "$folder/training.json"
 else
     part training 120 benchmarks.training --quick --only step --only peer --output "$folder/training.json"
-    part scoring 150 benchmarks.scoring --quick --output "$folder/scoring.json"
+    part scoring 120 benchmarks.scoring --output "$folder/scoring.json"
 fi
+part check 300 training.check_gpu ${quick:+--only tiny} --output "$folder/check.json"
 exit $failed

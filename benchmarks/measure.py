@@ -79,10 +79,13 @@ def time_rows(
 
 
 def peak_memory(run: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
-    """MB that `run(*arguments)()` needs at its peak, beyond what stands before; in a process of its own.
+    """MB that `run(*arguments)()` needs at its peak, beyond what stands before.
 
-    `run` must be a function of a module; what it prepares before it returns does not count.
+    Of the host's memory in a process of its own, so `run` must be a function of a module; what it prepares before it
+    returns does not count. Of a GPU's, which is counted exactly, in this one.
     """
+    if DEVICE.type == "cuda":
+        return _peak_memory(run, *arguments)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (run, *arguments))
 

@@ -242,8 +242,7 @@ def compiled_trie_call(texts: list[str], dtype: torch.dtype, tokenizers: Path) -
 
 def size_in_mb(texts: CompiledTexts) -> float:
     tensors = [getattr(texts.trie, item.name) for item in dataclasses.fields(texts.trie)]
-    tensors += [texts.prior_log_likelihood, texts.text_states]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None) / 1e6
+    return sum(tensor.nbytes for tensor in [*tensors, *texts.tensors().values()]) / 1e6
 
 
 def markdown(rows: list[dict], run: dict[str, Any]) -> str:
@@ -254,6 +253,13 @@ def markdown(rows: list[dict], run: dict[str, Any]) -> str:
         cells = ("" if row[name] is None else row[name] for name in names)
         lines.append("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
     return "\n".join([*lines, "", *(f"- {name}: {value}" for name, value in run.items())]) + "\n"
+
+
+def write(output: Path, rows: list[dict], run: dict[str, Any]) -> None:
+    """Writes what there is, so that a run which is stopped keeps it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(markdown(rows, run), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -270,22 +276,21 @@ def main(arguments: list[str] | None = None) -> None:
     if DEVICE.type == "cuda":
         options.dtype = torch.bfloat16
         batches = [1, 32] if options.quick else [1, 8, 32, 128, 256]
-    rows = []
+    command = shlex.join(["python", "-m", "benchmarks.scoring", *arguments])
+    run = circumstances(command, words_of_the_tokenizers=f"wordfreq, the {CORPUS_WORDS:,} most frequent")
+    rows: list[dict] = []
+    write(options.output, rows, run)  # a file that cannot be written is told before the work
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         designs = options.design or list(DESIGNS)
         train_tokenizers(Path(folder), designs)
         for design, number, batch in itertools.product(designs, (10, 100, 1000), batches):
             rows += measure(design, number, batch, options, Path(folder))
+            write(options.output, rows, run)
             print(f"{design}, {number} labels, batch {batch}: done", flush=True)
         if options.texts:
             rows += many_texts(options.texts.read_text(encoding="utf-8").splitlines(), options, Path(folder))
-    command = shlex.join(["python", "-m", "benchmarks.scoring", *arguments])
-    run = circumstances(command, words_of_the_tokenizers=f"wordfreq, the {CORPUS_WORDS:,} most frequent")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    text = markdown(rows, run)
-    options.output.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+            write(options.output, rows, run)
+    print(markdown(rows, run))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from .processing_ig_captioner import default_templates, encode_texts, format_lab
 
 JSON_FILE = "labels.json"
 TENSOR_FILE = "labels.safetensors"
-FORMAT = 2  # of a folder of compiled labels; others are refused, as compiling again is cheap
+FORMAT = 3  # of a folder of compiled labels; others are refused, as compiling again is cheap
 READING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError)
 WORDS_PER_SUM = 64  # of 8 bytes, in `checksum`: less than a row of most weights, so that rows that change places show
 # Fields that say nothing of the architecture; some are set when a configuration is loaded or saved.
@@ -41,12 +41,15 @@ class CompiledTexts:
     Args:
         prior_log_likelihood: log P(T), [C], float32.
         text_states: what the text-only layers make of the blocks, [G, Q, D]; None if there are no such layers.
+        projections: queries, keys and values of the first layer that sees images, [3, G, heads, Q, head]; None where
+            they are too many to be kept.
         fingerprint: of the model, see `fingerprint_of`; "" if nobody is to compare it.
     """
 
     trie: TextTrie
     prior_log_likelihood: Tensor
     text_states: Tensor | None = None
+    projections: Tensor | None = None
     fingerprint: str = ""
 
     def verified_for(self, model: Any) -> "CompiledTexts":
@@ -66,8 +69,13 @@ class CompiledTexts:
         """These texts on a device."""
         if self.prior_log_likelihood.device == torch.device(device):
             return self
-        states = None if self.text_states is None else self.text_states.to(device)
-        return CompiledTexts(self.trie.to(device), self.prior_log_likelihood.to(device), states, self.fingerprint)
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return CompiledTexts(self.trie.to(device), **moved, fingerprint=self.fingerprint)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is beside the trie, by the names of the fields."""
+        named = {name: getattr(self, name) for name in ("prior_log_likelihood", "text_states", "projections")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,9 +109,7 @@ class CompiledLabels:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {item.name: getattr(self.texts.trie, item.name) for item in dataclasses.fields(TextTrie)}
-        tensors["prior_log_likelihood"] = self.texts.prior_log_likelihood
-        if self.texts.text_states is not None:
-            tensors["text_states"] = self.texts.text_states
+        tensors |= self.texts.tensors()
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, directory / TENSOR_FILE)
         described = {"format": FORMAT, "labels": self.labels, "templates": self.templates}
         described |= {"fingerprint": self.texts.fingerprint, "tokens_sha256": self.tokens_sha256}
@@ -138,6 +144,8 @@ class CompiledLabels:
                 raise ValueError(f"{len(trie.text_edges)} texts, but priors {tuple(texts.prior_log_likelihood.shape)}")
             if texts.text_states is not None and texts.text_states.shape[:2] != trie.tokens.shape:
                 raise ValueError(f"states {tuple(texts.text_states.shape)} of blocks {tuple(trie.tokens.shape)}")
+            if texts.projections is not None and texts.projections.shape[1::2] != trie.tokens.shape:
+                raise ValueError(f"projections {tuple(texts.projections.shape)} of blocks {tuple(trie.tokens.shape)}")
             return cls(labels, templates, texts, described["tokens_sha256"])
         except READING_ERRORS as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error

@@ -10,7 +10,8 @@ bidirectional prefix, which never sees the text, and they stand in front of the 
     parallel       mask tokens only, no causal mask     CapPa's parallel prediction (arXiv 2306.07915)
 
 The lower `num_text_only_layers` layers never see the image: `read_text` runs them, `fuse` the rest, so that several
-images, or log P(T|I) and log P(T), share what `read_text` returns. Under many images they cost nothing per image.
+images, or log P(T|I) and log P(T), share what `read_text` returns. Under many images they cost nothing per image. Nor
+do the queries, keys and values of the first fusion layer, which no image has reached yet, if `project` made them once.
 
 B images may have N texts: the first N / B texts see the first image, the next N / B the second, and so on.
 
@@ -55,12 +56,14 @@ class TextStates:
         rotary: cosines and sines [N, 1, L, head]; None where positions are learned.
         is_causal: whether a text sees only what is before it, where `mask` does not say so (None, [N, S]); False for
             parallel prediction and for tries.
+        projections: queries, keys and values of the first fusion layer, [3, N, H, L, head], if they are known.
     """
 
     hidden_states: Tensor
     mask: Tensor | None
     rotary: tuple[Tensor, Tensor] | None
     is_causal: bool
+    projections: Tensor | None = None
 
     def repeat(self, images: int) -> "TextStates":
         """The N texts once for each image: the first image's texts, then the second's."""
@@ -70,7 +73,8 @@ class TextStates:
         rotary = self.rotary
         if rotary is not None:
             rotary = rotary[0].repeat(images, 1, 1, 1), rotary[1].repeat(images, 1, 1, 1)
-        return TextStates(self.hidden_states.repeat(images, 1, 1), mask, rotary, self.is_causal)
+        projections = None if self.projections is None else self.projections.repeat(1, images, 1, 1, 1)
+        return TextStates(self.hidden_states.repeat(images, 1, 1), mask, rotary, self.is_causal, projections)
 
 
 def tree_mask(ends: Tensor) -> Tensor:
@@ -131,22 +135,29 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
         image_value: Tensor | None = None,
         *,
         reads_image: bool = False,
+        only_projects: bool = False,
         text: TextStates | None = None,
+        projections: Tensor | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Takes text [N, L, D], or with `reads_image` image tokens [B, P, *], through the block.
 
-        Both go through `forward`, so that wrappers around a layer (checkpointing, sharding) see every use of it. What
+        All go through `forward`, so that wrappers around a layer (checkpointing, sharding) see every use of it. What
         needs a gradient is positional, since reentrant checkpointing loses the gradients of keyword arguments.
 
+        Args:
+            projections: what `only_projects` returned for the same text, as one tensor; not under gradients.
+
         Returns:
-            The new states; for image tokens also their keys and values [B, H, P, head].
+            The new states; for image tokens also their keys and values [B, H, P, head]; with `only_projects` the
+            queries, keys and values of the text, [N, H, L, head] each.
         """
         if reads_image:
             return self._read_image(hidden_states, **kwargs)
-        normed = self.self_attn_norm(hidden_states)
-        key, value = self.self_attn.key_values(normed, text.rotary)
+        if only_projects:
+            return self._project(hidden_states, text)
+        query, key, value = self._project(hidden_states, text) if projections is None else projections
         if cache is not None:
             key, value = cache.update(key, value, self.self_attn.layer_idx)
         mask = text.mask
@@ -155,15 +166,19 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
             key = torch.cat([repeat_rows(image_key, texts_per_image), key], dim=2)
             value = torch.cat([repeat_rows(image_value, texts_per_image), value], dim=2)
             mask = with_visible_prefix(mask, image_key.shape[2])
-        attended, _ = self.self_attn(normed, (key, value), mask, text.rotary, is_causal=text.is_causal, **kwargs)
+        attended, _ = self.self_attn(query, (key, value), mask, is_causal=text.is_causal, **kwargs)
         hidden_states = hidden_states + self.dropout(self.self_attn_post_norm(attended))
         if image_key is not None and self.cross_attn is not None:
             normed = self.cross_attn_norm(hidden_states)
             # The texts of an image as one row: its keys and values need no copies, and here texts do not see texts.
             by_image = normed.reshape(image_key.shape[0], -1, normed.shape[-1])
-            attended, _ = self.cross_attn(by_image, (image_key, image_value), **kwargs)
+            attended, _ = self.cross_attn(self.cross_attn.queries(by_image), (image_key, image_value), **kwargs)
             hidden_states = hidden_states + self.dropout(self.cross_attn_post_norm(attended.view_as(normed)))
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+    def _project(self, hidden_states: Tensor, text: TextStates) -> tuple[Tensor, Tensor, Tensor]:
+        normed = self.self_attn_norm(hidden_states)
+        return self.self_attn.queries(normed, text.rotary), *self.self_attn.key_values(normed, text.rotary)
 
     def _read_image(self, image_states: Tensor, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
         if self.cross_attn is not None:
@@ -171,7 +186,7 @@ class IGCaptionerDecoderLayer(GradientCheckpointingLayer):
         normed = self.self_attn_norm(image_states)
         key_values = self.self_attn.key_values(normed)
         if not self.is_last:  # nothing reads the image tokens after the last layer
-            attended, _ = self.self_attn(normed, key_values, **kwargs)
+            attended, _ = self.self_attn(self.self_attn.queries(normed), key_values, **kwargs)
             image_states = image_states + self.dropout(self.self_attn_post_norm(attended))
             image_states = image_states + self.dropout(self.mlp(self.mlp_norm(image_states)))
         return image_states, *key_values
@@ -257,19 +272,29 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
         return self._run_text_only_layers(text, cache=cache, **kwargs)
 
     def read_trie(
-        self, tokens: Tensor, depths: Tensor, ends: Tensor, hidden_states: Tensor | None = None
+        self,
+        tokens: Tensor,
+        depths: Tensor,
+        ends: Tensor,
+        hidden_states: Tensor | None = None,
+        projections: Tensor | None = None,
     ) -> TextStates:
         """As `read_text` for blocks of a trie, [G, Q] each (see `TextTrie`).
 
         Args:
             hidden_states: [G, Q, D], what an earlier call returned for the same blocks; saves the text-only layers.
+            projections: [3, G, H, Q, head], what `project` made of them.
         """
         mask = tree_mask(ends)
         rotary = self._rotary(depths)
         if hidden_states is not None:
-            return TextStates(hidden_states, mask, rotary, is_causal=False)
+            return TextStates(hidden_states, mask, rotary, False, projections)
         embedded = self._with_positions(self.embed_tokens(tokens), depths)
-        return self._run_text_only_layers(TextStates(embedded, mask, rotary, is_causal=False))
+        return self._run_text_only_layers(TextStates(embedded, mask, rotary, False, projections))
+
+    def project(self, text: TextStates) -> Tensor:
+        """Queries, keys and values of the first fusion layer, [3, N, H, L, head]: no image has reached them yet."""
+        return torch.stack(self.fusion_layers[0](text.hidden_states, text=text, only_projects=True))
 
     def _with_positions(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
         """Makes the first layer's input [N, L, D] of token embeddings [N, L, W]."""
@@ -300,9 +325,11 @@ class IGCaptionerTextDecoder(IGCaptionerPreTrainedModel):
             image_key_values: what `read_image` returned; None for log P(T).
         """
         hidden_states = text.hidden_states
+        projections = text.projections
         no_image = [(None, None)] * len(self.fusion_layers)
         for layer, key_value in zip(self.fusion_layers, image_key_values or no_image, strict=True):
-            hidden_states = layer(hidden_states, *key_value, text=text, cache=cache, **kwargs)
+            hidden_states = layer(hidden_states, *key_value, text=text, projections=projections, cache=cache, **kwargs)
+            projections = None  # the layers above read what this one saw of the image
         return self.head_projection(self.norm(hidden_states))
 
     @accepts_both_cache_names

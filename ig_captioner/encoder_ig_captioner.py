@@ -99,7 +99,7 @@ def eager_attention_forward(
 
 
 class IGCaptionerAttention(nn.Module):
-    """Multi-head attention whose keys and values are projected apart from the queries, so that they can be kept.
+    """Multi-head attention whose queries, and keys and values, are projected apart from it, so that they can be kept.
 
     Args:
         key_value_size: width of what is attended to; the width of the queries if not given.
@@ -129,6 +129,11 @@ class IGCaptionerAttention(nn.Module):
     def _split_heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def queries(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Queries [N, H, L, head] of `hidden_states` [N, L, D]."""
+        query = self.q_norm(self._split_heads(self.q_proj(hidden_states)))
+        return query if rotary is None else rotate(query, rotary)
+
     def key_values(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> KeyValues:
         """Keys and values [N, H, S, head] of `hidden_states` [N, S, *]."""
         key = self.k_norm(self._split_heads(self.k_proj(hidden_states)))
@@ -137,16 +142,13 @@ class IGCaptionerAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        query: Tensor,
         key_values: KeyValues,
         attention_mask: Tensor | None = None,
-        rotary: tuple[Tensor, Tensor] | None = None,
         is_causal: bool = False,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """Queries from `hidden_states` [N, L, D] read `key_values`. Returns [N, L, D] and, if eager, the weights."""
-        query = self.q_norm(self._split_heads(self.q_proj(hidden_states)))
-        query = query if rotary is None else rotate(query, rotary)
+        """What `queries` [N, H, L, head] read of `key_values`. Returns [N, L, D] and, if eager, the weights."""
         attend = attention_function(self._implementation(attention_mask), eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
@@ -421,7 +423,7 @@ class IGCaptionerVisionLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         normed = self.self_attn_norm(hidden_states)
-        attended, _ = self.self_attn(normed, self.self_attn.key_values(normed), **kwargs)
+        attended, _ = self.self_attn(self.self_attn.queries(normed), self.self_attn.key_values(normed), **kwargs)
         hidden_states = hidden_states + self.dropout(self.self_attn_post_norm(attended))
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 

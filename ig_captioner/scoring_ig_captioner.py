@@ -2,7 +2,7 @@
 
 Three things make a thousand texts cheap: images are encoded once; texts are a trie (`label_trie.py`), whose shared
 beginnings the decoder reads once; and `compile_texts` computes once what does not depend on the image (log P(T), the
-states of the text-only layers), for any number of calls of `score`.
+states of the text-only layers, what the layer after them projects), for any number of calls of `score`.
 
 Legend: B images, C candidate texts, E edges of a trie, L text tokens, D decoder width. Log-likelihoods are in nats.
 """
@@ -29,6 +29,9 @@ from .text_rules import scored_form
 # How many numbers are held at once of what grows with texts and images: logits, and the inner states of an MLP.
 # 2**28 is 1 GiB in float32; on a CPU less, so that it stays in the caches.
 MAX_NUMBERS_PER_CHUNK = {"cpu": 2**21, "other": 2**28}
+# Up to how many numbers of queries, keys and values are kept with compiled texts: 128 MiB in float32, three times the
+# states of the same nodes. A thousand labels at a width of 384 have 4.7 million.
+MAX_NUMBERS_OF_PROJECTIONS = 2**25
 
 
 # Black, grey and white, as pixel values: images that show nothing, where no reference images are given.
@@ -222,17 +225,33 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         input_ids, attention_mask = scored_form(input_ids, attention_mask, self.config.text_config)
         self.model.decoder.check_length(input_ids.shape[1])
         trie = build_trie(input_ids, attention_mask, self.config.decoder_start_token_id).to(input_ids.device)
-        states = None
-        if self.config.text_config.num_text_only_layers:
-            passes = trie.split(positions)
-            states = torch.cat([self._read_blocks(trie, *blocks).hidden_states for blocks in passes])
-        texts = CompiledTexts(trie, torch.zeros(0), states)  # yet without log P(T), which is read next
+        texts = self._read_without_image(trie, positions)
         if references is None:
             prior = trie.sum_over_texts(self._edges(texts, None, positions))[0]
         else:
             image_tokens = self.model.read_features(references)
             prior = mean_over_references(self._log_likelihoods(texts, image_tokens, positions), reference_mean)
         return dataclasses.replace(texts, prior_log_likelihood=prior)
+
+    def _read_without_image(self, trie: TextTrie, positions: int) -> CompiledTexts:
+        """What the images do not change, as far as it is worth keeping; yet without log P(T)."""
+        bare = CompiledTexts(trie, torch.zeros(0))
+        keeps_states = self.config.text_config.num_text_only_layers > 0
+        numbers = 3 * trie.tokens.numel() * self.config.text_config.hidden_size
+        keeps_projections = numbers <= MAX_NUMBERS_OF_PROJECTIONS and not torch.is_grad_enabled()
+        states: list[Tensor] = []
+        projections: list[Tensor] = []
+        for start, end in trie.split(positions) if keeps_states or keeps_projections else ():
+            text = self._read_blocks(bare, start, end)
+            if keeps_states:
+                states.append(text.hidden_states)
+            if keeps_projections:
+                projections.append(self.model.decoder.project(text))
+        return dataclasses.replace(
+            bare,
+            text_states=torch.cat(states) if states else None,
+            projections=torch.cat(projections, dim=1) if projections else None,
+        )
 
     # From texts to log P of the edges of their trie, in three loops that bound memory: a few images at a time
     # (`_edges_by_image`), a few blocks under these images (`_edges`), and the logits of a few of their nodes
@@ -255,7 +274,7 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         images = 1 if image_key_values is None else len(image_key_values[0][0])
         parts: list[Tensor] = []
         for start, end in trie.split(positions // images):
-            blocks = self._read_blocks(trie, start, end, texts.text_states)
+            blocks = self._read_blocks(texts, start, end)
             states = self.model.decoder.fuse(blocks.repeat(images), image_key_values)
             parts += self._edges_of_blocks(trie, start, end, states.view(images, -1, states.shape[-1]))
         return torch.cat(parts, dim=1)
@@ -280,11 +299,14 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
             log_p = self.lm_head(states[:, nodes]).float().log_softmax(dim=-1)
             yield log_p[:, trie.edge_nodes[edges] - first, trie.edge_tokens[edges]]
 
-    def _read_blocks(self, trie: TextTrie, start: int, end: int, states: Tensor | None = None) -> TextStates:
-        """States of the blocks from `start` to `end` below the fusion layers; given those of all blocks, their part."""
+    def _read_blocks(self, texts: CompiledTexts, start: int, end: int) -> TextStates:
+        """The blocks from `start` to `end` as the fusion layers read them; what was compiled is not computed again."""
         blocks = slice(start, end)
-        states = None if states is None else states[blocks]
-        return self.model.decoder.read_trie(trie.tokens[blocks], trie.depths[blocks], trie.ends[blocks], states)
+        trie = texts.trie
+        states = None if texts.text_states is None else texts.text_states[blocks]
+        projections = None if texts.projections is None else texts.projections[:, blocks]
+        decoder = self.model.decoder
+        return decoder.read_trie(trie.tokens[blocks], trie.depths[blocks], trie.ends[blocks], states, projections)
 
     def _positions_per_pass(self, chunk_size: int | None) -> int:
         """Number of nodes of a trie, times images, that the decoder reads at once."""

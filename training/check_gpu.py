@@ -1,20 +1,23 @@
 """Checks of training that need a GPU, on one: FSDP2, compilation, and the share of the peak that B/16 reaches.
 
-    python -m training.check_gpu [--output FILE.json] [--skip_b16]
+    python -m training.check_gpu [--output FILE.json] [--only tiny|b16]
 
-A tiny model trains plainly, under FSDP2, interrupted and resumed under FSDP2, with compilation and with gradient
-checkpointing: the losses must agree. Then the model of configs/b16.yaml takes a few steps on noise, plain and compiled;
-`mfu`, speed and memory are those of its log. Without a GPU the first part runs on the CPU.
+`tiny`: a tiny model trains plainly, under FSDP2, interrupted and resumed under FSDP2, with compilation and with
+gradient checkpointing: the losses must agree. `b16`: the model of configs/b16.yaml takes a few steps on noise, plain,
+compiled and under FSDP2; `mfu`, speed and memory are those of its log. Without a GPU only the first part runs, on the
+CPU.
 """
 
 import argparse
 import io
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from PIL import Image
 
 from .check_resume import make_workspace
 from .metrics import read_rows
+from .train_tokenizer import train_tokenizer
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -53,8 +57,8 @@ def run(launcher: tuple[str, ...], config: Path, output_dir: Path, **options: An
     return [row for row in read_rows(output_dir / "log.jsonl") if "loss" in row]
 
 
-def check_tiny(folder: Path) -> list[dict[str, Any]]:
-    """Runs that must have the losses of the plain one, step by step; several at a time, as far as cores allow."""
+def check_tiny(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields a row for each run that must have the losses of the plain one, step by step; some run at a time."""
     config = make_workspace(folder, "cached", 8, 0, "adamw")
     variants: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "fsdp2": (SHARDED, {}),
@@ -73,12 +77,9 @@ def check_tiny(folder: Path) -> list[dict[str, Any]]:
     names = ["plain", "plain_constant", *variants]
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         logs = dict(zip(names, pool.map(train, names), strict=True))
-    results = []
     for name in variants:
         reference = logs["plain_constant" if name == "fsdp2_resumed" else "plain"]
-        results.append({"name": name, "same_losses": same_losses(logs[name], reference)})
-        print(json.dumps(results[-1]), flush=True)
-    return results
+        yield {"name": name, "same_losses": same_losses(logs[name], reference)}
 
 
 def same_losses(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
@@ -88,46 +89,53 @@ def same_losses(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> b
     return bool(pairs) and all(abs(value - other) <= TOLERANCE * abs(other) for value, other in pairs)
 
 
-def check_b16(folder: Path) -> list[dict[str, Any]]:
-    """B/16 at batch size 256 in bfloat16 on noise: the last row of each log."""
+def check_b16(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields the last row of the log of B/16 on noise, batch size 256 in bfloat16, for each way to train."""
     rng = np.random.default_rng(0)
+    words = ["red", "green", "blue", "square", "and"]
+    train_tokenizer([" ".join(words)], 300).save_pretrained(folder / "words")
     with tarfile.open(folder / "noise.tar", "w") as archive:
         for number in range(512):
             image = io.BytesIO()
             Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)).save(image, "JPEG")
-            caption = " ".join(rng.choice(["red", "green", "blue", "square", "and"], 16)).encode()
+            caption = " ".join(rng.choice(words, 16)).encode()
             for suffix, content in (("jpg", image.getvalue()), ("txt", caption)):
                 info = tarfile.TarInfo(f"{number}.{suffix}")
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
-    options = {"data_root": folder, "tokenizer": folder / "tokenizer", "batch_size": 256, "micro_batches": 1}
+    options = {"data_root": folder, "tokenizer": folder / "words", "batch_size": 256, "micro_batches": 1}
     options |= {"max_steps": 30, "log_every_steps": 10, "checkpoint_minutes": 0, "data__cache_in_memory": True}
     options |= {"data__cache_size": 224, "data__sources__laion__shards": "noise.tar", "data__pad_to_multiple_of": 64}
     options |= {"data__num_workers": 8}
-    results = []
     for name, launcher, more in (
         ("b16", PLAIN, {}),
         ("b16_compile", PLAIN, {"compile": True}),
         ("b16_fsdp2", SHARDED, {}),
     ):
         row = run(launcher, CONFIGS / "b16.yaml", folder / name, **options, **more)[-1]
-        results.append({"name": name} | {key: row[key] for key in TRAINED})
-        print(json.dumps(results[-1]), flush=True)
-    return results
+        yield {"name": name} | {key: row[key] for key in TRAINED}
+
+
+PARTS = {"tiny": check_tiny, "b16": check_b16}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--skip_b16", action="store_true")
+    parser.add_argument("--only", choices=PARTS, help="run one part")
     options = parser.parse_args(arguments)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    parts = [options.only] if options.only else [name for name in PARTS if name == "tiny" or device != "cpu"]
+    if device == "cpu" and "b16" in parts:
+        parser.error("--only b16 needs a GPU")
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        results: list[dict[str, Any]] = check_tiny(Path(folder))
-        if device != "cpu" and not options.skip_b16:
-            results += check_b16(Path(folder))
-    if options.output:
-        options.output.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": results}, indent=1))
+        for row in itertools.chain.from_iterable(PARTS[name](Path(folder)) for name in parts):
+            results.append(row)
+            print(json.dumps(row), flush=True)
+            if options.output:  # at once, so that a run which is stopped keeps it
+                report = {"device": device, "torch": torch.__version__, "rows": results}
+                options.output.write_text(json.dumps(report, indent=1) + "\n")
     if not all(row.get("same_losses", True) for row in results):
         raise SystemExit("FAILED: losses differ")
 
