@@ -110,8 +110,9 @@ def test_no_pass_holds_more_than_it_may(monkeypatch):
 def compiled_equal(first: CompiledLabels, second: CompiledLabels) -> bool:
     tries = first.texts.trie, second.texts.trie
     fields = [[getattr(trie, item.name) for item in dataclasses.fields(trie)] for trie in tries]
-    priors = (labels.texts.prior_log_likelihood for labels in (first, second))
-    same = all(map(torch.equal, *fields)) and torch.equal(*priors)
+    tensors = first.texts.tensors(), second.texts.tensors()
+    same = all(map(torch.equal, *fields)) and tensors[0].keys() == tensors[1].keys()
+    same = same and all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
     return same and (first.labels, first.templates) == (second.labels, second.templates)
 
 
@@ -242,6 +243,10 @@ def test_damaged_folders_are_named(compiled, tmp_path):
     short = dataclasses.replace(compiled.texts, prior_log_likelihood=compiled.texts.prior_log_likelihood[:1])
     dataclasses.replace(compiled, texts=short).save(tmp_path)
     with pytest.raises(ValueError, match=r"6 texts, but priors \(1,\)"):
+        CompiledLabels.load(tmp_path)
+    cut = dataclasses.replace(compiled.texts, projections=compiled.texts.projections[:, :, :, 1:])
+    dataclasses.replace(compiled, texts=cut).save(tmp_path)
+    with pytest.raises(ValueError, match=r"projections \(3, 1, 2, \d+, 8\) of blocks"):
         CompiledLabels.load(tmp_path)
     compiled.save(tmp_path)
     tensors = tmp_path / "labels.safetensors"

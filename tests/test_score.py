@@ -1,12 +1,17 @@
 """`model.score` against a slow per-pair loop, and everything that must not change a score."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from accelerate import cpu_offload
 
-from ig_captioner import IGCaptionerForConditionalGeneration, IGCaptionerForZeroShotImageClassification
+from ig_captioner import (
+    IGCaptionerForConditionalGeneration,
+    IGCaptionerForZeroShotImageClassification,
+    scoring_ig_captioner,
+)
 from tiny import (
     BOS,
     EOS,
@@ -157,6 +162,36 @@ def test_what_needs_no_image_is_computed_once_per_set_of_texts(monkeypatch):
     assert torch.equal(model.score(images, compiled).information_gain, expected.information_gain)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_projections_are_kept_up_to_a_limit_and_change_no_score(variant, monkeypatch):
+    model, images, texts = tiny_model(variant), random_images(), padded(random_texts())
+    compiled = model.compile_texts(*texts)
+    kept = model.score(images, compiled)
+    heads, width = 2, model.config.text_config.hidden_size // 2
+    blocks, size = compiled.trie.tokens.shape
+    assert compiled.projections.shape == (3, blocks, heads, size, width)
+    assert not compiled.projections.requires_grad
+    monkeypatch.setattr(scoring_ig_captioner, "MAX_NUMBERS_OF_PROJECTIONS", compiled.projections.numel() - 1)
+    bare = model.compile_texts(*texts)
+    assert bare.projections is None
+    for other in (model.score(images, bare), model.score(images, *texts)):
+        torch.testing.assert_close(other.information_gain, kept.information_gain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        kept.caption_log_likelihood, naive_scores(model, images, random_texts()), atol=1e-4, rtol=0
+    )
+
+
+def test_with_compiled_texts_the_first_fusion_layer_projects_no_text():
+    model, images = tiny_model("prefix"), random_images()
+    compiled = model.compile_texts(*padded(random_texts()))
+    projected = []
+    attention = model.model.decoder.fusion_layers[0].self_attn
+    for projection in (attention.q_proj, attention.k_proj):
+        projection.register_forward_hook(lambda module, inputs, output: projected.append(output.shape[1]))
+    model.score(images, dataclasses.replace(compiled, fingerprint=""))
+    assert projected == [4, 4], "keys and queries of four image tokens, and of no text"
+
+
 def test_what_lies_between_weights_and_scores_is_noticed():
     """Another attention implementation, autocast, hooks, another start token: all change the prior."""
     model, images, texts = tiny_model(), random_images(), padded(random_texts())
@@ -192,6 +227,9 @@ def test_gradients_reach_both_paths():
         again.prior_log_likelihood.sum().backward()
     assert model.model.vision_model.embeddings.projection.weight.grad.abs().sum() > 0
     assert model.model.decoder.embed_tokens.weight.grad.abs().sum() > 0
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        weight = getattr(model.model.decoder.fusion_layers[0].self_attn, projection).weight
+        assert weight.grad.abs().sum() > 0, projection
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
