@@ -1,8 +1,9 @@
 """CPU seconds of starting: the command line, the import of the package, and from the shell to a classified photo.
 
-    python -m benchmarks.startup
+    python -m benchmarks.startup [--exported FOLDER]
 
 Each line is the least of several runs in processes of their own, one after another; ratios compare lines of one run.
+FOLDER: what `python -m ig_captioner.export` made of the shipped checkpoint; its graphs classify a photo without torch.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from ig_captioner import DEFAULT_CHECKPOINT
 
 AUTO = "from transformers import AutoConfig, AutoModelForZeroShotImageClassification, AutoProcessor, AutoImageProcessor"
 WEIGHTS = f"from safetensors.torch import load_file; load_file({str(Path(DEFAULT_CHECKPOINT, 'model.safetensors'))!r})"
+ONNX = "examples/onnx_classify.py FOLDER PHOTO --labels cat dog"
+EXAMPLE = str(Path(__file__).parents[1] / "examples" / "onnx_classify.py")
 MODEL = f"import ig_captioner; {AUTO}; AutoModelForZeroShotImageClassification.from_pretrained({DEFAULT_CHECKPOINT!r})"
 
 
@@ -38,7 +41,7 @@ def cpu_seconds(arguments: list[str], runs: int) -> float:
     return min(times)
 
 
-def lines(photo: Path) -> dict[str, list[str]]:
+def lines(photo: Path, exported: Path | None) -> dict[str, list[str]]:
     """What is measured: a name, and the arguments of `python`."""
     command = ["-m", "ig_captioner.cli"]
     found = {
@@ -55,29 +58,35 @@ def lines(photo: Path) -> dict[str, list[str]]:
     }
     if find_spec("shtab"):  # of the extra "cli"
         found["ig-captioner completion bash"] = [*command, "completion", "bash"]
+    if exported is not None:
+        found[ONNX] = [EXAMPLE, str(exported), str(photo), "--labels", "cat", "dog"]
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="of each line (default: %(default)s)")
+    parser.add_argument("--exported", type=Path, metavar="FOLDER", help="measure the exported graphs, too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         photo = Path(folder, "photo.png")
         Image.new("RGB", (64, 64), "red").save(photo)
-        seconds = {name: cpu_seconds(arguments, options.runs) for name, arguments in lines(photo).items()}
+        seconds = {
+            name: cpu_seconds(arguments, options.runs) for name, arguments in lines(photo, options.exported).items()
+        }
     for name, value in seconds.items():
         print(f"{value:6.2f} s  {name}")
+    baseline = seconds["... and read the weights"]
     classify = seconds["ig-captioner classify PHOTO --labels cat dog"]
     ratios = {
         "import ig_captioner / torch and the Auto classes": (
             seconds["import ig_captioner"] / seconds["import torch, the Auto classes"]
         ),
-        "classify / torch, transformers.models.auto and reading the weights": (
-            classify / seconds["... and read the weights"]
-        ),
+        "classify / torch, transformers.models.auto and reading the weights": classify / baseline,
         "classify / loading the model with the Auto classes": classify / seconds["... and load the model with them"],
     }
+    if options.exported is not None:
+        ratios["the exported graphs / the same"] = seconds[ONNX] / baseline
     for name, value in ratios.items():
         print(f"{value:6.2f}    {name}")
 
