@@ -26,7 +26,7 @@ from transformers import AutoProcessor
 
 from ig_captioner import DEFAULT_CHECKPOINT, IGCaptionerForConditionalGeneration
 from ig_captioner.data.prompts import load_prompts
-from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
+from ig_captioner.input_rules import DEFAULT_TEMPLATE, format_labels
 
 from .measure import DEVICE, circumstances
 

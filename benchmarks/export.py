@@ -37,8 +37,8 @@ from ig_captioner.data.prompts import load_prompts
 from ig_captioner.data.samples import Samples, label_from_field, labelled_decoder
 from ig_captioner.demo.examples import LABEL_OF, example_photos
 from ig_captioner.export import TRIE_FIELDS, export_onnx
+from ig_captioner.input_rules import DEFAULT_TEMPLATE, format_labels
 from ig_captioner.label_trie import build_trie
-from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
 
 from .measure import Measurement, circumstances, row, take_turns, time_rows, write_report
 from .scoring import captioner, imagenet_labels

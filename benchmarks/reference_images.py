@@ -24,7 +24,7 @@ from ig_captioner.data.samples import Samples, captioned, label_from_field, labe
 from ig_captioner.evaluation.ranking import ranks, true_pairs
 from ig_captioner.evaluation.report import cpu_model, git_commit
 from ig_captioner.information_gain import REFERENCE_MEANS, mean_over_references, mean_over_templates
-from ig_captioner.processing_ig_captioner import format_labels
+from ig_captioner.input_rules import format_labels
 
 
 SIZE = (64, 64)

@@ -40,7 +40,7 @@ from ig_captioner import IGCaptionerConfig, IGCaptionerForConditionalGeneration
 from ig_captioner.compiled_labels import CompiledTexts
 from ig_captioner.data.prompts import load_prompts
 from ig_captioner.information_gain import shift_right
-from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
+from ig_captioner.input_rules import DEFAULT_TEMPLATE, format_labels
 from training.train_tokenizer import train_tokenizer
 
 from .measure import DEVICE, circumstances, median_ratio, peak_memory, seconds, take_turns

@@ -21,8 +21,8 @@ from ig_captioner import DEFAULT_CHECKPOINT
 
 AUTO = "from transformers import AutoConfig, AutoModelForZeroShotImageClassification, AutoProcessor, AutoImageProcessor"
 WEIGHTS = f"from safetensors.torch import load_file; load_file({str(Path(DEFAULT_CHECKPOINT, 'model.safetensors'))!r})"
-ONNX = "examples/onnx_classify.py FOLDER PHOTO --labels cat dog"
-EXAMPLE = str(Path(__file__).parents[1] / "examples" / "onnx_classify.py")
+ONNX = "ig-captioner classify PHOTO --labels cat dog --model FOLDER"
+EXAMPLE = "examples/onnx_classify.py FOLDER PHOTO --labels cat dog"
 MODEL = f"import ig_captioner; {AUTO}; AutoModelForZeroShotImageClassification.from_pretrained({DEFAULT_CHECKPOINT!r})"
 
 
@@ -59,7 +59,9 @@ def lines(photo: Path, exported: Path | None) -> dict[str, list[str]]:
     if find_spec("shtab"):  # of the extra "cli"
         found["ig-captioner completion bash"] = [*command, "completion", "bash"]
     if exported is not None:
-        found[ONNX] = [EXAMPLE, str(exported), str(photo), "--labels", "cat", "dog"]
+        arguments = [str(photo), "--labels", "cat", "dog"]
+        found[ONNX] = [*command, "classify", *arguments, "--model", str(exported)]
+        found[EXAMPLE] = [str(Path(__file__).parents[1] / "examples" / "onnx_classify.py"), str(exported), *arguments]
     return found
 
 
@@ -86,7 +88,7 @@ def main() -> None:
         "classify / loading the model with the Auto classes": classify / seconds["... and load the model with them"],
     }
     if options.exported is not None:
-        ratios["the exported graphs / the same"] = seconds[ONNX] / baseline
+        ratios["classify with exported graphs / the same"] = seconds[ONNX] / baseline
     for name, value in ratios.items():
         print(f"{value:6.2f}    {name}")
 

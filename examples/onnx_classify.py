@@ -20,7 +20,7 @@ def read_photo(path: str, settings: dict) -> np.ndarray:
 
     photo, height, width = read_image_file(path), settings["size"]["height"], settings["size"]["width"]
     box = centre_box(photo.height, photo.width, (height, width), settings.get("crop_pct"))
-    pixels = np.asarray(photo.resize((width, height), settings["resample"], box=box), dtype=np.float32)
+    pixels = np.asarray(photo.crop(box).resize((width, height), settings["resample"]), dtype=np.float32)
     mean, std = (np.array(settings[name], dtype=np.float32) for name in ("image_mean", "image_std"))
     return ((pixels * np.float32(settings["rescale_factor"]) - mean) / std).transpose(2, 0, 1)
 

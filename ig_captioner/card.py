@@ -30,8 +30,8 @@ from .checkpoint import load_model
 from .configuration_ig_captioner import REMOTE_CODE_FILES, IGCaptionerConfig, as_height_width
 from .encoder_ig_captioner import IGCaptionerPreTrainedModel
 from .evaluation.report import HUB_TASKS, evaluations, to_markdown, weights_digest
+from .input_rules import default_templates
 from .modeling_ig_captioner import IGCaptionerForConditionalGeneration
-from .processing_ig_captioner import default_templates
 
 
 CARD_FILE = "README.md"

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_ig_captioner import IGCaptionerTextConfig, IGCaptionerVisionConfig
+from .input_rules import default_templates, format_labels
 from .label_trie import TextTrie
-from .processing_ig_captioner import default_templates, encode_texts, format_labels
+from .processing_ig_captioner import encode_texts
 
 
 JSON_FILE = "labels.json"

@@ -49,13 +49,14 @@ from . import input_rules
 from .compiled_labels import max_positions_of
 from .configuration_ig_captioner import as_height_width
 from .decoder_ig_captioner import TextStates
+from .exported import SETTINGS_FILE, TOKENIZER_FILE
 from .information_gain import shift_right
+from .input_rules import default_templates
 from .label_trie import TextTrie, build_trie
 from .scoring_ig_captioner import IGCaptionerScorer
 
 
-WEIGHTS_FILE, SETTINGS_FILE, TOKENIZER_FILE = "weights.bin", "settings.json", "tokenizer.json"
-RULES_FILE = "input_rules.py"
+WEIGHTS_FILE, RULES_FILE = "weights.bin", "input_rules.py"
 TRIE_FIELDS = tuple(field.name for field in dataclasses.fields(TextTrie))
 OUTPUTS = {
     "image_encoder": "image_key_values",
@@ -243,6 +244,7 @@ def export_onnx(model: IGCaptionerScorer, processor: Any, folder: str | Path) ->
         "prior_weight": model.config.prior_weight,
         "score_temperature": model.config.score_temperature,
         "abstain_threshold": model.config.abstain_threshold,
+        "prompt_templates": default_templates(model.config),
         "image_processor": image_processor,
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -15,15 +15,19 @@ The last row is a guess, since such images do not say what white is. Of an anima
 the first frame is taken. Both are said as an `IGCaptionerWarning`.
 
 Texts. Words with one space between them: no line breaks, no-break spaces, byte-order marks or other invisible
-characters, in Unicode's normal form C. A text without a word is refused.
+characters, in Unicode's normal form C. A text without a word is refused. A label becomes texts by templates.
 
 Needs Pillow, numpy and the standard library only: a folder of ONNX graphs holds a copy of this file.
 """
 
+import base64
+import io
 import os
 import unicodedata
+import urllib.request
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -57,6 +61,7 @@ INVISIBLE = "\u00ad\u034f\u061c\u180e\u200b\u200e\u200f\ufeff\u115f\u1160\u3164\
 RANGES_OF_INVISIBLE = ((0x202A, 0x202E), (0x2060, 0x206F))
 WITHOUT_INVISIBLE = dict.fromkeys(map(ord, INVISIBLE))
 WITHOUT_INVISIBLE |= dict.fromkeys(code for first, last in RANGES_OF_INVISIBLE for code in range(first, last + 1))
+DEFAULT_TEMPLATE = "a photo of a {}."
 LIST_SEPARATORS = (
     "\n\t;\uff1b|\u3001\uff0c,"  # the first that there is separates, so that "Paris, France; Rome" is of two
 )
@@ -221,6 +226,53 @@ def centre_box(
     return left, top, left + box_width, top + box_height
 
 
+def read_image(source: str, timeout: float | None = None) -> PIL.Image.Image:
+    """Reads one RGB image from a path, URL or base64 string.
+
+    Args:
+        timeout: seconds to wait for a URL.
+
+    Raises:
+        ValueError: naming the source, if there is none, or it cannot be read or decoded.
+    """
+    with naming_the_image(source):
+        return check_pixels(_open(source, timeout))
+
+
+def _open(source: str, timeout: float | None) -> PIL.Image.Image:
+    if source.startswith(("http://", "https://")):
+        request = urllib.request.Request(source, headers={"User-Agent": "ig_captioner"})
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return read_image_file(io.BytesIO(answer.read()))
+    if os.path.isfile(source):
+        return read_image_file(source)
+    is_data_uri = source.startswith("data:image/")
+    try:
+        data = base64.decodebytes((source.split(",", 1)[-1] if is_data_uri else source).encode())
+        return read_image_file(io.BytesIO(data))
+    except Exception as error:
+        if is_data_uri:
+            raise
+        raise FileNotFoundError("no such file, and neither a URL nor a base64 image") from error
+
+
+@contextmanager
+def naming_the_image(image: Any) -> Iterator[None]:
+    """Makes a ValueError that names the image of whatever goes wrong while it is read."""
+    try:
+        yield
+    except Exception as error:
+        # Broad on purpose: Pillow raises OSError, SyntaxError, struct.error and more, an HTTP client its own.
+        raise ValueError(f"cannot read the image {shorten(image)}: {error}") from error
+
+
+def check_pixels(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image. Raises ValueError for one without pixels."""
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    return image
+
+
 # Texts
 
 
@@ -259,6 +311,43 @@ def split_list(labels: list[str]) -> list[str]:
         if (len(labels) == 1 and separator in stripped[0]) or any(label.endswith(separator) for label in stripped):
             return [part for part in map(clean_text, " ".join(stripped).split(separator)) if part]
     return labels
+
+
+def default_templates(config: Any) -> list[str]:
+    """The templates for labels that come without one: the checkpoint's own, where its configuration has any."""
+    return list(getattr(config, "prompt_templates", None) or [DEFAULT_TEMPLATE])
+
+
+def format_labels(
+    labels: Sequence[str], templates: str | Sequence[str], template_name: str = "a template"
+) -> list[str]:
+    """Every label in every template, template by template: T x C texts.
+
+    Each `{}` of a template is replaced by the label; braces in labels and other braces in templates mean
+    nothing. Labels may repeat. The texts are clean (see `input_rules`): `"dog "` gives those of `"dog"`, and a
+    warning. `template_name` is what errors call a template.
+
+    Raises:
+        ValueError: naming the value, for labels that are not a list (or tuple) of at least one string, for
+            templates that are not a string, or a list of at least one string, with `{}` in each, and for strings
+            that are no text, with half of a surrogate pair in them.
+    """
+    if not isinstance(labels, (list, tuple)) or not labels:
+        raise ValueError(f"candidate_labels must be a non-empty list of strings, got {shorten(labels)}")
+    for label in labels:
+        if not isinstance(label, str):
+            raise ValueError(f"every entry of candidate_labels must be a string, got {shorten(label)}")
+    listed = [templates] if isinstance(templates, str) else templates
+    if not isinstance(listed, (list, tuple)) or not listed:
+        raise ValueError(f"{template_name} must be one string or more, got {shorten(templates)}")
+    for template in listed:
+        if not isinstance(template, str) or "{}" not in template:
+            raise ValueError(
+                f"{template_name} must be a string with {{}} in it, where the label goes, got {shorten(template)}"
+            )
+    words = clean_texts(labels, "candidate_labels")
+    sentences = clean_texts(listed, template_name)
+    return [sentence.replace("{}", word) for sentence in sentences for word in words]
 
 
 def check_unicode(text: str, name: str) -> None:

@@ -24,13 +24,8 @@ from transformers.utils import logging
 from .compiled_labels import encode_for, is_compiled, refuse_prior
 from .configuration_ig_captioner import PRIOR_SOURCES
 from .information_gain import REFERENCE_MEANS, label_log_prior, mean_over_templates
-from .input_rules import split_list, tell
-from .processing_ig_captioner import (
-    default_templates,
-    format_labels,
-    gives_scored_form,
-    load_rgb_image,
-)
+from .input_rules import default_templates, format_labels, split_list, tell
+from .processing_ig_captioner import gives_scored_form, load_rgb_image
 
 
 logger = logging.get_logger(__name__)

@@ -10,10 +10,7 @@ adds that). Lower-casing belongs to the tokenizer's normaliser, EOS to its templ
 `model_max_length`. Padding is on the right; truncation takes tokens off the text, never EOS ("sticky" in big_vision).
 """
 
-import base64
-import io
 import os
-import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +24,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.utils import is_torchvision_available
 
 from .configuration_ig_captioner import AUTO_MAP
-from .input_rules import centre_box, clean_texts, read_image_file, shorten, tell, to_rgb
+from .input_rules import centre_box, check_pixels, naming_the_image, read_image, shorten, tell, to_rgb
 
 
 if is_torchvision_available():
@@ -35,7 +32,6 @@ if is_torchvision_available():
 else:
     _Backend = PilBackend
 
-DEFAULT_TEMPLATE = "a photo of a {}."
 # Words like "[PAD]" in a text are words, not the special tokens of that name.
 TEXT_RULES = {"padding": True, "padding_side": "right", "truncation": True, "split_special_tokens": True}
 IMAGE_CHANNELS = (1, 3, 4)
@@ -85,42 +81,15 @@ def load_rgb_image(image: Any, timeout: float | None = None) -> PIL.Image.Image:
     if image is None:
         raise ValueError("no image was given, got None")
     source = os.fspath(image) if isinstance(image, os.PathLike) else image
-    if not isinstance(source, (str, PIL.Image.Image, np.ndarray, torch.Tensor)):
+    if isinstance(source, str):
+        return read_image(source, timeout)
+    if not isinstance(source, (PIL.Image.Image, np.ndarray, torch.Tensor)):
         raise ValueError(
             "an image must be a path, URL, base64 string, PIL image, numpy array or torch tensor "
             f"(for a column of a data set use KeyDataset), got {type(image).__name__}: {shorten(image)}"
         )
-    try:
-        rgb = _open(source, timeout)
-        if 0 in rgb.size:
-            raise ValueError("it has no pixels")
-        return rgb
-    except Exception as error:
-        # Broad on purpose: Pillow raises OSError, SyntaxError, struct.error and more, an HTTP client its own.
-        name = shorten(getattr(image, "filename", None) or image)
-        raise ValueError(f"cannot read the image {name}: {error}") from error
-
-
-def _open(source: Any, timeout: float | None) -> PIL.Image.Image:
-    """Opens any source that [`load_rgb_image`] lets pass, as an RGB image."""
-    if isinstance(source, PIL.Image.Image):
-        return to_rgb(source)
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        return to_rgb(array_to_pil(source))
-    if source.startswith(("http://", "https://")):
-        request = urllib.request.Request(source, headers={"User-Agent": "ig_captioner"})
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            return read_image_file(io.BytesIO(answer.read()))
-    if os.path.isfile(source):
-        return read_image_file(source)
-    is_data_uri = source.startswith("data:image/")
-    try:
-        data = base64.decodebytes((source.split(",", 1)[-1] if is_data_uri else source).encode())
-        return read_image_file(io.BytesIO(data))
-    except Exception as error:
-        if is_data_uri:
-            raise
-        raise FileNotFoundError("no such file, and neither a URL nor a base64 image") from error
+    with naming_the_image(getattr(image, "filename", None) or image):
+        return check_pixels(to_rgb(source if isinstance(source, PIL.Image.Image) else array_to_pil(source)))
 
 
 class IGCaptionerImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -208,43 +177,6 @@ def _check_span(pixels: np.ndarray | torch.Tensor) -> None:
     high = float(pixels.max())
     if not (low >= 0 and high <= 255):
         raise ValueError(f"pixels of an array must be from 0 to 255, got {low:g} to {high:g} ({pixels.dtype})")
-
-
-def default_templates(config: Any) -> list[str]:
-    """The templates for labels that come without one: the checkpoint's own, where its configuration has any."""
-    return list(getattr(config, "prompt_templates", None) or [DEFAULT_TEMPLATE])
-
-
-def format_labels(
-    labels: Sequence[str], templates: str | Sequence[str], template_name: str = "a template"
-) -> list[str]:
-    """Every label in every template, template by template: T x C texts.
-
-    Each `{}` of a template is replaced by the label; braces in labels and other braces in templates mean
-    nothing. Labels may repeat. The texts are clean (see `input_rules`): `"dog "` gives those of `"dog"`, and a
-    warning. `template_name` is what errors call a template.
-
-    Raises:
-        ValueError: naming the value, for labels that are not a list (or tuple) of at least one string, for
-            templates that are not a string, or a list of at least one string, with `{}` in each, and for strings
-            that are no text, with half of a surrogate pair in them.
-    """
-    if not isinstance(labels, (list, tuple)) or not labels:
-        raise ValueError(f"candidate_labels must be a non-empty list of strings, got {shorten(labels)}")
-    for label in labels:
-        if not isinstance(label, str):
-            raise ValueError(f"every entry of candidate_labels must be a string, got {shorten(label)}")
-    listed = [templates] if isinstance(templates, str) else templates
-    if not isinstance(listed, (list, tuple)) or not listed:
-        raise ValueError(f"{template_name} must be one string or more, got {shorten(templates)}")
-    for template in listed:
-        if not isinstance(template, str) or "{}" not in template:
-            raise ValueError(
-                f"{template_name} must be a string with {{}} in it, where the label goes, got {shorten(template)}"
-            )
-    words = clean_texts(labels, "candidate_labels")
-    sentences = clean_texts(listed, template_name)
-    return [sentence.replace("{}", word) for sentence in sentences for word in words]
 
 
 def encode_texts(
@@ -343,8 +275,6 @@ IGCaptionerProcessor.register_for_auto_class("AutoProcessor")
 __all__ = [
     "IGCaptionerImageProcessor",
     "IGCaptionerProcessor",
-    "default_templates",
     "encode_texts",
-    "format_labels",
     "load_rgb_image",
 ]

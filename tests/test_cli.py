@@ -25,7 +25,7 @@ from ig_captioner.checkpoint import choose_device, load_model, load_processor
 from ig_captioner.cli import output as cli_output
 from ig_captioner.cli.output import columns
 from ig_captioner.data.prompts import load_prompts
-from ig_captioner.input_rules import clean_text
+from ig_captioner.input_rules import clean_text, read_image
 from ig_captioner.processing_ig_captioner import load_rgb_image
 
 
@@ -215,7 +215,7 @@ def test_further_frames_and_other_files_of_a_folder_are_said_once(run, here):
 @pytest.mark.parametrize("command", [["classify", "--labels", "cat"], ["caption"], ["score", "--texts", "a"]])
 def test_a_batch_does_not_hold_its_photos(run, monkeypatch, command):
     still_open, most = set(), []
-    load = load_rgb_image
+    load = read_image
 
     def load_and_count(name, *args, **kwargs):
         image = load(name, *args, **kwargs)
@@ -225,7 +225,7 @@ def test_a_batch_does_not_hold_its_photos(run, monkeypatch, command):
             most.append(len(still_open))
         return image
 
-    monkeypatch.setattr("ig_captioner.processing_ig_captioner.load_rgb_image", load_and_count)
+    monkeypatch.setattr("ig_captioner.input_rules.read_image", load_and_count)
     assert run(command[0], *["0.png", "1.png", "2.png"] * 3, "--batch-size", "9", *command[1:])[0] == 0
     assert len(most) == 9 and max(most) <= 3  # what loops and frames still name
 

@@ -17,7 +17,7 @@ from ig_captioner import (
     IGCaptionerForZeroShotImageClassification,
     IGZeroShotImageClassificationPipeline,
     compiled_labels,
-    processing_ig_captioner,
+    input_rules,
 )
 from ig_captioner.compiled_labels import encode_for
 from ig_captioner.processing_ig_captioner import encode_texts
@@ -337,7 +337,7 @@ def test_images_from_the_web_follow_the_same_rules(classifier, tmp_path, monkeyp
         seen.append((request.full_url, timeout))
         return path.open("rb")
 
-    monkeypatch.setattr(processing_ig_captioner.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(input_rules.urllib.request, "urlopen", urlopen)
     url = "http://localhost/cat.png"
     assert classifier(url, LABELS, timeout=3) == classifier(url, LABELS) == classifier(str(path), LABELS)
     assert seen == [(url, 3), (url, None)]

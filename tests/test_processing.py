@@ -18,13 +18,12 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-from ig_captioner import processing_ig_captioner
-from ig_captioner.input_rules import centre_box
+from ig_captioner import input_rules, processing_ig_captioner
+from ig_captioner.input_rules import centre_box, format_labels
 from ig_captioner.processing_ig_captioner import (
     IGCaptionerImageProcessor,
     IGCaptionerProcessor,
     encode_texts,
-    format_labels,
     load_rgb_image,
 )
 
@@ -219,7 +218,7 @@ def test_urls_get_the_timeout_and_their_errors_are_named(monkeypatch, photo):
             raise ConnectionError("nobody home")
         return io.BytesIO(data.getvalue())
 
-    monkeypatch.setattr(processing_ig_captioner.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(input_rules.urllib.request, "urlopen", urlopen)
     assert load_rgb_image("http://localhost/cat.png", timeout=2.5).tobytes() == photo.tobytes()
     assert seen == {"url": "http://localhost/cat.png", "timeout": 2.5}
     with pytest.raises(ValueError, match="http://localhost/refused.*nobody home"):

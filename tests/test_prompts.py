@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ig_captioner.data.prompts import FOLDER, known_prompts, load_prompts, read_class_names, read_templates
-from ig_captioner.processing_ig_captioner import format_labels
+from ig_captioner.input_rules import format_labels
 
 
 # The published numbers of classes: a file that lost a line would show.

@@ -17,7 +17,7 @@ from ig_captioner import (
 )
 from ig_captioner.card import CardFacts, write_facts
 from ig_captioner.evaluation.scores import classify_images
-from ig_captioner.processing_ig_captioner import default_templates
+from ig_captioner.input_rules import default_templates
 from ig_captioner.release import read_in_short
 
 

@@ -7,8 +7,7 @@ import numpy as np
 
 from ig_captioner.data.prompts import read_templates
 from ig_captioner.data.shards import Encode, read_captions, read_metadata
-from ig_captioner.input_rules import clean_text
-from ig_captioner.processing_ig_captioner import format_labels
+from ig_captioner.input_rules import clean_text, format_labels
 
 from .config import SourceConfig
 

@@ -29,7 +29,7 @@ from ig_captioner import IGCaptionerForConditionalGeneration
 from ig_captioner.compiled_labels import encode_for
 from ig_captioner.data.shards import first_by_hash, is_held_out
 from ig_captioner.evaluation.ranking import PRIOR_WEIGHTS, ranks
-from ig_captioner.processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
+from ig_captioner.input_rules import DEFAULT_TEMPLATE, format_labels
 
 from .config import TrainConfig, load_config
 from .data import is_left_out

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint import caption_tokens, load_model, load_processor
 from ..compiled_labels import CompiledLabels, compile_labels, encode_for
 from ..information_gain import information_gain, token_means_over_references
+from ..input_rules import default_templates
 from ..modeling_ig_captioner import IGCaptionerForConditionalGeneration
-from ..processing_ig_captioner import default_templates
 from ..scoring_ig_captioner import IGCaptionerScoreOutput
 from .prompts import PreparedImage
 from .scorer import CaptionScorer, TextTokens, TokenGain, as_compiled, as_images, text_tokens

@@ -36,8 +36,9 @@ from ..information_gain import (
     mean_over_templates,
     token_means_over_references,
 )
+from ..input_rules import default_templates, format_labels
 from ..label_trie import TextTrie, build_trie
-from ..processing_ig_captioner import default_templates, format_labels, load_rgb_image
+from ..processing_ig_captioner import load_rgb_image
 from ..scoring_ig_captioner import IGCaptionerScoreOutput
 from .families import family_of
 from .loading import hub_options, load_captioner

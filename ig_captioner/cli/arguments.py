@@ -14,6 +14,16 @@ from .output import FORMATS, one_line, progress, report
 MODEL_HELP = "folder or Hub repository of any captioner (default: the checkpoint in the package)"
 LARGEST_BATCH = 65_536
 LARGEST_PRIOR_WEIGHT = 100.0
+# Options that the graphs of an exported model have no place for, and what stands for not given.
+NOT_EXPORTED = {
+    "prior_source": None,
+    "reference_images": None,
+    "reference_mean": None,
+    "label_prior": None,
+    "prompt": None,
+    "trust_remote_code": False,
+    "device": "auto",
+}
 
 
 class UsageError(Exception):
@@ -181,6 +191,32 @@ threshold = number("a finite number, or -inf for never", lambda value: value < m
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Exported graphs
+
+
+def runs_exported(arguments: argparse.Namespace) -> bool:
+    """Tells whether `--model` is a folder of `python -m ig_captioner.export`.
+
+    Raises:
+        UsageError: for commands and options that its graphs do not know.
+    """
+    from ..exported import is_exported
+
+    if not is_exported(getattr(arguments, "model", None)):
+        return False
+    if arguments.run.__name__ != "classify":
+        raise UsageError(f"--model {arguments.model!r} holds exported graphs, which only classify reads")
+    wanted = [name for name, default in NOT_EXPORTED.items() if getattr(arguments, name) not in (default, None)]
+    if _option_of_compiled_labels(arguments) is not None:
+        wanted.append("compiled_labels")
+    if wanted:
+        raise UsageError(
+            f"{_option(wanted[0])} changes nothing of exported graphs, which --model {arguments.model!r} holds"
+        )
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What they name
 
 
@@ -191,8 +227,7 @@ def read_labels(arguments: argparse.Namespace) -> tuple[list[str], list[str] | N
     kept whole.
     """
     from ..data.prompts import read_class_names, read_templates
-    from ..input_rules import split_list, tell
-    from ..processing_ig_captioner import DEFAULT_TEMPLATE, format_labels
+    from ..input_rules import DEFAULT_TEMPLATE, format_labels, split_list, tell
 
     given = arguments.labels
     arguments.labels = split_list(given)
@@ -308,13 +343,13 @@ class Photos:
 
     def __iter__(self) -> Iterator[Any]:
         from ..data.remarks import Remarks
-        from ..processing_ig_captioner import load_rgb_image
+        from ..input_rules import read_image
 
         remarks = Remarks()
         for name in progress(self.names, "photo", self.streams):
             try:
                 with remarks.about(name):
-                    image = load_rgb_image(name)
+                    image = read_image(name)
             except ValueError as error:
                 self._report(error)
             else:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..installed import DEFAULT_CHECKPOINT, __version__
-from .arguments import Parser, UsageError, add_command
+from .arguments import Parser, UsageError, add_command, runs_exported
 from .batch import add_batch
 from .evaluate import add_evaluate
 from .output import one_line, quiet, report
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.run is completion:
             return completion(arguments)
         with quiet("strict" in arguments and arguments.strict):
-            from .. import api  # noqa: F401 (what `import ig_captioner` does in other programs)
+            if not runs_exported(arguments):
+                from .. import api  # noqa: F401 (what `import ig_captioner` does in other programs)
 
             if "model" in arguments and arguments.model is None:
                 arguments.model = _shipped_checkpoint()

@@ -30,6 +30,7 @@ from .arguments import (
     read_candidates,
     read_texts,
     read_texts_file,
+    runs_exported,
     threshold,
 )
 from .output import Fields, Results, check_finite, note_if_slow, table, terminal_columns
@@ -52,6 +53,7 @@ examples:
   ig-captioner classify cat.jpg --labels cat dog --prior-weight 0    # by likelihood only
   ig-captioner classify *.jpg --labels cat dog --abstain-below 0     # "none of these" where no text gains
   ig-captioner classify photos/ --labels-file my-labels/             # from ig-captioner compile-labels
+  ig-captioner classify cat.jpg --labels cat dog --model my-graphs/  # exported: starts at once
   ig-captioner classify *.jpg --labels cat dog --format jsonl | jq -r '.predictions[0].label'
 
 Photos come first: everything after --labels, up to the next option, is a label.
@@ -179,6 +181,8 @@ def add_demo(commands) -> None:
 
 def classify(arguments: argparse.Namespace) -> int:
     """Prints the ranked labels of each photo."""
+    if runs_exported(arguments):
+        return _classify_exported(arguments)
     from ..captioners.arguments import load_scorer, read_prior
     from ..captioners.pipelines import zero_shot_pipeline
 
@@ -205,6 +209,26 @@ def classify(arguments: argparse.Namespace) -> int:
     results = Results(arguments.format, "image", "predictions", note)
     for index, entries in enumerate(predictions):
         results.add(photos.read[index], [{name: entry[name] for name in PREDICTION_FIELDS} for entry in entries])
+    return photos.exit_code
+
+
+def _classify_exported(arguments: argparse.Namespace) -> int:
+    """As `classify`, by exported graphs."""
+    from ..exported import ExportedClassifier
+
+    labels, templates = read_candidates(arguments)
+    try:
+        classifier = ExportedClassifier(arguments.model, labels, templates)
+    except ImportError as error:
+        raise ValueError("exported graphs need onnxruntime: pip install 'ig_captioner[export]'") from error
+    weight = classifier.settings["prior_weight"] if arguments.prior_weight is None else arguments.prior_weight
+    note = f"{_formula(weight)}; score: {_score_note(arguments, argparse.Namespace(**classifier.settings))}"
+    results = Results(arguments.format, "image", "predictions", note)
+    photos = Photos(arguments.photos, streams=True)
+    options = {"abstain_threshold": arguments.abstain_below, "multi_label": arguments.multi_label}
+    for photo in photos:
+        entries = classifier(photo, prior_weight=weight, top_k=arguments.top_k, **options)
+        results.add(photos.read[-1], [{name: entry[name] for name in PREDICTION_FIELDS} for entry in entries])
     return photos.exit_code
 
 

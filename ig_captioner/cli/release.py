@@ -155,7 +155,7 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
     """Sizes, architecture and settings by name."""
     from ..checkpoint import folder_or_repository, is_own, load_processor
     from ..configuration_ig_captioner import IGCaptionerConfig
-    from ..processing_ig_captioner import default_templates
+    from ..input_rules import default_templates
     from ..release import read_in_short
 
     if not is_own(folder_or_repository(model)):

@@ -21,8 +21,8 @@ from ..checkpoint import choose_device, dtype_on
 from ..compiled_labels import CompiledLabels
 from ..data.prompts import load_prompts
 from ..information_gain import information_gain
+from ..input_rules import format_labels
 from ..installed import DEFAULT_CHECKPOINT
-from ..processing_ig_captioner import format_labels
 from ..release import read_in_short
 
 

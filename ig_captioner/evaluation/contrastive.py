@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from ..data.samples import separate
 from ..information_gain import mean_over_templates
-from ..processing_ig_captioner import format_labels
+from ..input_rules import format_labels
 from .processes import map_batches
 
 

@@ -27,7 +27,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ..data.prompts import read_class_names
 from ..data.samples import Samples, captioned, describe_skipped, separate, split_by_hash
 from ..information_gain import mean_over_templates
-from ..processing_ig_captioner import encode_texts, format_labels
+from ..input_rules import format_labels
+from ..processing_ig_captioner import encode_texts
 from .linear_probe import mean_pooled_features
 from .processes import map_batches
 from .ranking import mean_log_rank, ranks, recall_metrics, true_pairs

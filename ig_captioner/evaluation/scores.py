@@ -17,7 +17,7 @@ from ..captioners.scorer import CaptionScorer, as_compiled, as_images
 from ..compiled_labels import CompiledLabels, encode_for, is_compiled, refuse_prior
 from ..data.samples import separate
 from ..information_gain import information_gain, mean_over_templates
-from ..processing_ig_captioner import default_templates, format_labels
+from ..input_rules import default_templates, format_labels
 from .processes import map_batches
 
 

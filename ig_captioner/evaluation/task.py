@@ -12,9 +12,9 @@ from ..checkpoint import folder_or_repository, is_own, load_on_device, load_proc
 from ..configuration_ig_captioner import IGCaptionerConfig
 from ..data.prompts import is_text_file, read_templates
 from ..data.samples import Samples, describe_skipped, label_from_field, labelled_decoder
+from ..input_rules import default_templates
 from ..installed import DEFAULT_CHECKPOINT
 from ..modeling_ig_captioner import IGCaptionerForZeroShotImageClassification
-from ..processing_ig_captioner import default_templates
 from .contrastive import ContrastiveModel
 from .processes import is_first, place
 from .report import describe_run, to_markdown, write_results
