@@ -40,8 +40,8 @@ part device_scores 150 benchmarks.device_scores $quick --output "$folder/device_
 if [ -n "$quick" ]; then
     part training 240 benchmarks.training --quick --only loss --output "$folder/training.json"
 else
-    part training 120 benchmarks.training --quick --only step --only peer --output "$folder/training.json"
-    part scoring 120 benchmarks.scoring --output "$folder/scoring.json"
+    part training 60 benchmarks.training --quick --only step --only peer --output "$folder/training.json"
+    part scoring 110 benchmarks.scoring --output "$folder/scoring.json"
 fi
-part check 300 training.check_gpu ${quick:+--only tiny} --output "$folder/check.json"
+part check 280 training.check_gpu ${quick:+--only tiny} --output "$folder/check.json"
 exit $failed

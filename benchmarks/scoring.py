@@ -279,7 +279,6 @@ def main(arguments: list[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "benchmarks.scoring", *arguments])
     run = circumstances(command, words_of_the_tokenizers=f"wordfreq, the {CORPUS_WORDS:,} most frequent")
     rows: list[dict] = []
-    write(options.output, rows, run)  # a file that cannot be written is told before the work
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         designs = options.design or list(DESIGNS)
         train_tokenizers(Path(folder), designs)
@@ -289,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{design}, {number} labels, batch {batch}: done", flush=True)
         if options.texts:
             rows += many_texts(options.texts.read_text(encoding="utf-8").splitlines(), options, Path(folder))
-            write(options.output, rows, run)
+    write(options.output, rows, run)
     print(markdown(rows, run))
 
 

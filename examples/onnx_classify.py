@@ -20,8 +20,8 @@ def read_photo(path: str, settings: dict) -> np.ndarray:
 
     photo, height, width = read_image_file(path), settings["size"]["height"], settings["size"]["width"]
     box = centre_box(photo.height, photo.width, (height, width), settings.get("crop_pct"))
-    pixels = np.asarray(photo.crop(box).resize((width, height), settings["resample"]), dtype=np.float32)
-    mean, std = (np.array(settings[name], dtype=np.float32) for name in ("image_mean", "image_std"))
+    pixels = np.float32(photo.crop(box).resize((width, height), settings["resample"]))
+    mean, std = np.float32(settings["image_mean"]), np.float32(settings["image_std"])
     return ((pixels * np.float32(settings["rescale_factor"]) - mean) / std).transpose(2, 0, 1)
 
 
@@ -30,7 +30,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="what ig_captioner.export wrote")
     parser.add_argument("photos", nargs="+", metavar="PHOTO")
     parser.add_argument("--labels", nargs="+", required=True)
-    parser.add_argument("--template", default="a photo of a {}.")
     options = parser.parse_args()
     sys.path.insert(0, str(options.folder))
     from input_rules import clean_text
@@ -39,12 +38,13 @@ def main() -> None:
     graphs = "image_encoder", "text_scorer", "text_prior"
     encoder, scorer, prior = (onnxruntime.InferenceSession(options.folder / f"{name}.onnx") for name in graphs)
     tokenizer = Tokenizer.from_file(str(options.folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # words like "[PAD]" in a label are words
     names = [*map(clean_text, options.labels), "none of these"]  # the last is a candidate where there is a threshold
-    encoded = tokenizer.encode_batch([options.template.replace("{}", name) for name in names[:-1]])
+    template = settings["prompt_templates"][0]
+    encoded = tokenizer.encode_batch([template.replace("{}", name) for name in names[:-1]])
     columns = {"input_ids": "ids", "attention_mask": "attention_mask"}
     texts = {name: np.array([getattr(text, column) for text in encoded]) for name, column in columns.items()}
     (prior_log_likelihood,) = prior.run(None, texts)  # [C], the same for every photo
-
     for path in options.photos:
         (image_key_values,) = encoder.run(None, {"pixel_values": read_photo(path, settings["image_processor"])[None]})
         (caption_log_likelihood,) = scorer.run(None, {"image_key_values": image_key_values, **texts})

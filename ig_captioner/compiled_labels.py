@@ -43,7 +43,7 @@ class CompiledTexts:
         prior_log_likelihood: log P(T), [C], float32.
         text_states: what the text-only layers make of the blocks, [G, Q, D]; None if there are no such layers.
         projections: queries, keys and values of the first layer that sees images, [3, G, heads, Q, head]; None where
-            they are too many to be kept.
+            they are too many to be kept. Not used under gradients.
         fingerprint: of the model, see `fingerprint_of`; "" if nobody is to compare it.
     """
 
@@ -145,8 +145,11 @@ class CompiledLabels:
                 raise ValueError(f"{len(trie.text_edges)} texts, but priors {tuple(texts.prior_log_likelihood.shape)}")
             if texts.text_states is not None and texts.text_states.shape[:2] != trie.tokens.shape:
                 raise ValueError(f"states {tuple(texts.text_states.shape)} of blocks {tuple(trie.tokens.shape)}")
-            if texts.projections is not None and texts.projections.shape[1::2] != trie.tokens.shape:
-                raise ValueError(f"projections {tuple(texts.projections.shape)} of blocks {tuple(trie.tokens.shape)}")
+            if texts.projections is not None:
+                three, blocks, _, size, _ = texts.projections.shape
+                if (three, blocks, size) != (3, *trie.tokens.shape):
+                    shapes = tuple(texts.projections.shape), tuple(trie.tokens.shape)
+                    raise ValueError(f"projections {shapes[0]} of blocks {shapes[1]}")
             return cls(labels, templates, texts, described["tokens_sha256"])
         except READING_ERRORS as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error

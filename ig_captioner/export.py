@@ -218,9 +218,9 @@ def _program(module: nn.Module, inputs: dict[str, tuple[Tensor, dict[int, Any]]]
 def export_onnx(model: IGCaptionerScorer, processor: Any, folder: str | Path) -> None:
     """Writes `image_encoder.onnx`, `text_scorer.onnx`, `text_prior.onnx` and `label_scorer.onnx`, and what feeds them.
 
-    Weights are in `weights.bin`, once for all four. `settings.json` has the image processor's settings and,
-    of the configuration, `prior_weight`, `score_temperature` and `abstain_threshold`; `tokenizer.json` is for
-    `tokenizers.Tokenizer.from_file`, with padding and truncation set. `input_rules.py` is a copy of the module that
+    Weights are in `weights.bin`, once for all four. `settings.json` has the image processor's settings and, of the
+    configuration, `prior_weight`, `score_temperature`, `abstain_threshold` and `prompt_templates`; `tokenizer.json` is
+    for `tokenizers.Tokenizer.from_file`, with padding and truncation set. `input_rules.py` is a copy of the module that
     reads image files and cleans texts, for Pillow and numpy.
 
     Args:

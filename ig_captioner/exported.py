@@ -1,6 +1,7 @@
-"""What `export.py` wrote, run by onnxruntime: a zero-shot classifier that imports neither torch nor transformers.
+"""What `export.py` wrote, run by onnxruntime: a zero-shot classifier that needs neither torch nor transformers.
 
-It starts in half a second, so `ig-captioner classify` uses it where `--model` is such a folder. Scores are those of the
+`ig-captioner classify` uses it where `--model` is such a folder, and then starts in half a second. Every text is read
+by itself, so that for hundreds of labels a checkpoint, which reads them as a trie, is faster. Scores are those of the
 model to 1e-3 nats.
 
 Legend: C labels, T templates, L text tokens. Log-likelihoods are in nats.
@@ -8,23 +9,27 @@ Legend: C labels, T templates, L text tokens. Log-likelihoods are in nats.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from .input_rules import DEFAULT_TEMPLATE, centre_box, format_labels, tell
+from .input_rules import DEFAULT_TEMPLATE, centre_box, format_labels, tell, to_rgb
 
 
 SETTINGS_FILE, TOKENIZER_FILE = "settings.json", "tokenizer.json"
 TEXTS_PER_RUN = 64  # a run holds the logits of all tokens of its texts
+GRAPHS = ("image_encoder", "text_scorer", "text_prior")
+SETTINGS = ("prior_weight", "score_temperature", "abstain_threshold", "image_processor")
 
 
 def is_exported(model: str | Path | None) -> bool:
-    """Tells whether this is a folder of exported graphs."""
-    return model is not None and Path(model, SETTINGS_FILE).is_file() and Path(model, "image_encoder.onnx").is_file()
+    """Tells whether this is a folder of exported graphs, and not a checkpoint that they were written into."""
+    if model is None or Path(model, "config.json").exists():
+        return False
+    return Path(model, SETTINGS_FILE).is_file() and any(Path(model, f"{name}.onnx").is_file() for name in GRAPHS)
 
 
 class ExportedClassifier:
@@ -42,24 +47,20 @@ class ExportedClassifier:
 
     Raises:
         ImportError: without onnxruntime.
-        ValueError: naming the value, for labels or templates that are none.
+        ValueError: naming the value, for labels or templates that are none; naming the file, for one that is missing or
+            damaged.
     """
 
-    def __init__(self, folder: str | Path, labels: Sequence[str], templates: Sequence[str] | None = None):
-        import onnxruntime
-        from tokenizers import Tokenizer
-
+    def __init__(self, folder: str | Path, labels: Sequence[str], templates: str | Sequence[str] | None = None):
         folder = Path(folder)
-        self.settings: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        self.settings = _read(folder / SETTINGS_FILE, _settings)
+        templates = templates or self.settings.get("prompt_templates") or DEFAULT_TEMPLATE
+        texts = format_labels(labels, templates)
         self.labels = list(labels)
-        self.templates = list(templates or self.settings.get("prompt_templates") or [DEFAULT_TEMPLATE])
-        graphs = ("image_encoder", "text_scorer", "text_prior")
-        self._encoder, self._scorer, prior = (
-            onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"]) for name in graphs
-        )
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        tokenizer.encode_special_tokens = True  # words like "[PAD]" in a label are words
-        self._texts = list(_encode(tokenizer, format_labels(self.labels, self.templates)))
+        self.templates = [templates] if isinstance(templates, str) else list(templates)
+        self._encoder, self._scorer, prior = (_read(folder / f"{name}.onnx", _session) for name in GRAPHS)
+        tokenizer = _read(folder / TOKENIZER_FILE, _tokenizer)
+        self._texts = list(_encode(tokenizer, texts))
         self.prior_log_likelihood = self._mean_over_templates([prior.run(None, texts)[0] for texts in self._texts])
 
     def __call__(
@@ -71,7 +72,7 @@ class ExportedClassifier:
         multi_label: bool = False,
         top_k: int | None = None,
     ) -> list[dict[str, Any]]:
-        """Ranks the labels for one RGB photo, as the pipeline of the model does, with log-likelihoods.
+        """Ranks the labels for one photo, as the pipeline of the model does, with log-likelihoods.
 
         Args: as for [`IGZeroShotImageClassificationPipeline`]; what is None is in `settings`.
 
@@ -79,7 +80,7 @@ class ExportedClassifier:
             `label`, `score`, `caption_log_likelihood`, `prior_log_likelihood` and `information_gain` of each label, the
             best first; "none of these", label None, has no log-likelihoods.
         """
-        (image_key_values,) = self._encoder.run(None, {"pixel_values": self._pixels(photo)[None]})
+        (image_key_values,) = self._encoder.run(None, {"pixel_values": self._pixels(to_rgb(photo))[None]})
         runs = [self._scorer.run(None, {"image_key_values": image_key_values, **texts})[0][0] for texts in self._texts]
         caption = self._mean_over_templates(runs)
         weight = self.settings["prior_weight"] if prior_weight is None else prior_weight
@@ -110,6 +111,40 @@ class ExportedClassifier:
     def _mean_over_templates(self, runs: list[np.ndarray]) -> np.ndarray:
         """Scores of T * C texts, run by run, to [C]."""
         return np.concatenate(runs).reshape(len(self.templates), -1).mean(axis=0)
+
+
+def _read(file: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a file of the folder. Raises ValueError naming the file if it is missing or damaged."""
+    try:
+        return read(file)
+    except ImportError:
+        raise
+    except Exception as error:  # onnxruntime and tokenizers raise kinds of their own
+        raise ValueError(f"cannot read the exported graphs: {str(file)!r}: {error}") from error
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    missing = [name for name in SETTINGS if name not in settings]
+    if missing:
+        raise ValueError(f"it has no {missing[0]}")
+    return settings
+
+
+def _session(file: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what is fatal; of errors it raises exceptions, too
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def _tokenizer(file: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.encode_special_tokens = True  # words like "[PAD]" in a label are words
+    return tokenizer
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> Iterator[dict[str, np.ndarray]]:

@@ -324,7 +324,7 @@ def format_labels(
     """Every label in every template, template by template: T x C texts.
 
     Each `{}` of a template is replaced by the label; braces in labels and other braces in templates mean
-    nothing. Labels may repeat. The texts are clean (see `input_rules`): `"dog "` gives those of `"dog"`, and a
+    nothing. Labels may repeat. The texts are clean (see `clean_text`): `"dog "` gives those of `"dog"`, and a
     warning. `template_name` is what errors call a template.
 
     Raises:

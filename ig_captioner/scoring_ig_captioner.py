@@ -304,7 +304,9 @@ class IGCaptionerScorer(IGCaptionerPreTrainedModel):
         blocks = slice(start, end)
         trie = texts.trie
         states = None if texts.text_states is None else texts.text_states[blocks]
-        projections = None if texts.projections is None else texts.projections[:, blocks]
+        projections = None  # under gradients they are computed, so that their weights get one
+        if texts.projections is not None and not torch.is_grad_enabled():
+            projections = texts.projections[:, blocks]
         decoder = self.model.decoder
         return decoder.read_trie(trie.tokens[blocks], trie.depths[blocks], trie.ends[blocks], states, projections)
 

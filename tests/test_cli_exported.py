@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -46,7 +47,7 @@ def assert_close(found: list[str], expected: list[str]) -> None:
         (),
         ("--template", "a photo of a {}.", "{}", "--prior-weight", "0.5"),
         ("--multi-label", "--abstain-below", "0.5", "--top-k", "2"),
-        ("--abstain-below=-inf", "--batch-size", "2"),
+        ("--abstain-below=-inf", "--batch-size", "2", "--device", "cpu"),
     ],
 )
 def test_graphs_say_what_the_checkpoint_says(run, here, models, options):
@@ -78,10 +79,10 @@ def test_texts_that_are_cut_and_photos_that_are_broken_are_told(run, here, model
     assert sorted(told) == sorted(errors) and any("were cut" in line for line in told)
 
 
-def test_no_torch_is_imported(here, models):
+def test_neither_torch_nor_transformers_is_imported(here, models):
     code = (
         "import sys; from ig_captioner.cli import main; code = main(sys.argv[1:]); "
-        "assert not {'torch', 'onnx'} & set(sys.modules); sys.exit(code)"
+        "assert not {'torch', 'transformers', 'huggingface_hub', 'onnx'} & set(sys.modules); sys.exit(code)"
     )
     arguments = ["classify", "0.png", "--labels", "cat", "dog", "--model", models[1]]
     environment = {**os.environ, "PYTHONPATH": str(export.Path(export.__file__).parents[1])}
@@ -100,7 +101,8 @@ def test_no_torch_is_imported(here, models):
     ("arguments", "named"),
     [
         (("classify", "0.png", "--labels", "cat", "--prompt", "what?"), "--prompt"),
-        (("classify", "0.png", "--labels", "cat", "--device", "cpu"), "--device"),
+        (("classify", "0.png", "--labels", "cat", "--device", "cuda"), "--device 'cuda'"),
+        (("classify", "0.png", "--labels-file", "."), "--labels-file '.'"),
         (("classify", "0.png", "--labels", "cat", "--trust-remote-code"), "--trust-remote-code"),
         (("classify", "0.png", "--labels", "cat", "--label-prior", "1"), "--label-prior"),
         (("classify", "0.png", "--labels", "cat", "--reference-images", "1.png"), "--reference-images"),
@@ -121,6 +123,41 @@ def test_without_onnxruntime_the_extra_is_named(run, here, models, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     code, lines, errors = run("classify", "0.png", "--labels", "cat", "--model", models[1])
     assert (code, lines) == (1, []) and "pip install 'ig_captioner[export]'" in errors[-1]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("settings.json", b"{", "settings.json"),
+        ("settings.json", b"{}", "it has no prior_weight"),
+        ("settings.json", b"\xff", "settings.json"),
+        ("tokenizer.json", b"{}", "tokenizer.json"),
+        ("tokenizer.json", None, "tokenizer.json"),
+        ("image_encoder.onnx", b"onnx", "image_encoder.onnx"),
+        ("text_prior.onnx", None, "text_prior.onnx"),
+        ("weights.bin", None, "image_encoder.onnx"),
+    ],
+)
+def test_damaged_folders_are_named(run, here, models, tmp_path, file, content, message):
+    folder = shutil.copytree(models[1], tmp_path / "damaged")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(content)
+    code, lines, errors = run("classify", "0.png", "--labels", "cat", "--model", str(folder))
+    assert (code, lines, len(errors)) == (1, [], 1)
+    assert "cannot read the exported graphs" in errors[0] and str(folder) in errors[0] and message in errors[0]
+
+
+def test_labels_are_a_list(models):
+    with pytest.raises(ValueError, match="candidate_labels must be a non-empty list of strings, got 'cat'"):
+        ExportedClassifier(models[1], "cat")
+
+
+def test_graphs_beside_a_checkpoint_leave_it_one(run, here, models, tmp_path):
+    both = shutil.copytree(models[0], tmp_path / "both")
+    shutil.copytree(models[1], both, dirs_exist_ok=True)
+    assert not is_exported(both)
+    assert run("caption", "0.png", "--model", str(both))[0] == 0
 
 
 def test_a_folder_of_an_older_export_takes_the_default_template(models, tmp_path):

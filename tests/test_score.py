@@ -192,6 +192,22 @@ def test_with_compiled_texts_the_first_fusion_layer_projects_no_text():
     assert projected == [4, 4], "keys and queries of four image tokens, and of no text"
 
 
+@pytest.mark.parametrize("variant", ["prefix_rotary", "cross"])
+def test_gradients_with_compiled_texts_are_those_of_the_texts(variant):
+    """Where no text-only layers are compiled; what was compiled as numbers gives the weights behind it no gradient."""
+    model, images, texts = tiny_model(variant), random_images(), padded(random_texts())
+    compiled = model.compile_texts(*texts)
+    gradients = []
+    for given in ((compiled,), texts):
+        model.zero_grad()
+        with torch.enable_grad():
+            model.score(images, *given).caption_log_likelihood.sum().backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    assert compiled.projections is not None
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, msg=name)
+
+
 def test_what_lies_between_weights_and_scores_is_noticed():
     """Another attention implementation, autocast, hooks, another start token: all change the prior."""
     model, images, texts = tiny_model(), random_images(), padded(random_texts())

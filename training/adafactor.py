@@ -4,6 +4,9 @@ a bound of beta2 (arXiv 2106.04560), momentum in half precision.
 torch's Adafactor always scales with the parameter's size, and neither it nor transformers' has the bound, the size
 below which nothing is factored, or such a momentum.
 
+Under FSDP2 a step computes with the shards that a process holds, and sums over processes only where a mean runs over
+the divided dimension: an operation on a DTensor takes many times as long to start as one on its shard.
+
 Differences from big_vision, whose weights have other shapes: attention's projections are matrices here, [heads * head,
 width], there [width, heads, head], of which two of the three dimensions are factored; and layers are not stacked.
 """
@@ -12,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -28,10 +32,35 @@ def factored_dimensions(shape: torch.Size) -> tuple[int, int] | None:
     return (second, largest) if shape[second] >= SMALLEST_FACTORED else None
 
 
-def mean_over(tensor: Tensor, dimension: int) -> Tensor:
-    """The mean, kept as a dimension of size 1; of a sharded tensor (FSDP2) whole on every process."""
-    mean = tensor.mean(dim=dimension, keepdim=True)
-    return mean.redistribute(placements=[Replicate()] * mean.device_mesh.ndim) if isinstance(mean, DTensor) else mean
+def shard_of(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def mean_over(values: Tensor, dimension: int, parameter: Tensor) -> Tensor:
+    """The mean, kept as a dimension of size 1, of what this process holds of values that are divided as `parameter`."""
+    if not isinstance(parameter, DTensor):
+        return values.mean(dim=dimension, keepdim=True)
+    total = values.sum(dim=dimension, keepdim=True)
+    for axis, placement in enumerate(parameter.placements):
+        if placement.is_shard(dimension):
+            torch.distributed.all_reduce(total, group=parameter.device_mesh.get_group(axis))
+    return total / parameter.shape[dimension]
+
+
+def divided_as(parameter: Tensor, values: Tensor, dimension: int | None) -> Tensor:
+    """A tensor of the state, of what this process holds of it: a mean over `dimension`, or None for the whole shape."""
+    if not isinstance(parameter, DTensor):
+        return values
+    shape = [1 if axis == dimension else size for axis, size in enumerate(parameter.shape)]
+    placements = [
+        Replicate() if dimension is not None and placement.is_shard(dimension) else placement
+        for placement in parameter.placements
+    ]
+    like = torch.empty(shape, device="meta")
+    return DTensor.from_local(
+        values, parameter.device_mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -69,32 +98,35 @@ class Adafactor(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     update = self.update(parameter, group)
-                    parameter.mul_(1 - decay).sub_(update.to(parameter.dtype), alpha=group["lr"])
+                    shard_of(parameter).mul_(1 - decay).sub_(update.to(parameter.dtype), alpha=group["lr"])
         return loss
 
     def update(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """The new momentum, float32, before it is rounded for the state."""
+        """The new momentum of this process's shard, float32, before it is rounded for the state."""
         state = self.state[parameter]
-        gradient = parameter.grad.float()
+        gradient = shard_of(parameter.grad).float()
         state["step"] = state.get("step", 0) + 1
         beta2 = min(group["beta2_cap"], 1 - state["step"] ** -group["beta2_exponent"])
         squares = gradient.square() + EPSILON
         dimensions = factored_dimensions(parameter.shape)
         if dimensions is None:
-            scaled = gradient * self.running_mean(state, "square", squares, beta2).rsqrt()
+            scaled = gradient * self.running_mean(parameter, "square", squares, beta2, None).rsqrt()
         else:
             second, largest = dimensions
-            rows = self.running_mean(state, "rows", mean_over(squares, largest), beta2)
-            columns = self.running_mean(state, "columns", mean_over(squares, second), beta2)
-            scaled = gradient * (rows / mean_over(rows, second)).rsqrt() * columns.rsqrt()
+            rows = self.running_mean(parameter, "rows", mean_over(squares, largest, parameter), beta2, largest)
+            columns = self.running_mean(parameter, "columns", mean_over(squares, second, parameter), beta2, second)
+            scaled = gradient * (rows / mean_over(rows, second, parameter)).rsqrt() * columns.rsqrt()
         momentum = scaled * (1 - group["momentum"])
         if "momentum" in state:
-            momentum = momentum + group["momentum"] * state["momentum"].float()
-        state["momentum"] = momentum.bfloat16()  # a state that was loaded is float32, with the same values
+            momentum = momentum + group["momentum"] * shard_of(state["momentum"]).float()
+        # a state that was loaded is float32, with the same values
+        state["momentum"] = divided_as(parameter, momentum.bfloat16(), None)
         return momentum
 
-    @staticmethod
-    def running_mean(state: dict[str, Any], name: str, value: Tensor, beta2: float) -> Tensor:
-        """`beta2 * old + (1 - beta2) * value`; beta2 is 0 in the first step."""
-        state[name] = beta2 * state[name] + (1 - beta2) * value if name in state else value
-        return state[name]
+    def running_mean(self, parameter: Tensor, name: str, values: Tensor, beta2: float, dimension: int | None) -> Tensor:
+        """`beta2 * old + (1 - beta2) * values`, this process's shard; beta2 is 0 in the first step."""
+        state = self.state[parameter]
+        if name in state:
+            values = beta2 * shard_of(state[name]) + (1 - beta2) * values
+        state[name] = divided_as(parameter, values, dimension)
+        return values

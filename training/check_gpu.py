@@ -58,7 +58,7 @@ def run(launcher: tuple[str, ...], config: Path, output_dir: Path, **options: An
 
 
 def check_tiny(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields a row for each run that must have the losses of the plain one, step by step; some run at a time."""
+    """Yields a row for each run that must have the losses of the plain one, step by step; several run at once."""
     config = make_workspace(folder, "cached", 8, 0, "adamw")
     variants: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "fsdp2": (SHARDED, {}),
@@ -76,10 +76,10 @@ def check_tiny(folder: Path) -> Iterator[dict[str, Any]]:
 
     names = ["plain", "plain_constant", *variants]
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        logs = dict(zip(names, pool.map(train, names), strict=True))
-    for name in variants:
-        reference = logs["plain_constant" if name == "fsdp2_resumed" else "plain"]
-        yield {"name": name, "same_losses": same_losses(logs[name], reference)}
+        logs = {name: pool.submit(train, name) for name in names}
+        for name in variants:
+            reference = logs["plain_constant" if name == "fsdp2_resumed" else "plain"].result()
+            yield {"name": name, "same_losses": same_losses(logs[name].result(), reference)}
 
 
 def same_losses(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:

@@ -88,11 +88,11 @@ def model_weights(model: PreTrainedModel, keep: bool = True) -> dict[str, Any]:
 
 
 def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor divided as the parameter is that it belongs to; statistics of another shape stay whole."""
+    """A whole tensor divided as the parameter is that it belongs to; means over its first dimension stay whole."""
     if not isinstance(parameter, DTensor) or not tensor.ndim:
         return tensor
     mesh = parameter.device_mesh
-    placements = parameter.placements if tensor.shape == parameter.shape else [Replicate()] * mesh.ndim
+    placements = parameter.placements if tensor.shape[0] == parameter.shape[0] else [Replicate()] * mesh.ndim
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
 

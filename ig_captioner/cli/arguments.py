@@ -14,15 +14,15 @@ from .output import FORMATS, one_line, progress, report
 MODEL_HELP = "folder or Hub repository of any captioner (default: the checkpoint in the package)"
 LARGEST_BATCH = 65_536
 LARGEST_PRIOR_WEIGHT = 100.0
-# Options that the graphs of an exported model have no place for, and what stands for not given.
+# Options that the graphs of an exported model have no place for, and their values that it can do with.
 NOT_EXPORTED = {
-    "prior_source": None,
-    "reference_images": None,
-    "reference_mean": None,
-    "label_prior": None,
-    "prompt": None,
-    "trust_remote_code": False,
-    "device": "auto",
+    "prior_source": (None,),
+    "reference_images": (None,),
+    "reference_mean": (None,),
+    "label_prior": (None,),
+    "prompt": (None,),
+    "trust_remote_code": (False,),
+    "device": ("auto", "cpu"),
 }
 
 
@@ -206,12 +206,14 @@ def runs_exported(arguments: argparse.Namespace) -> bool:
         return False
     if arguments.run.__name__ != "classify":
         raise UsageError(f"--model {arguments.model!r} holds exported graphs, which only classify reads")
-    wanted = [name for name, default in NOT_EXPORTED.items() if getattr(arguments, name) not in (default, None)]
-    if _option_of_compiled_labels(arguments) is not None:
-        wanted.append("compiled_labels")
+    wanted = [name for name, fitting in NOT_EXPORTED.items() if getattr(arguments, name) not in fitting]
+    compiled = _option_of_compiled_labels(arguments)
+    if compiled is not None:
+        wanted.append(compiled)
     if wanted:
+        value = getattr(arguments, wanted[0])
         raise UsageError(
-            f"{_option(wanted[0])} changes nothing of exported graphs, which --model {arguments.model!r} holds"
+            f"{_option(wanted[0])} {value!r} is for checkpoints, but --model {arguments.model!r} holds exported graphs"
         )
     return True
 

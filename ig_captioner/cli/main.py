@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.check(arguments)
         if arguments.run is completion:
             return completion(arguments)
-        with quiet("strict" in arguments and arguments.strict):
-            if not runs_exported(arguments):
+        needs_torch = not runs_exported(arguments)
+        with quiet("strict" in arguments and arguments.strict, libraries=needs_torch):
+            if needs_torch:
                 from .. import api  # noqa: F401 (what `import ig_captioner` does in other programs)
 
             if "model" in arguments and arguments.model is None:

@@ -12,7 +12,7 @@ import threading
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from logging import ERROR, getLogger
 from typing import Any, TypeVar
 
@@ -208,7 +208,7 @@ def note_if_slow(message: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet(strict: bool = False) -> Iterator[None]:
+def quiet(strict: bool = False, libraries: bool = True) -> Iterator[None]:
     """Progress bars and warnings of libraries off, and no crash on what the terminal cannot show.
 
     Warnings of this package, about what was skipped, cut or guessed, are one line each, said once; with the log of
@@ -216,10 +216,8 @@ def quiet(strict: bool = False) -> Iterator[None]:
 
     Args:
         strict: they are errors.
+        libraries: whether the command uses transformers and the Hub, which are imported here to be told.
     """
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
     from ..input_rules import IGCaptionerWarning
 
     told: set[str] = set()
@@ -232,25 +230,36 @@ def quiet(strict: bool = False) -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    hub_verbosity = hub_logging.get_verbosity()
-    verbosity = logging.get_verbosity()
-    bar = logging.is_progress_bar_enabled()
     levels = {name: getLogger(name).level for name in QUIET_LOGGERS}
     for name in QUIET_LOGGERS:
         getLogger(name).setLevel(ERROR)
-    hub_logging.set_verbosity_error()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with _quiet_libraries() if libraries else nullcontext(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error" if strict else "always", IGCaptionerWarning)
             warnings.showwarning = show
             yield
     finally:
-        hub_logging.set_verbosity(hub_verbosity)
-        logging.set_verbosity(verbosity)
         for name, level in levels.items():
             getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """transformers and huggingface_hub without progress bars and warnings."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    hub_verbosity = hub_logging.get_verbosity()
+    verbosity = logging.get_verbosity()
+    bar = logging.is_progress_bar_enabled()
+    hub_logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(hub_verbosity)
+        logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()

@@ -41,6 +41,7 @@ WIDEST_NAME = 30  # columns that a matrix leaves to names of photos, at most
 LABELS_ARE_COMPILED = (
     "compiling the labels; `ig-captioner compile-labels DIR ...` does it once, and --labels-file DIR takes the result"
 )
+TEXTS_ARE_READ = "reading the labels one by one, as exported graphs do; for many a checkpoint is faster"
 SCORE_FIELDS = ("caption_log_likelihood", "prior_log_likelihood", "information_gain")
 PREDICTION_FIELDS = ("label", "score", *SCORE_FIELDS)
 
@@ -53,7 +54,7 @@ examples:
   ig-captioner classify cat.jpg --labels cat dog --prior-weight 0    # by likelihood only
   ig-captioner classify *.jpg --labels cat dog --abstain-below 0     # "none of these" where no text gains
   ig-captioner classify photos/ --labels-file my-labels/             # from ig-captioner compile-labels
-  ig-captioner classify cat.jpg --labels cat dog --model my-graphs/  # exported: starts at once
+  ig-captioner classify cat.jpg --labels cat dog --model my-graphs/  # exported: starts at once, for few labels
   ig-captioner classify *.jpg --labels cat dog --format jsonl | jq -r '.predictions[0].label'
 
 Photos come first: everything after --labels, up to the next option, is a label.
@@ -218,8 +219,11 @@ def _classify_exported(arguments: argparse.Namespace) -> int:
 
     labels, templates = read_candidates(arguments)
     try:
-        classifier = ExportedClassifier(arguments.model, labels, templates)
+        with note_if_slow(TEXTS_ARE_READ):
+            classifier = ExportedClassifier(arguments.model, labels, templates)
     except ImportError as error:
+        if (error.name or "").split(".")[0] != "onnxruntime":
+            raise
         raise ValueError("exported graphs need onnxruntime: pip install 'ig_captioner[export]'") from error
     weight = classifier.settings["prior_weight"] if arguments.prior_weight is None else arguments.prior_weight
     note = f"{_formula(weight)}; score: {_score_note(arguments, argparse.Namespace(**classifier.settings))}"
