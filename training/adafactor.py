@@ -119,14 +119,16 @@ class Adafactor(torch.optim.Optimizer):
         momentum = scaled * (1 - group["momentum"])
         if "momentum" in state:
             momentum = momentum + group["momentum"] * shard_of(state["momentum"]).float()
-        # a state that was loaded is float32, with the same values
-        state["momentum"] = divided_as(parameter, momentum.bfloat16(), None)
+        if "momentum" in state and state["momentum"].dtype == torch.bfloat16:
+            shard_of(state["momentum"]).copy_(momentum)
+        else:  # a state that was loaded is float32, with the same values
+            state["momentum"] = divided_as(parameter, momentum.bfloat16(), None)
         return momentum
 
     def running_mean(self, parameter: Tensor, name: str, values: Tensor, beta2: float, dimension: int | None) -> Tensor:
         """`beta2 * old + (1 - beta2) * values`, this process's shard; beta2 is 0 in the first step."""
         state = self.state[parameter]
-        if name in state:
-            values = beta2 * shard_of(state[name]) + (1 - beta2) * values
-        state[name] = divided_as(parameter, values, dimension)
-        return values
+        if name not in state:
+            state[name] = divided_as(parameter, values, dimension)
+            return values
+        return shard_of(state[name]).mul_(beta2).add_(values, alpha=1 - beta2)
