@@ -211,10 +211,8 @@ def runs_exported(arguments: argparse.Namespace) -> bool:
     if compiled is not None:
         wanted.append(compiled)
     if wanted:
-        value = getattr(arguments, wanted[0])
-        raise UsageError(
-            f"{_option(wanted[0])} {value!r} is for checkpoints, but --model {arguments.model!r} holds exported graphs"
-        )
+        option = f"{_option(wanted[0])} {getattr(arguments, wanted[0])}"
+        raise UsageError(f"{option} is for checkpoints, but --model {arguments.model!r} holds exported graphs")
     return True
 
 
