@@ -41,6 +41,7 @@ WIDEST_NAME = 30  # columns that a matrix leaves to names of photos, at most
 LABELS_ARE_COMPILED = (
     "compiling the labels; `ig-captioner compile-labels DIR ...` does it once, and --labels-file DIR takes the result"
 )
+CLASSIFIER_HELP = f"{MODEL_HELP}, or a folder of python -m ig_captioner.export"
 TEXTS_ARE_READ = "reading the labels one by one, as exported graphs do; for many a checkpoint is faster"
 SCORE_FIELDS = ("caption_log_likelihood", "prior_log_likelihood", "information_gain")
 PREDICTION_FIELDS = ("label", "score", *SCORE_FIELDS)
@@ -92,7 +93,7 @@ def add_classify(commands) -> None:
     summary = "Rank labels for photos by information gain, log P(T|I) - prior weight * log P(T)."
     labels = "--labels LABEL..."
     parser = add_command(
-        commands, classify, f"PHOTO... {labels}", summary, CLASSIFY_EXAMPLES, MODEL_HELP, check_candidates
+        commands, classify, f"PHOTO... {labels}", summary, CLASSIFY_EXAMPLES, CLASSIFIER_HELP, check_candidates
     )
     add_photos(parser, labels)
     add_labels(parser)
