@@ -11,12 +11,13 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from .input_rules import DEFAULT_TEMPLATE, centre_box, format_labels, tell, to_rgb
+from .input_rules import centre_box, default_templates, format_labels, tell, to_rgb
 
 
 SETTINGS_FILE, TOKENIZER_FILE = "settings.json", "tokenizer.json"
@@ -54,7 +55,7 @@ class ExportedClassifier:
     def __init__(self, folder: str | Path, labels: Sequence[str], templates: str | Sequence[str] | None = None):
         folder = Path(folder)
         self.settings = _read(folder / SETTINGS_FILE, _settings)
-        templates = templates or self.settings.get("prompt_templates") or DEFAULT_TEMPLATE
+        templates = default_templates(self.settings) if templates is None else templates
         texts = format_labels(labels, templates)
         self.labels = list(labels)
         self.templates = [templates] if isinstance(templates, str) else list(templates)
@@ -83,14 +84,14 @@ class ExportedClassifier:
         (image_key_values,) = self._encoder.run(None, {"pixel_values": self._pixels(to_rgb(photo))[None]})
         runs = [self._scorer.run(None, {"image_key_values": image_key_values, **texts})[0][0] for texts in self._texts]
         caption = self._mean_over_templates(runs)
-        weight = self.settings["prior_weight"] if prior_weight is None else prior_weight
+        weight = self.settings.prior_weight if prior_weight is None else prior_weight
         gains = caption - np.float32(weight) * self.prior_log_likelihood
         fields = zip(self.labels, caption.tolist(), self.prior_log_likelihood.tolist(), gains.tolist(), strict=True)
         candidates: list[tuple] = list(fields)
-        threshold = self.settings["abstain_threshold"] if abstain_threshold is None else abstain_threshold
+        threshold = self.settings.abstain_threshold if abstain_threshold is None else abstain_threshold
         if threshold is not None and threshold > -math.inf:
             candidates.append((None, None, None, float(threshold)))
-        scores = _scores([gain for *_, gain in candidates], self.settings["score_temperature"], multi_label)
+        scores = _scores([gain for *_, gain in candidates], self.settings.score_temperature, multi_label)
         names = ("label", "caption_log_likelihood", "prior_log_likelihood", "information_gain")
         entries = [
             {**dict(zip(names, candidate, strict=True)), "score": score}
@@ -100,7 +101,7 @@ class ExportedClassifier:
 
     def _pixels(self, photo: PIL.Image.Image) -> np.ndarray:
         """`pixel_values` [channels, height, width] of an RGB photo."""
-        rules = self.settings["image_processor"]
+        rules = self.settings.image_processor
         height, width = rules["size"]["height"], rules["size"]["width"]
         box = centre_box(photo.height, photo.width, (height, width), rules.get("crop_pct"))
         resized = photo.crop(box).resize((width, height), rules["resample"])  # box= would let in what is around it
@@ -123,12 +124,12 @@ def _read(file: Path, read: Callable[[Path], Any]) -> Any:
         raise ValueError(f"cannot read the exported graphs: {str(file)!r}: {error}") from error
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def _settings(file: Path) -> SimpleNamespace:
     settings = json.loads(file.read_text(encoding="utf-8"))
     missing = [name for name in SETTINGS if name not in settings]
     if missing:
         raise ValueError(f"it has no {missing[0]}")
-    return settings
+    return SimpleNamespace(**settings)
 
 
 def _session(file: Path) -> Any:

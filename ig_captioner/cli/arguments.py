@@ -204,7 +204,7 @@ def runs_exported(arguments: argparse.Namespace) -> bool:
 
     if not is_exported(getattr(arguments, "model", None)):
         return False
-    if arguments.run.__name__ != "classify":
+    if not getattr(arguments, "reads_exported", False):
         raise UsageError(f"--model {arguments.model!r} holds exported graphs, which only classify reads")
     wanted = [name for name, fitting in NOT_EXPORTED.items() if getattr(arguments, name) not in fitting]
     compiled = _option_of_compiled_labels(arguments)

@@ -95,6 +95,7 @@ def add_classify(commands) -> None:
     parser = add_command(
         commands, classify, f"PHOTO... {labels}", summary, CLASSIFY_EXAMPLES, CLASSIFIER_HELP, check_candidates
     )
+    parser.set_defaults(reads_exported=True)
     add_photos(parser, labels)
     add_labels(parser)
     compiled = "folder of ig-captioner compile-labels; --labels-file takes it as well"
@@ -226,8 +227,8 @@ def _classify_exported(arguments: argparse.Namespace) -> int:
         if (error.name or "").split(".")[0] != "onnxruntime":
             raise
         raise ValueError("exported graphs need onnxruntime: pip install 'ig_captioner[export]'") from error
-    weight = classifier.settings["prior_weight"] if arguments.prior_weight is None else arguments.prior_weight
-    note = f"{_formula(weight)}; score: {_score_note(arguments, argparse.Namespace(**classifier.settings))}"
+    weight = classifier.settings.prior_weight if arguments.prior_weight is None else arguments.prior_weight
+    note = f"{_formula(weight)}; score: {_score_note(arguments, classifier.settings)}"
     results = Results(arguments.format, "image", "predictions", note)
     photos = Photos(arguments.photos, streams=True)
     options = {"abstain_threshold": arguments.abstain_below, "multi_label": arguments.multi_label}
